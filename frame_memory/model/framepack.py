@@ -1,0 +1,100 @@
+"""FramePack as a core model: detection, conditioning contract and memory estimate.
+
+Source: reference/comfyui-host.md section 2, reference/framepack.md section 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import comfy.conds
+import comfy.supported_models
+import torch
+from comfy import model_base
+
+from .packing import ContextLayout
+from .transformer import FramePackTransformer
+
+DEFAULT_GUIDANCE = 10.0
+FRAME_CONTEXT_KEY = "frame_context"
+
+
+class FramePack(model_base.HunyuanVideo):
+    """Core's HunyuanVideo model whose conditioning also carries the packed history."""
+
+    def __init__(self, model_config, model_type=model_base.ModelType.FLOW, device=None):
+        # HunyuanVideo's own constructor fixes the network class; its base takes it as an argument.
+        super(model_base.HunyuanVideo, self).__init__(
+            model_config, model_type, device=device, unet_model=FramePackTransformer
+        )
+        self.memory_usage_factor_conds = ("context_latents",)
+
+    def extra_conds(self, **kwargs):
+        """Core's conditioning plus `context_latents`, `context_layout` and `clip_fea`.
+
+        Reads `kwargs["frame_context"]`: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`,
+        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`).
+        """
+        kwargs.setdefault("guidance", DEFAULT_GUIDANCE)
+        out = super().extra_conds(**kwargs)
+        vision = kwargs.get("clip_vision_output")
+        if vision is not None:
+            out["clip_fea"] = comfy.conds.CONDRegular(vision.last_hidden_state)
+        context = kwargs.get(FRAME_CONTEXT_KEY)
+        if context is not None:
+            latents = [self.process_latent_in(latent) for latent in context["latents"]]
+            out["context_latents"] = comfy.conds.CONDList(latents)
+            out["context_layout"] = comfy.conds.CONDConstant(context["layout"])
+        return out
+
+    def extra_conds_shapes(self, **kwargs):
+        """The context's token count, said as one latent shape at the window's own rate."""
+        context = kwargs.get(FRAME_CONTEXT_KEY)
+        if context is None:
+            return {}
+        latents, layout = context["latents"], context["layout"]
+        area = sum(
+            math.prod(latent.shape[2:]) / (rate**3 if isinstance(rate, int) else 64)
+            for latent, (rate, _) in zip(latents, layout.groups, strict=True)
+        )
+        return {"context_latents": [latents[0].shape[0], latents[0].shape[1], math.ceil(area)]}
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
+        """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""
+        if cond_key == "context_latents":
+            return cond_value
+        if cond_key == "context_layout":
+            positions = cond_value.cond.positions
+            index = list(window.index_list)
+            anchor = getattr(window, "causal_anchor_index", None)
+            if anchor is not None and anchor >= 0:
+                index = [anchor, *index]
+            picked = tuple(positions[i] for i in index)
+            return cond_value._copy_with(ContextLayout(positions=picked, groups=cond_value.cond.groups))
+        return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
+
+
+class FramePackConfig(comfy.supported_models.HunyuanVideo):
+    """Detected by the largest context patchifier, which no other HunyuanVideo file has."""
+
+    required_keys = {"{}clean_x_embedder.proj_4x.weight"}  # noqa: RUF012 (core's attribute)
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return FramePack(self, device=device)
+
+
+def register() -> None:
+    """Put FramePack before core's HunyuanVideo in the detection list. Safe to call again."""
+    known = comfy.supported_models.models
+    if not any(m.__name__ == FramePackConfig.__name__ for m in known):
+        known.insert(0, FramePackConfig)
+
+
+def is_framepack(model_patcher) -> bool:
+    """Whether a MODEL holds a network with packed-context weights (by structure, so copies count too)."""
+    return hasattr(getattr(model_patcher.model, "diffusion_model", None), "clean_x_embedder")
+
+
+def unscaled_blank(model: model_base.BaseModel, shape: tuple[int, ...]) -> torch.Tensor:
+    """A missing history frame: zero in model space, given in VAE space `shape` (reference/framepack.md 3.1)."""
+    return model.process_latent_out(torch.zeros(shape))

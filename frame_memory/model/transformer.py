@@ -1,0 +1,181 @@
+"""The FramePack transformer: core's HunyuanVideo with a packed history in front of the noisy window.
+
+Shape legend: B batch, C latent channels, T latent frames, H W latent height and width, L text tokens,
+N packed tokens, D hidden size.
+Source: reference/framepack.md sections 1 and 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.flux.layers import timestep_embedding
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from torch import Tensor
+
+from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
+
+IMAGE_FEATURES = 1152
+
+
+class FramePackTransformer(HunyuanVideo):
+    """Core's HunyuanVideo blocks over [image, text | 4x, 2x, 1x context, noisy window]."""
+
+    def __init__(self, dtype=None, device=None, operations=None, **kwargs):
+        super().__init__(dtype=dtype, device=device, operations=operations, **kwargs)
+        made = {"dtype": dtype, "device": device, "operations": operations}
+        self.clean_x_embedder = CleanEmbedder(self.in_channels, self.hidden_size, **made)
+        self.image_projection = ImageProjection(IMAGE_FEATURES, self.hidden_size, **made)
+
+    def _forward(
+        self,
+        x,
+        timestep,
+        context,
+        y=None,
+        txt_byt5=None,
+        clip_fea=None,
+        guidance=None,
+        attention_mask=None,
+        guiding_frame_index=None,
+        ref_latent=None,
+        disable_time_r=False,
+        control=None,
+        transformer_options={},  # noqa: B006 (core's signature; copied before use)
+        context_latents: list[Tensor] | None = None,
+        context_layout: ContextLayout | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Predict the velocity of `x [B, C, T, H, W]`.
+
+        timestep: sigma * 1000, `[B]`. context: text `[B, L, ·]`; clip_fea: CLIP-vision tokens `[B, ·, 1152]`.
+        context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
+        Raises ValueError without a context, or where context and window do not belong together.
+        """
+        self._check_context(x, context_latents, context_layout)
+        lengths = _valid_lengths(attention_mask)
+        if lengths is not None:
+            # Padding must never meet real tokens, and core's refiner pools over whatever it is given
+            # (reference/framepack.md 2.5 M3): run each sample with exactly its own text.
+            return torch.cat([
+                self._forward(
+                    x[i : i + 1], timestep[i : i + 1], context[i : i + 1, :n], y=_row(y, i), clip_fea=_row(clip_fea, i),
+                    guidance=_row(guidance, i), control=control, transformer_options=transformer_options,
+                    context_latents=[c[i : i + 1] for c in context_latents], context_layout=context_layout,
+                )
+                for i, n in enumerate(lengths)
+            ])  # fmt: skip
+
+        height, width = x.shape[-2:]
+        x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
+        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
+        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
+
+        vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
+        txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
+        if clip_fea is not None:
+            txt = torch.cat((self.image_projection(clip_fea).to(txt.dtype), txt), dim=1)
+
+        tokens = [
+            self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, context_layout.groups, strict=True)
+        ]
+        window = self.img_in(x)
+        img = torch.cat([*tokens, window], dim=1)
+        frames = tuple(c.shape[2] for c in context_latents)
+        pe = packed_rope(self.pe_embedder, context_layout, frames, grid[1], grid[2], x.device)
+        text_pe = torch.eye(2, device=pe.device, dtype=pe.dtype).expand(1, 1, txt.shape[1], pe.shape[3], 2, 2)
+
+        img = self._run_blocks(img, txt, vec, torch.cat((text_pe, pe), dim=2), window.shape[1], control, transformer_options)
+        out = self.final_layer(img[:, -window.shape[1] :], vec)
+        out = out.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
+        out = out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return out[..., :height, :width]
+
+    def _modulation_vector(self, timestep: Tensor, y: Tensor, guidance: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
+        # The checkpoint saw time rounded to its compute dtype (reference/framepack.md 1, M2).
+        rounded_time = timestep.to(dtype).float()
+        vec = self.time_in(timestep_embedding(rounded_time, 256, time_factor=1.0).to(dtype))
+        vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
+        if guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
+        return vec, rounded_time
+
+    def _run_blocks(self, img, txt, vec, pe, window_tokens: int, control, transformer_options) -> Tensor:
+        """All double and single blocks; returns the packed image-side tokens `[B, N, D]`."""
+        options = transformer_options.copy()
+        replace = options.get("patches_replace", {}).get("dit", {})
+        control = control or {}
+        options.update(total_blocks=len(self.double_blocks), block_type="double")
+        for i, block in enumerate(self.double_blocks):
+            options["block_index"] = i
+            args = {"img": img, "txt": txt, "vec": vec, "pe": pe, "attention_mask": None,
+                    "modulation_dims_img": None, "modulation_dims_txt": None, "transformer_options": options}  # fmt: skip
+            out = _call_block(_double, block, replace.get(("double_block", i)), args)
+            img, txt = out["img"], out["txt"]
+            _add_control(img, control.get("input"), i, window_tokens)
+
+        start = txt.shape[1]
+        img = torch.cat((txt, img), 1)
+        options.update(total_blocks=len(self.single_blocks), block_type="single", img_slice=[start, img.shape[1]])
+        for i, block in enumerate(self.single_blocks):
+            options["block_index"] = i
+            args = {"img": img, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims": None,
+                    "transformer_options": options}  # fmt: skip
+            img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
+            _add_control(img, control.get("output"), i, window_tokens)
+        return img[:, start:]
+
+    def _check_context(self, x, context_latents, layout) -> None:
+        if layout is None or not context_latents:
+            raise ValueError(
+                "A FramePack model was sampled without a frame context, so it has no history to look at. "
+                "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
+            )
+        if len(context_latents) != len(layout.groups) or len(layout.positions) != x.shape[2]:
+            raise ValueError(
+                f"The frame context does not fit the window: {len(context_latents)} context tensors for "
+                f"{len(layout.groups)} groups, {len(layout.positions)} positions for {x.shape[2]} latent frames. "
+                "Check 'window' in 'Frame Context Packer'."
+            )
+        for c in context_latents:
+            if c.shape[-2:] != x.shape[-2:]:
+                raise ValueError(
+                    f"A context frame is {tuple(c.shape[-2:])} latent pixels but the window is {tuple(x.shape[-2:])}. "
+                    "Start, end and history must come from 'FramePack Image' nodes of one size."
+                )
+
+
+def _valid_lengths(attention_mask: Tensor | None) -> list[int] | None:
+    """Count of valid text tokens per sample, or None where every token is valid."""
+    if attention_mask is None:
+        return None
+    lengths = [max(int(n), 1) for n in attention_mask.reshape(attention_mask.shape[0], -1).bool().sum(dim=1)]
+    return None if all(n == attention_mask.shape[-1] for n in lengths) else lengths
+
+
+def _row(x: Tensor | None, i: int) -> Tensor | None:
+    return None if x is None else x[i : i + 1]
+
+
+def _double(block, a: dict) -> dict:
+    img, txt = block(img=a["img"], txt=a["txt"], vec=a["vec"], pe=a["pe"], attn_mask=a["attention_mask"],
+                     modulation_dims_img=a["modulation_dims_img"], modulation_dims_txt=a["modulation_dims_txt"],
+                     transformer_options=a["transformer_options"])  # fmt: skip
+    return {"img": img, "txt": txt}
+
+
+def _single(block, a: dict) -> dict:
+    return {"img": block(a["img"], vec=a["vec"], pe=a["pe"], attn_mask=a["attention_mask"],
+                         modulation_dims=a["modulation_dims"], transformer_options=a["transformer_options"])}  # fmt: skip
+
+
+def _call_block(run, block, replacement, args: dict) -> dict:
+    """Core's seam for packs that replace a block (`patches_replace["dit"]`)."""
+    if replacement is None:
+        return run(block, args)
+    return replacement(args, {"original_block": lambda a: run(block, a)})
+
+
+def _add_control(img: Tensor, residuals, i: int, window_tokens: int) -> None:
+    if residuals is not None and i < len(residuals) and residuals[i] is not None:
+        img[:, -window_tokens:] += residuals[i]
