@@ -1,0 +1,1 @@
+"""Frame Memory: the library behind the nodes. Rooms: plan, model, sampling, video."""
