@@ -1,9 +1,14 @@
 """Plans: schedule grammar, section plans, decode windows, token counts, buckets, timelines, layout. Pure Python."""
 
+from .buckets import BUCKETS, check_size, nearest_bucket, nearest_valid
+from .decode import OVERLAP, DecodeWindow, decode_windows, overlap_frames
 from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
+from .kinds import KINDS, check_kind
+from .layout import Label, PackingPicture, Rect, packing_picture, plan_picture
 from .schedule import PRESETS, Group, Schedule, ScheduleError, parse_schedule
 from .sections import (
+    ORDERS,
     ContextGroup,
     LongVideoPlan,
     Section,
@@ -13,26 +18,82 @@ from .sections import (
     plan_sections,
     section_count,
 )
+from .timeline import (
+    Timeline,
+    TimelineEntry,
+    TimelineError,
+    parse_timeline,
+    unused_entries,
+    weights_for,
+)
+from .timeline import table as timeline_table
+from .timeline import validate as validate_timeline
+from .tokens import (
+    TokenCount,
+    flow_shift,
+    group_tokens,
+    history_bytes,
+    latent_bytes,
+    mu,
+    schedule_tokens,
+    section_tokens,
+    sigma_schedule,
+    step_flops,
+)
 
 __all__ = [
     "BLANK",
+    "BUCKETS",
     "END",
+    "KINDS",
+    "ORDERS",
+    "OVERLAP",
     "PRESETS",
     "START",
     "ContextGroup",
+    "DecodeWindow",
     "Group",
+    "Label",
     "LongVideoPlan",
+    "PackingPicture",
     "PlanError",
+    "Rect",
     "Schedule",
     "ScheduleError",
     "Section",
     "Tail",
+    "Timeline",
+    "TimelineEntry",
+    "TimelineError",
+    "TokenCount",
+    "check_kind",
+    "check_size",
+    "decode_windows",
+    "flow_shift",
+    "group_tokens",
+    "history_bytes",
+    "latent_bytes",
+    "mu",
     "natural_order",
+    "nearest_bucket",
+    "nearest_valid",
+    "overlap_frames",
+    "packing_picture",
     "paddings",
     "parse_schedule",
+    "parse_timeline",
     "pixel_frames",
     "pixel_span",
+    "plan_picture",
     "plan_sections",
     "refusal",
+    "schedule_tokens",
     "section_count",
+    "section_tokens",
+    "sigma_schedule",
+    "step_flops",
+    "timeline_table",
+    "unused_entries",
+    "validate_timeline",
+    "weights_for",
 ]

@@ -1,0 +1,67 @@
+"""Which latent frames are decoded together, so that a video of any length is decoded in bounded memory.
+
+Source: framepack reference 3.1 and 3.2 (soft_append). A window [start, stop) of latent frames decodes to pixel frames
+4*start to 4*(stop-1), 4n-3 of them, because its first latent frame counts as the first frame of a clip. Each window
+overlaps the one before by 4*window-3 pixel frames (33), which are blended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import SAMPLER, PlanError, refusal
+from .frames import pixel_frames
+from .sections import ORDERS
+
+#: Pixel frames two consecutive windows share at window 9.
+OVERLAP = 33
+
+
+@dataclass(frozen=True)
+class DecodeWindow:
+    """Latent frames [start, stop) that are decoded together."""
+
+    start: int
+    stop: int
+
+    @property
+    def pixel_start(self) -> int:
+        """First pixel frame of the video this window decodes to."""
+        return 4 * self.start
+
+    @property
+    def pixel_stop(self) -> int:
+        """One past the last pixel frame this window decodes to."""
+        return 4 * self.start + pixel_frames(self.stop - self.start)
+
+
+def overlap_frames(window: int = 9) -> int:
+    """Pixel frames two consecutive windows share: one window decoded alone."""
+    return pixel_frames(window)
+
+
+def decode_windows(order: str, total: int, window: int = 9) -> tuple[DecodeWindow, ...]:
+    """Windows of a video of `total` latent frames in video order, each at most 2*window+1 latent frames.
+
+    Inverted: the last window is decoded alone, the others 2*window at a time (the first one with frame 0), as the
+    reference does while it makes the video from its end. The other orders: the first window+1 latent frames, then
+    2*window at a time. CHOICE: 'both ends first' is decoded like 'forward'; a total that is not a multiple of the
+    window plus one (an existing video in front) makes the first window longer. Raises PlanError.
+    """
+    if order not in ORDERS:
+        raise PlanError(refusal(f"order {order!r}", "one of " + ", ".join(ORDERS), "forward", SAMPLER))
+    if window < 1 or total < 1:
+        raise PlanError(refusal(f"{total} latent frames in windows of {window}", "at least 1 of both", "1", SAMPLER))
+    if total <= window + 1:
+        return (DecodeWindow(0, total),)
+    rest = (total - 1) % window
+    # The end of the first window; every later one ends a window further on.
+    first = window + 1 + rest
+    if order == "inverted" and rest == 0:
+        first = 2 * window + 1
+    ends = range(first + window, total + 1, window)
+    windows = [DecodeWindow(0, first), *(DecodeWindow(end - 2 * window, end) for end in ends)]
+    if order == "inverted" and total > 2 * window:
+        # The window that was made first; the reference decodes it alone and blends the one before into it.
+        windows.append(DecodeWindow(total - window, total))
+    return tuple(windows)
