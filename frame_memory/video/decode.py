@@ -1,0 +1,152 @@
+"""Windowed VAE decode with a crossfade, one window at a time, in video order.
+
+FramePack decodes a long video in overlapping windows, because a causal video VAE treats the first latent frame of
+whatever it is given as the first frame of a video (reference framepack.md 3.1 and 3.2). Neighbouring windows share
+9 latent frames, whose 33 pixel frames are crossfaded. The published code does this in the order in which sections
+are made, by prepending (F0) or appending (F1) to one growing tensor. No pixel frame ever lies in more than two
+windows, so the same pixels come out of one pass in video order that holds two windows at most.
+
+Shape suffixes: B batch, C latent or colour channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+TEMPORAL_RATIO = 4
+"""Pixel frames per latent frame, after the first latent frame which is one pixel frame."""
+
+
+class DecodeError(ValueError):
+    """A latent, a list of windows or a VAE result that cannot become a video. The message names the node to change."""
+
+
+class Window(Protocol):
+    """Latent frames [start, stop) decoded together; `frame_memory.plan.decode.DecodeWindow` is one."""
+
+    start: int
+    stop: int
+
+
+DecodeFn = Callable[[torch.Tensor], torch.Tensor]
+
+
+def crossfade_weights(frames: int, *, device: torch.device | None = None) -> torch.Tensor:
+    """Weights of the earlier window over `frames` shared pixel frames: 1 to 0, both ends included. Shape [frames]."""
+    return torch.linspace(1.0, 0.0, frames, device=device)
+
+
+def overlap_frames(earlier: Window, later: Window) -> int:
+    """Pixel frames that two neighbouring windows share: 33 for the 9 latent frames of the reference."""
+    return TEMPORAL_RATIO * (earlier.stop - later.start) - (TEMPORAL_RATIO - 1)
+
+
+def check_windows(windows: Sequence[Window], total: int) -> None:
+    """Raise DecodeError unless `windows` cover latent frames [0, total) in video order with crossfades that are apart.
+
+    Every window must share at least one latent frame with its neighbour (a causal VAE makes 3 pixel frames too few
+    otherwise), and none with the window after its neighbour (a frame would be blended twice, and order would matter).
+    """
+    if not windows:
+        raise DecodeError("No decode windows were given; expected at least one.")
+    if windows[0].start != 0 or windows[-1].stop != total:
+        raise DecodeError(
+            f"The decode windows cover latent frames {windows[0].start} to {windows[-1].stop}, "
+            f"expected 0 to {total}, the length of the latent."
+        )
+    for i, window in enumerate(windows):
+        if window.stop <= window.start:
+            raise DecodeError(f"Decode window {i} is empty: {window.start} to {window.stop}.")
+        # The last window may end where the one before it does: F0 makes it first and blends over all of it.
+        if i and not windows[i - 1].start < window.start < windows[i - 1].stop <= window.stop:
+            raise DecodeError(
+                f"Decode window {i} ({window.start} to {window.stop}) must begin inside window {i - 1} "
+                f"({windows[i - 1].start} to {windows[i - 1].stop}) and not end before it."
+            )
+        if i > 1 and window.start < windows[i - 2].stop:
+            raise DecodeError(
+                f"Decode windows {i - 2} and {i} share latent frames; only neighbouring windows may overlap."
+            )
+
+
+def _decode_window(decode_fn: DecodeFn, latents_BCTHW: torch.Tensor, window: Window) -> torch.Tensor:
+    """Pixels of one window as float32 [T,H,W,C], with the frame count of a 4x causal VAE checked."""
+    part_BCTHW = latents_BCTHW[:, :, window.start : window.stop]
+    pixels_BTHWC = decode_fn(part_BCTHW)
+    expected = TEMPORAL_RATIO * (window.stop - window.start) - (TEMPORAL_RATIO - 1)
+    if pixels_BTHWC.ndim != 5 or pixels_BTHWC.shape[:2] != (1, expected):
+        raise DecodeError(
+            f"The VAE made a tensor of shape {tuple(pixels_BTHWC.shape)} from {part_BCTHW.shape[2]} latent frames; "
+            f"expected [1, {expected}, height, width, colours], as a video VAE with 4 pixel frames per latent frame "
+            "makes. Change the file in the node 'Load VAE'."
+        )
+    return pixels_BTHWC[0].float()
+
+
+def decode_stream(
+    decode_fn: DecodeFn,
+    latents_BCTHW: torch.Tensor,
+    windows: Sequence[Window],
+    *,
+    item: int | None = None,
+    interrupt: Callable[[], None] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield one video's pixels as finished float32 chunks [T,H,W,C], 0..1, in video order.
+
+    Each window is decoded once, by `decode_fn(latents [1,C,t,H,W]) -> [1,4t-3,H,W,C]` (core's `VAE.decode` is one).
+    Shared frames are `w * earlier + (1 - w) * later` with `w` from `crossfade_weights`. Chunk borders mean nothing.
+    At most two windows of pixels are alive at a time, provided the caller drops each chunk before the next.
+
+    `item` picks a video of a batch and may be left out for a batch of one. `interrupt()` is called before every
+    window and stops the decode by raising. `on_window(done, count)` is called after every decoded window.
+    Raises DecodeError at once, before anything is decoded, for bad shapes or windows.
+    """
+    if latents_BCTHW.ndim != 5:
+        raise DecodeError(
+            f"Expected a video latent with 5 dimensions [batch, channels, frames, height, width], "
+            f"got {latents_BCTHW.ndim}: {tuple(latents_BCTHW.shape)}."
+        )
+    batch, _, total = latents_BCTHW.shape[:3]
+    if item is None:
+        if batch != 1:
+            raise DecodeError(f"The latent holds {batch} videos; say which one to decode with `item`.")
+        item = 0
+    if not 0 <= item < batch:
+        raise DecodeError(f"Video {item} was asked for, but the latent holds {batch} (counted from 0).")
+    check_windows(windows, total)
+    return _blend(decode_fn, latents_BCTHW[item : item + 1], tuple(windows), interrupt, on_window)
+
+
+def _blend(
+    decode_fn: DecodeFn,
+    latents_BCTHW: torch.Tensor,
+    windows: tuple[Window, ...],
+    interrupt: Callable[[], None] | None,
+    on_window: Callable[[int, int], None] | None,
+) -> Iterator[torch.Tensor]:
+    tail_THWC: torch.Tensor | None = None
+    for i, window in enumerate(windows):
+        if interrupt is not None:
+            interrupt()
+        pixels_THWC = _decode_window(decode_fn, latents_BCTHW, window)
+        if on_window is not None:
+            on_window(i + 1, len(windows))
+        head = 0
+        if tail_THWC is not None:
+            head = tail_THWC.shape[0]
+            w_T111 = crossfade_weights(head, device=pixels_THWC.device).view(-1, 1, 1, 1)
+            blended_THWC = w_T111 * tail_THWC + (1 - w_T111) * pixels_THWC[:head]
+            tail_THWC = None
+            yield blended_THWC
+            del blended_THWC
+        held = overlap_frames(window, windows[i + 1]) if i + 1 < len(windows) else 0
+        stop = pixels_THWC.shape[0] - held
+        if stop > head:
+            yield pixels_THWC[head:stop]
+        # A view would keep the whole window alive while the next one is decoded.
+        tail_THWC = pixels_THWC[stop:].clone() if held else None
+        del pixels_THWC

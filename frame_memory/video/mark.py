@@ -1,0 +1,99 @@
+"""The mark a LATENT carries under the key "frame_memory": what made it and how it must be decoded.
+
+The Anti-Drift Sampler writes it as a plain dict, so that it survives nodes that copy a LATENT, and so that nobody
+needs this class to write one:
+
+    {"latent_format": "HunyuanVideo", "base": "HunyuanVideo" | "selftest",
+     "order": "inverted" | "forward" | "both ends first", "window": 9, "fps": 30.0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+KEY = "frame_memory"
+DEFAULT_FPS = 30.0
+"""What FramePack checkpoints were trained at (reference framepack.md section 6)."""
+NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))
+
+
+class MarkError(ValueError):
+    """A LATENT whose mark cannot be read, or that is to be saved in a way that contradicts it."""
+
+
+@dataclass(frozen=True)
+class LatentMark:
+    """What the sampler said about a LATENT. Empty strings and None mean: not said."""
+
+    latent_format: str = ""
+    base: str = ""
+    order: str = "forward"
+    window: int = 9
+    fps: Fraction | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the LATENT says whose latents these are."""
+        return bool(self.latent_format or self.base)
+
+
+def as_fps(value: float | int | Fraction) -> Fraction:
+    """Frames per second as an exact fraction: 23.976, 29.97 and 59.94 mean the 1000/1001 rates, 12.5 means 25/2.
+
+    Raises MarkError for rates outside 1 to 240.
+    """
+    rate = Fraction(value) if isinstance(value, (int, Fraction)) else Fraction(float(value)).limit_denominator(1000)
+    if not isinstance(value, Fraction):
+        rate = next((ntsc for ntsc in NTSC if abs(ntsc - rate) < Fraction(1, 400)), rate)
+    if not 1 <= rate <= 240:
+        raise MarkError(f"fps is {float(value):g}, expected 1 to 240; FramePack makes {DEFAULT_FPS:g}.")
+    return rate
+
+
+def read_mark(samples: Mapping) -> LatentMark | None:
+    """The mark of a LATENT dict, or None for a LATENT that was not made by Frame Memory.
+
+    Keys that are not known are ignored, keys that are missing take their defaults. Raises MarkError for a mark that
+    is not a dict or whose window is not a positive whole number.
+    """
+    raw = samples.get(KEY)
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        raise MarkError(
+            f'The LATENT carries "{KEY}" as {type(raw).__name__}, expected the dict that Anti-Drift Sampler writes.'
+        )
+    window = raw.get("window", 9)
+    if not isinstance(window, int) or window < 1:
+        raise MarkError(f"The LATENT says its window is {window!r}, expected a whole number from 1; usually 9.")
+    fps = raw.get("fps")
+    return LatentMark(
+        latent_format=str(raw.get("latent_format") or ""),
+        base=str(raw.get("base") or ""),
+        order=str(raw.get("order") or "forward"),
+        window=window,
+        fps=None if fps is None else as_fps(fps),
+    )
+
+
+def resolve_fps(mark: LatentMark | None, asked: float | int | Fraction) -> Fraction:
+    """The frame rate to save at. `asked` 0 means: as it was made, or 30 where the LATENT does not say.
+
+    Raises MarkError when a LATENT made at one rate is to be saved at another: that would only change how fast it
+    plays (fault 25).
+    """
+    made = mark.fps if mark is not None else None
+    if asked == 0:
+        return made if made is not None else as_fps(DEFAULT_FPS)
+    wanted = as_fps(asked)
+    if made is not None and wanted != made:
+        factor = float(wanted / made)
+        raise MarkError(
+            f"This video was made at {float(made):g} fps, and 'Save Long Video' is set to {float(wanted):g} fps. "
+            f"That would not add or drop frames, only play it {factor:.2f} times as fast. Set fps in 'Save Long Video' "
+            f"to {float(made):g} (or 0), and for another rate interpolate the saved video with the node "
+            "'Run Frame Interpolation Model'."
+        )
+    return wanted

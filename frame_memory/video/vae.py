@@ -1,0 +1,146 @@
+"""Which autoencoder a VAE is, and whether a latent belongs to it (fault 22).
+
+HunyuanVideo, Wan 2.1 and the self-test models all use 16 channels at 8x8x4, so shapes cannot tell them apart and
+the wrong pair makes a plausible-looking but wrong video. What core keeps after loading a file does tell them:
+
+- HunyuanVideo: `AutoencoderKL` with 3-D convolutions, or the tiny TAEHV with HunyuanVideo's latent format;
+- Wan 2.1: core's `WanVAE` at its only published width, 96, or the tiny TAEHV without a latent format;
+- self-test: core's `WanVAE`, narrower than that (core reads the width from the file).
+
+Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.wan.vae import WanVAE
+from comfy.taesd.taehv import TAEHV
+
+from .mark import LatentMark
+
+HUNYUAN = "HunyuanVideo"
+WAN = "Wan21"
+SELFTEST = "selftest"
+WAN_WIDTH = 96
+"""`WanVAE.dim` of the published Wan 2.1 file."""
+SPATIAL_RATIO = 8
+TEMPORAL_RATIO = 4
+CHANNELS = 16
+METADATA_BASE = "frame_memory.base"
+"""safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE."""
+
+EXPECTED_FILES = {
+    HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
+    WAN: "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
+    SELFTEST: "the small VAE that ships with Frame Memory's self-test models",
+}
+
+
+class VAEError(ValueError):
+    """A VAE that cannot decode a latent, or must not. The message names the node "Load VAE" and the expected file."""
+
+
+@dataclass(frozen=True)
+class VAEIdentity:
+    """What a loaded VAE is. `family` is HUNYUAN, WAN, SELFTEST, or "" for any other."""
+
+    family: str
+    name: str
+    channels: int
+    spatial: int
+    temporal: int | None
+    is_video: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _file_metadata(vae) -> Mapping:
+    """safetensors metadata of the file behind a VAE from core's loader; empty for a VAE made in another way."""
+    init = getattr(getattr(vae, "patcher", None), "cached_patcher_init", None)
+    if init is None or len(init) < 2:
+        return {}
+    return next((value for value in init[1] if isinstance(value, Mapping)), {})
+
+
+def _family(vae) -> tuple[str, str]:
+    """(family, words for a message) of a VAE, from its class, width and file."""
+    model = vae.first_stage_model
+    three_d = vae.latent_dim == 3
+    if isinstance(model, WanVAE):
+        said = str(_file_metadata(vae).get(METADATA_BASE, ""))
+        if model.dim >= WAN_WIDTH and not said:
+            return WAN, "a Wan 2.1 VAE"
+        if said in ("", SELFTEST):
+            return SELFTEST, f"a self-test VAE (WanVAE of width {model.dim})"
+        return "", f'a VAE that belongs to "{said}"'
+    if isinstance(model, TAEHV) and vae.latent_channels == CHANNELS:
+        if model.latent_format is None:
+            return WAN, "a tiny Wan 2.1 VAE (TAEHV)"
+        name = model.latent_format.__name__
+        return (HUNYUAN if name == HUNYUAN else ""), f"a tiny {name} VAE (TAEHV)"
+    # Core builds a 3-D AutoencoderKL for HunyuanVideo only; its 2-D ones (Flux, SD3) have latent_dim 2.
+    if isinstance(model, AutoencoderKL) and three_d and vae.latent_channels == CHANNELS:
+        return HUNYUAN, "a HunyuanVideo VAE"
+    return "", f"{'a video' if three_d else 'an image'} VAE ({type(model).__name__})"
+
+
+def identify_vae(vae) -> VAEIdentity:
+    """What core loaded. Raises VAEError for a VAE without weights."""
+    if getattr(vae, "first_stage_model", None) is None:
+        raise VAEError("The VAE has no weights. Choose a VAE file in the node 'Load VAE'.")
+    family, name = _family(vae)
+    temporal = vae.temporal_compression_decode()
+    return VAEIdentity(
+        family=family,
+        name=name,
+        channels=int(vae.latent_channels),
+        spatial=int(vae.spacial_compression_decode()),
+        temporal=temporal,
+        is_video=vae.latent_dim == 3,
+    )
+
+
+def _wanted_family(mark: LatentMark | None) -> str:
+    """The family a marked LATENT belongs to; the base decides, because the self-test models use HunyuanVideo's format."""
+    if mark is None:
+        return ""
+    return SELFTEST if mark.base == SELFTEST else (mark.latent_format or mark.base)
+
+
+def check_vae(vae, latents_BCTHW: torch.Tensor, mark: LatentMark | None = None) -> VAEIdentity:
+    """Refuse a VAE that does not belong to a latent; return what it is.
+
+    Without a mark only the shape can be checked: a video VAE with this many channels and 4 pixel frames per latent
+    frame. With one, the family must agree too (same shape is not enough). Raises VAEError.
+    """
+    found = identify_vae(vae)
+    wanted = _wanted_family(mark)
+    expected = EXPECTED_FILES.get(wanted, f'the VAE of "{wanted}"') if wanted else "the video VAE of the model used"
+    change = f"Change the file in the node 'Load VAE' to {expected}."
+    channels = latents_BCTHW.shape[1]
+    if not found.is_video or found.temporal is None:
+        raise VAEError(f"'Load VAE' gave {found}, expected a video VAE. {change}")
+    if found.channels != channels:
+        raise VAEError(f"'Load VAE' gave {found} with {found.channels} channels, the latent has {channels}. {change}")
+    if found.temporal != TEMPORAL_RATIO:
+        raise VAEError(
+            f"'Load VAE' gave {found} with {found.temporal} pixel frames per latent frame, "
+            f"expected {TEMPORAL_RATIO}. {change}"
+        )
+    if not wanted:
+        return found
+    if found.spatial != SPATIAL_RATIO:
+        raise VAEError(
+            f"'Load VAE' gave {found} with {found.spatial} pixels per latent pixel, expected {SPATIAL_RATIO}. {change}"
+        )
+    if found.family != wanted:
+        raise VAEError(
+            f"'Load VAE' gave {found}, but this latent was made with {expected}. Both have {channels} channels at "
+            f"{SPATIAL_RATIO}x{SPATIAL_RATIO}x{TEMPORAL_RATIO}, yet the numbers mean other pictures. {change}"
+        )
+    return found

@@ -1,0 +1,335 @@
+"""Writing a video file as its frames come, with PyAV.
+
+H.264, yuv420p, BT.709 limited range, mp4. The file has a temporary name until it is complete. While it is written it
+is a fragmented mp4, so even a killed process leaves what was finished playable; closing turns it into a plain mp4.
+
+Shape suffixes: T time, H height, W width, C colour channels (3, RGB).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.logging
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+
+from .fragments import cut_to_finished
+from .mark import as_fps
+
+NODE = "Save Long Video"
+BT709 = 1
+"""ITU-T H.273 code for BT.709, the same number for primaries, transfer curve and matrix."""
+DEFAULT_CRF = 18
+BLACK_LEVEL = 2
+"""A frame is called black when no 8-bit value in it is above this."""
+GOP_SECONDS = 1.2
+"""A key frame, and so a playable fragment, at least this often: one FramePack section."""
+DISK_MARGIN = 16 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+class VideoWriteError(RuntimeError):
+    """A video that could not be written. The message names the cause, what was kept and where, and what to change."""
+
+
+@dataclass(frozen=True)
+class WrittenVideo:
+    """A finished file: `seconds` is exact (`frames / fps`), `black_frames` are frame numbers from 0."""
+
+    path: Path
+    width: int
+    height: int
+    frames: int
+    fps: Fraction
+    black_frames: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.frames / self.fps)
+
+
+def estimate_bytes(width: int, height: int, frames: int, crf: float = DEFAULT_CRF) -> int:
+    """Generous size of an H.264 file: 0.15 bytes a pixel at crf 18 (grainy video), halved for every 6 steps of crf."""
+    return int(0.15 * width * height * frames * 2 ** ((DEFAULT_CRF - crf) / 6))
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise VideoWriteError, with the nearest even size, for sizes that yuv420p cannot hold."""
+    if width < 2 or height < 2 or width % 2 or height % 2:
+        even = tuple(max(2, side + side % 2) for side in (width, height))
+        raise VideoWriteError(
+            f"The video is {width}x{height}; H.264 needs even sides. Nearest: {even[0]}x{even[1]}. "
+            "Change the size in the node that made the latent or image."
+        )
+
+
+def check_disk(path: Path, width: int, height: int, frames: int, crf: float = DEFAULT_CRF) -> None:
+    """Raise VideoWriteError if the disk of `path` has less room than `frames` frames are likely to need."""
+    needed = estimate_bytes(width, height, frames, crf) + DISK_MARGIN
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise VideoWriteError(
+            f"The disk of {path.parent} has {_megabytes(free)} free, and {frames} frames of {width}x{height} may need "
+            f"{_megabytes(needed)}. Nothing was written. Free some space, or raise crf in '{NODE}' (6 more halves it)."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"
+
+
+def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
+    """Frames as contiguous uint8 [T,H,W,C]. Floats are 0..1, rounded; NaN and Inf raise, with the frame's number."""
+    if isinstance(frames_THWC, np.ndarray):
+        frames_THWC = torch.from_numpy(frames_THWC)
+    if frames_THWC.is_floating_point():
+        bad_T = (~torch.isfinite(frames_THWC)).flatten(1).any(dim=1)
+        if bool(bad_T.any()):
+            frame = first + int(bad_T.nonzero()[0])
+            raise VideoWriteError(
+                f"Frame {frame} holds NaN or Inf: sampling or decoding broke, and it would be saved as black. "
+                "Try the VAE in fp32 (--fp32-vae), another attention backend, or another weight dtype in "
+                "'Load FramePack Model'."
+            )
+        frames_THWC = frames_THWC.float().mul(255.0).round().clamp(0, 255)
+    return np.ascontiguousarray(frames_THWC.to(device="cpu", dtype=torch.uint8).numpy())
+
+
+class VideoWriter:
+    """Context manager that writes one mp4: `with VideoWriter(path, w, h, fps) as out: out.write(frames_THWC)`.
+
+    The file is written as `<stem>.part.mp4` beside `path`, flushed to disk and renamed to `path` (replacing what is
+    there) when the block ends well. When it ends with an exception the finished frames stay in the `.part.mp4`, which
+    is playable and named in `kept_path` and in the log; without a finished frame nothing stays.
+
+    `fps` is kept exactly. `crf` is x264's quality (0 lossless, 18 visually lossless, 51 worst). `metadata` goes into
+    the container as core's Save Video writes it (JSON values). `expected_frames` allows the disk to be checked.
+    `allow_black` permits a video of black frames only, which is otherwise refused (fault 13).
+    Raises VideoWriteError; after the block `result` is the WrittenVideo.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        width: int,
+        height: int,
+        fps: Fraction | float | int,
+        *,
+        crf: float = DEFAULT_CRF,
+        metadata: Mapping | None = None,
+        expected_frames: int | None = None,
+        allow_black: bool = False,
+    ) -> None:
+        check_size(width, height)
+        if not 0 <= crf <= 51:
+            raise VideoWriteError(f"crf is {crf:g}, expected 0 (best) to 51. Change it in '{NODE}'.")
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise VideoWriteError(f"The file name is {self.path.name}, expected one that ends in .mp4.")
+        self.width, self.height, self.fps, self.crf = width, height, as_fps(fps), crf
+        self.metadata = dict(metadata or {})
+        self.expected_frames = expected_frames
+        self.allow_black = allow_black
+        self.frames = 0
+        self.black_frames: list[int] = []
+        self.kept_path: Path | None = None
+        self.result: WrittenVideo | None = None
+        self._failed = False
+
+    def __enter__(self) -> VideoWriter:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.expected_frames is not None:
+                check_disk(self.path, self.width, self.height, self.expected_frames, self.crf)
+            self._part = self._reserve_part()
+        except OSError as error:
+            raise VideoWriteError(
+                f"Cannot write into {self.path.parent}: {error.strerror or error}. Nothing was written. Choose another "
+                f"filename_prefix in '{NODE}', or another output folder."
+            ) from error
+        try:
+            self._open()
+        except (av.error.FFmpegError, ValueError) as error:
+            self._container.close()
+            self._part.unlink(missing_ok=True)
+            raise VideoWriteError(
+                f"The H.264 encoder does not take {self.width}x{self.height} at {self.fps} fps with crf {self.crf:g}. "
+                f"The encoder's words: {error}"
+            ) from error
+        return self
+
+    def _reserve_part(self) -> Path:
+        """Create the temporary file under a name that is not taken: an earlier one may be all that is left of a render."""
+        for number in range(1, 10_000):
+            part = self.path.with_name(f"{self.path.stem}.part{'' if number == 1 else number}.mp4")
+            try:
+                part.open("xb").close()
+            except FileExistsError:
+                continue
+            return part
+        raise FileExistsError(errno.EEXIST, f"9999 unfinished videos named {self.path.stem}.part*.mp4 are in the way")
+
+    def _open(self) -> None:
+        # delay_moov: with it the muxer writes an edit list, without it B-frames would shift the start by two frames.
+        flags = "use_metadata_tags+hybrid_fragmented+delay_moov"
+        options = {"movflags": flags, "flush_packets": "1"}
+        self._container = av.open(str(self._part), mode="w", format="mp4", options=options)
+        for key, value in self.metadata.items():
+            self._container.metadata[key] = value if isinstance(value, str) else json.dumps(value)
+        gop = max(1, round(float(self.fps) * GOP_SECONDS))
+        stream = self._container.add_stream(
+            "libx264", rate=self.fps, options={"crf": f"{self.crf:g}", "g": str(gop), "preset": "medium"}
+        )
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = ColorRange.MPEG
+        self._stream = stream
+        # Opened here, so that a bad setting fails before anything is decoded. PyAV is silent unless its log is on,
+        # and it stays off while encoding, because libav's threads and Python's lock can block each other.
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.ERROR)
+        try:
+            with av.logging.Capture():
+                context.open()
+        finally:
+            av.logging.set_level(level)
+
+    def write(self, frames_THWC: torch.Tensor | np.ndarray) -> None:
+        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Only this chunk is copied. Not mutated."""
+        if tuple(frames_THWC.shape[1:]) != (self.height, self.width, 3):
+            raise VideoWriteError(
+                f"Frames of shape {tuple(frames_THWC.shape)} came, expected [frames, {self.height}, {self.width}, 3]."
+            )
+        frames_THWC = _to_uint8(frames_THWC, self.frames)
+        try:
+            for image_HWC in frames_THWC:
+                self._encode(image_HWC)
+        except av.error.FFmpegError as error:
+            self._failed = True
+            raise self._write_error(error) from error
+
+    def _encode(self, image_HWC: np.ndarray) -> None:
+        frame = av.VideoFrame.from_ndarray(image_HWC, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+        )
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+        if int(image_HWC.max()) <= BLACK_LEVEL:
+            self.black_frames.append(self.frames)
+        self.frames += 1
+
+    def _write_error(self, error: OSError) -> VideoWriteError:
+        """Close what is there, keep it, and say so with the cause."""
+        self._keep()
+        if error.errno == errno.ENOSPC:
+            cause = f"The disk of {self.path.parent} is full (No space left on device) after {self.frames} frames."
+            remedy = "Free some space and queue again."
+        else:
+            cause = f"Writing {self.path.name} failed after {self.frames} frames. The encoder's words: {error}."
+            remedy = f"Check the disk of {self.path.parent}, then queue again."
+        return VideoWriteError(f"{cause} {self._kept_words()} {remedy}")
+
+    def _kept_words(self) -> str:
+        if self.kept_path is None:
+            return "No frame was finished, so no file was kept."
+        return f"The finished part is kept in {self.kept_path}."
+
+    def _finish_container(self) -> None:
+        for packet in self._stream.encode(None):
+            self._container.mux(packet)
+        self._container.close()
+
+    def _keep(self) -> None:
+        """End the temporary file so that it plays, if it holds a frame; set `kept_path`, or remove the file."""
+        complete = False
+        if self.frames and not self._failed:
+            try:
+                self._finish_container()
+                complete = True
+            except av.error.FFmpegError as error:
+                log.warning("%s could not be closed: %s", self._part, error)
+        if not complete:
+            try:
+                self._container.close()
+            except av.error.FFmpegError:
+                log.debug("closing %s failed again", self._part)
+        try:
+            if complete or cut_to_finished(self._part):
+                self.kept_path = self._part
+            else:
+                self._part.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s could not be tidied: %s", self._part, error)
+            self.kept_path = self._part
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if kind is None:
+            self._complete()
+        elif not self._failed:
+            self._keep()
+            log.warning("Saving %s stopped after %d frames. %s", self.path.name, self.frames, self._kept_words())
+        return False
+
+    def _complete(self) -> None:
+        if self.frames == 0:
+            self._keep()
+            raise VideoWriteError("No frames came, so there is no video to save.")
+        all_black = len(self.black_frames) == self.frames
+        try:
+            self._finish_container()
+        except av.error.FFmpegError as error:
+            self._failed = True
+            raise self._write_error(error) from error
+        if all_black and not self.allow_black:
+            self.kept_path = self._part
+            raise VideoWriteError(
+                f"All {self.frames} frames are black, so this is not saved as a finished video. Usual causes: an "
+                "attention backend or fp16 that overflowed, or a VAE that does not belong to the model. "
+                f"{self._kept_words()}"
+            )
+        try:
+            _flush_to_disk(self._part)
+            os.replace(self._part, self.path)
+            _flush_to_disk(self.path.parent)
+        except OSError as error:
+            self.kept_path = self._part if self._part.exists() else self.path
+            raise VideoWriteError(
+                f"The video is complete, but could not be given its name {self.path.name}: {error}. "
+                f"{self._kept_words()}"
+            ) from error
+        self.result = WrittenVideo(
+            self.path, self.width, self.height, self.frames, self.fps, tuple(self.black_frames)
+        )
+
+
+def _flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder where the system has that (not on Windows)."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Network and FUSE folders may refuse to be flushed; the file itself must not.
+        if not folder:
+            raise
+        log.debug("folder %s cannot be flushed: %s", path, error)
+    finally:
+        os.close(handle)
