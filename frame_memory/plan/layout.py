@@ -6,7 +6,7 @@ Only rectangles, texts and colours (0xRRGGBB ints) in pixels with the origin at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from .frames import BLANK, END, START, runs
 from .schedule import Schedule
@@ -138,7 +138,7 @@ def _bars(left: int, right: int, count: int, y: int, height: int, colour: int, k
     if right - left < 3 * count:
         return [Rect(left, y, max(right - left, 1), height, colour, kind)]
     edges = [left + (right - left) * i // count for i in range(count + 1)]
-    return [Rect(a, y, b - a - 1, height, colour, kind) for a, b in zip(edges, edges[1:])]
+    return [Rect(a, y, b - a - 1, height, colour, kind) for a, b in pairwise(edges)]
 
 
 def _key(schedule: Schedule, counts) -> list[tuple[str, int]]:

@@ -129,18 +129,19 @@ def parse_schedule(text: str) -> Schedule:
     kept = [side.tail for side in (before, after) if side.tail and side.tail.letter != "d"]
     if len(kept) > 1:
         raise ScheduleError(text, kept[1].position, "a second tail that is kept; only one side may use ta or tc")
-    fields = {
-        "anchor_before": before.anchor[::-1],
-        "skip_before": before.skip,
-        "tail_before": before.tail.letter if before.tail else None,
-        "history_before": before.history[::-1],
-        "window": elements[middle].number,
-        "history_after": after.history,
-        "tail_after": after.tail.letter if after.tail else None,
-        "skip_after": after.skip,
-        "anchor_after": after.anchor,
-    }
-    return Schedule(text=_canonical(**fields), **fields)
+    window = elements[middle].number
+    return Schedule(
+        text=_canonical(before, window, after),
+        anchor_before=before.anchor[::-1],
+        skip_before=before.skip,
+        tail_before=before.tail.letter if before.tail else None,
+        history_before=before.history[::-1],
+        window=window,
+        history_after=after.history,
+        tail_after=after.tail.letter if after.tail else None,
+        skip_after=after.skip,
+        anchor_after=after.anchor,
+    )
 
 
 def _scan(text: str) -> list[_Element]:
@@ -243,20 +244,16 @@ def _side(text: str, outward: list[_Element]) -> _Side:
     )
 
 
-def _canonical(
-    *, anchor_before, skip_before, tail_before, history_before, window, history_after, tail_after, skip_after, anchor_after
-) -> str:
-    parts = [
-        "".join(map(str, anchor_before)),
-        "x" if skip_before else "",
-        f"t{tail_before}" if tail_before else "",
-        "".join(map(str, history_before)),
-        f"g{window}",
-        "".join(map(str, history_after)),
-        f"t{tail_after}" if tail_after else "",
-        "x" if skip_after else "",
-        "".join(map(str, anchor_after)),
-    ]
+def _canonical(before: _Side, window: int, after: _Side) -> str:
+    parts = [f"g{window}"]
+    for side, outward in ((before, -1), (after, 1)):
+        words = [
+            "".join(map(str, side.history[::outward])),
+            f"t{side.tail.letter}" if side.tail else "",
+            "x" if side.skip else "",
+            "".join(map(str, side.anchor[::outward])),
+        ]
+        parts = [*words[::-1], *parts] if outward < 0 else [*parts, *words]
     return "_".join(part for part in parts if part)
 
 

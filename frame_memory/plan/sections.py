@@ -338,14 +338,15 @@ def _check_order(schedule: Schedule, order: str) -> None:
     if order not in ORDERS:
         raise PlanError(refusal(f"order {order!r}", "one of " + ", ".join(ORDERS), natural_order(schedule), SAMPLER))
     natural = natural_order(schedule)
+    before = schedule.history_before or schedule.anchor_before
     missing = None
     if order == "inverted" and not (schedule.history_after or schedule.anchor_after):
         missing, preset = "a group after g, since later sections are made first", "F0 inverted"
-    elif order == "forward" and not (schedule.history_before or schedule.anchor_before):
+    elif order == "forward" and not before:
         missing, preset = "a group before g, since earlier sections are made first", "F1 forward"
     elif order == "forward" and not schedule.history_before and schedule.history_after:
         missing, preset = "history before g; this schedule only sees frames that are not made yet", "F1 forward"
-    elif order == "both ends first" and not (schedule.anchor_after and (schedule.history_before or schedule.anchor_before)):
+    elif order == "both ends first" and not (schedule.anchor_after and before):
         missing, preset = "an end anchor and a group before g", "Anti-drifting, both ends first"
     if missing:
         nearest = f"order {natural}, or schedule {PRESETS[preset]} ({preset}) in the node \"{PACKER}\""

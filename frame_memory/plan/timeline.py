@@ -174,7 +174,8 @@ def _read_line(line: str, number: int, base: list[str], written: list[_Written])
         for begin, stop in zip(openings, [*openings[1:], len(content)]):
             item = content[begin:stop].rstrip()
             if not item.endswith("]"):
-                _refuse(number, column + begin, "a bracket that is not closed before the next, or text after it", written)
+                reason = "a bracket that is not closed before the next, or text after it"
+                _refuse(number, column + begin, reason, written)
             inner = item[1:-1]
             offset = len(inner) - len(inner.lstrip())
             place = column + begin + 1 + offset
