@@ -106,7 +106,7 @@ def identify_vae(vae) -> VAEIdentity:
 
 
 def _wanted_family(mark: LatentMark | None) -> str:
-    """The family a marked LATENT belongs to; the base decides, because the self-test models use HunyuanVideo's format."""
+    """Family a marked LATENT belongs to. The base decides: the self-test models use HunyuanVideo's format."""
     if mark is None:
         return ""
     return SELFTEST if mark.base == SELFTEST else (mark.latent_format or mark.base)

@@ -22,7 +22,7 @@ import av
 import av.logging
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from .fragments import cut_to_finished
 from .mark import as_fps
@@ -171,7 +171,7 @@ class VideoWriter:
         return self
 
     def _reserve_part(self) -> Path:
-        """Create the temporary file under a name that is not taken: an earlier one may be all that is left of a render."""
+        """Create the temporary file under a free name: an earlier one may be all that is left of a render."""
         for number in range(1, 10_000):
             part = self.path.with_name(f"{self.path.stem}.part{'' if number == 1 else number}.mp4")
             try:
@@ -182,8 +182,9 @@ class VideoWriter:
         raise FileExistsError(errno.EEXIST, f"9999 unfinished videos named {self.path.stem}.part*.mp4 are in the way")
 
     def _open(self) -> None:
-        # delay_moov: with it the muxer writes an edit list, without it B-frames would shift the start by two frames.
-        flags = "use_metadata_tags+hybrid_fragmented+delay_moov"
+        # negative_cts_offsets: B-frames would otherwise shift the start by two frames, since this kind of file has no
+        # edit list. (delay_moov would give it one, but FFmpeg 8.0 then tears the file.)
+        flags = "use_metadata_tags+hybrid_fragmented+negative_cts_offsets"
         options = {"movflags": flags, "flush_packets": "1"}
         self._container = av.open(str(self._part), mode="w", format="mp4", options=options)
         for key, value in self.metadata.items():
@@ -222,8 +223,10 @@ class VideoWriter:
             raise self._write_error(error) from error
 
     def _encode(self, image_HWC: np.ndarray) -> None:
+        # AREA averages the 2x2 pixels of a chroma sample and rounds to the nearest code; the default drifts by one.
         frame = av.VideoFrame.from_ndarray(image_HWC, format="rgb24").reformat(
             format="yuv420p",
+            interpolation=Interpolation.AREA,
             dst_colorspace=Colorspace.ITU709,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
@@ -313,9 +316,7 @@ class VideoWriter:
                 f"The video is complete, but could not be given its name {self.path.name}: {error}. "
                 f"{self._kept_words()}"
             ) from error
-        self.result = WrittenVideo(
-            self.path, self.width, self.height, self.frames, self.fps, tuple(self.black_frames)
-        )
+        self.result = WrittenVideo(self.path, self.width, self.height, self.frames, self.fps, tuple(self.black_frames))
 
 
 def _flush_to_disk(path: Path) -> None:
