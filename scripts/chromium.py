@@ -1,0 +1,57 @@
+"""Finds an installed Chromium for the browser tests, and installs one where the system's package manager may."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge", "msedge")
+MAC = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",
+)
+WINDOWS = (
+    "Google/Chrome/Application/chrome.exe",
+    "Chromium/Application/chrome.exe",
+    "Microsoft/Edge/Application/msedge.exe",
+)
+
+
+def find() -> str | None:
+    """The path of a Chromium, Chrome or Edge, or None. FRAME_MEMORY_CHROMIUM names one outright."""
+    named = os.environ.get("FRAME_MEMORY_CHROMIUM")
+    if named:
+        return named if Path(named).is_file() else None
+    for name in NAMES:
+        found = shutil.which(name)
+        if found:
+            return found
+    places = [Path(p) for p in MAC] if sys.platform == "darwin" else []
+    if sys.platform == "win32":
+        roots = filter(None, map(os.environ.get, ("PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA")))
+        places = [Path(root) / tail for root in roots for tail in WINDOWS]
+    return next((str(p) for p in places if p.is_file()), None)
+
+
+def may_install() -> bool:
+    """Whether this is a system where apt-get can be run without asking anybody."""
+    return sys.platform.startswith("linux") and bool(shutil.which("apt-get")) and os.geteuid() == 0
+
+
+def find_or_install(say) -> str | None:
+    """``find``, after an ``apt-get install chromium`` where nothing was found and that may be run."""
+    found = find()
+    if found or os.environ.get("FRAME_MEMORY_CHROMIUM") or not may_install():
+        return found
+    say("No Chromium found for the browser tests; installing it with apt-get.")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]
+    for line in (["apt-get", "update", "-qq"], install):
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            say(f"  {' '.join(line)} failed:\n{done.stderr.strip()[-600:]}")
+    return find()

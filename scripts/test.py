@@ -1,0 +1,80 @@
+"""Runs every check of the repository on the real ComfyUI; installs what is missing first.
+
+    python scripts/test.py                          everything
+    python scripts/test.py tests/plan -k schedule   pytest's arguments: only these tests, no other checks
+
+With CI=true a missing Chromium is a failure; elsewhere the browser tests are then skipped, in loud words.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if sys.version_info < (3, 10):
+    sys.exit("Frame Memory needs Python 3.10 or newer; this is %d.%d." % sys.version_info[:2])
+
+import os
+import subprocess
+import time
+
+from scripts import chromium, host
+
+STEPS = (
+    ("ruff", ["-m", "ruff", "check", "--quiet", "--no-cache", str(host.REPO)]),
+    ("comfy-test's hazard scan", [str(host.REPO / "scripts" / "hazards.py"), str(host.REPO)]),
+)
+
+
+def in_ci() -> bool:
+    """Whether this run may not skip anything."""
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the checks in order; the exit code is the first failure's. pytest's closing line is the last one printed."""
+    try:
+        found = host.ensure_host()
+    except host.HostError as error:
+        host.say(f"\n{error}")
+        return 1
+    environment = host.environment(found)
+    browser = chromium.find_or_install(host.say)
+    if browser:
+        environment["FRAME_MEMORY_CHROMIUM"] = browser
+    else:
+        host.say(
+            "\n*** NO CHROMIUM FOUND: the tests that open the graphs in the real frontend are NOT run. ***\n"
+            "*** Install Chromium, Chrome or Edge, or name one in FRAME_MEMORY_CHROMIUM.             ***\n"
+        )
+        if in_ci():
+            return 1
+    if not arguments:
+        for name, line in STEPS:
+            began = time.monotonic()
+            code = subprocess.call(host.command(found, line), env=environment)
+            if code:
+                host.say(f"{name} failed; the tests were not started.")
+                return code
+            host.say(f"{name}: passed ({time.monotonic() - began:.0f} s)")
+    config = ["-c", str(host.REPO / "tests" / "pytest.ini"), "--rootdir", str(host.REPO / "tests")]
+    line = ["-m", "pytest", "-q", *config, *with_places(arguments)]
+    return subprocess.call(host.command(found, line), env=environment)
+
+
+def with_places(arguments: list[str]) -> list[str]:
+    """pytest's arguments with paths made whole (relative to here or the repository); tests/ where none is named."""
+    placed, found, value_next = [], False, False
+    for argument in arguments:
+        name, mark, test = argument.partition("::")
+        here = next((p for p in (Path(name), host.REPO / name) if p.exists()), None)
+        if value_next or argument.startswith("-") or here is None:
+            placed.append(argument)
+            value_next = not value_next and argument in ("-k", "-m", "-p", "-o", "-W", "-n")
+        else:
+            placed.append(str(here.resolve()) + mark + test)
+            found, value_next = True, False
+    return placed if found else [str(host.REPO / "tests"), *placed]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
