@@ -1,0 +1,335 @@
+"""FramePack checkpoints: find the files, say what they are, stream them into core's layout, load and save.
+
+Reads diffusers' three-shard folder (by folder, index or any shard), single files in bf16, fp16, fp32 or plain fp8,
+core's scaled fp8, and native-layout files; safetensors only. Source: reference/framepack.md section 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import comfy.memory_management
+import comfy.model_base
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from . import framepack, scaled_fp8, tensor_file
+from .key_map import (
+    CONTEXT_SIGNATURE,
+    QUANT_MARKER,
+    KeyMapError,
+    Row,
+    check_keys,
+    find_prefix,
+    is_diffusers,
+    is_native,
+    is_quant_key,
+    layer_of,
+    swap_halves,
+)
+from .tensor_file import FileError, StoredTensor, real
+
+FORMAT = "framepack-native-1"
+KIND_KEY, FORMAT_KEY, SOURCE_KEY = "frame_memory.kind", "frame_memory.format", "frame_memory.source"
+KINDS = ("F0", "F1")
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ext>\.safetensors)$")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CHOOSE = "Choose a FramePack checkpoint in 'Load FramePack Model'."
+SHARDS_SHOWN = 4
+
+
+class CheckpointError(ValueError):
+    """Files that are no FramePack checkpoint, or not all of one. The message says what they are instead."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What is known from the headers alone.
+
+    kind: "F0", "F1" or None where neither the metadata nor the name says. layout: "diffusers" or "native".
+    dtypes: dtype name and count of numbers, most first. quantised: layers with scales. bytes: of all files.
+    """
+
+    kind: str | None
+    layout: str
+    dtypes: tuple[tuple[str, int], ...]
+    quantised: int
+    shards: tuple[str, ...]
+    tensors: int
+    bytes: int
+
+
+def kind_from_name(path: str) -> str | None:
+    """F0 or F1 as the file's name tells it, else its folders' names (nearest first, four levels), else None.
+
+    The files of both kinds have the same keys and shapes (reference/framepack.md section 1).
+    """
+    parts = [p for p in re.split(r"[\\/]", path) if p][-5:]
+    for part in reversed(parts):
+        if re.search(r"(?<![a-z0-9])f1(?![a-z0-9])|frame[-_ ]?packf1", part.lower()):
+            return "F1"
+        if re.search(r"frame[-_ ]?pack|(?<![a-z0-9])f0(?![a-z0-9])", part.lower()):
+            return "F0"
+    return None
+
+
+def find_files(paths: str | Sequence[str]) -> tuple[str, ...]:
+    """All files of the checkpoint that `paths` names: a file, any shard, a shard index, a folder, or a list.
+
+    Raises CheckpointError naming the shards that are not there.
+    """
+    if not isinstance(paths, str):
+        files: dict[str, None] = {}
+        for path in paths:
+            files.update(dict.fromkeys(find_files(path)))
+        return tuple(files)
+    if os.path.isdir(paths):
+        return _files_of_folder(paths)
+    folder, name = os.path.split(paths)
+    if name.endswith(".safetensors.index.json"):
+        return _files_of_index(paths)
+    shard = SHARD.match(name)
+    if shard is None:
+        return (paths,)
+    count = int(shard["count"])
+    names = [f"{shard['stem']}-{i:05d}-of-{count:05d}{shard['ext']}" for i in range(1, count + 1)]
+    return _all_present(folder, names, paths)
+
+
+def _files_of_folder(folder: str) -> tuple[str, ...]:
+    names = sorted(os.listdir(folder))
+    for name in names:
+        if name.endswith(".safetensors.index.json"):
+            return _files_of_index(os.path.join(folder, name))
+    files = [n for n in names if n.lower().endswith(tensor_file.SAFETENSORS)]
+    if not files and os.path.isdir(os.path.join(folder, "transformer")):
+        return _files_of_folder(os.path.join(folder, "transformer"))
+    if files and SHARD.match(files[0]):
+        return find_files(os.path.join(folder, files[0]))
+    if len(files) == 1:
+        return (os.path.join(folder, files[0]),)
+    found = f"{len(files)} .safetensors files: {', '.join(files[:SHARDS_SHOWN])}" if files else "no .safetensors file"
+    raise CheckpointError(f"The folder {folder} holds {found}; expected one file or the shards of one. {CHOOSE}")
+
+
+def _files_of_index(index: str) -> tuple[str, ...]:
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a readable shard index ({error}). {CHOOSE}") from error
+    if any(not isinstance(n, str) or os.path.basename(n) != n for n in names):
+        raise CheckpointError(f"{index} names shards outside its own folder, which is not followed. {CHOOSE}")
+    return _all_present(os.path.dirname(index), names, index)
+
+
+def _all_present(folder: str, names: list[str], given: str) -> tuple[str, ...]:
+    missing = [n for n in names if not os.path.isfile(os.path.join(folder, n))]
+    if missing:
+        raise CheckpointError(
+            f"{given} belongs to a checkpoint of {len(names)} files, and {len(missing)} of them are not in its "
+            f"folder: {', '.join(missing)}. Put all of them side by side, then run 'Load FramePack Model' again."
+        )
+    return tuple(os.path.join(folder, n) for n in names)
+
+
+def _open(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, str], str]:
+    """Files, stored tensors by name without prefix, metadata, and the prefix that was removed."""
+    files = find_files(paths)
+    entries: dict[str, tensor_file.Entry] = {}
+    metadata: dict[str, str] = {}
+    for path in files:
+        found, meta = tensor_file.read_header(path)
+        entries.update(found)
+        metadata.update(meta)
+    prefix = find_prefix(entries)
+    stored = {k.removeprefix(prefix): StoredTensor(e.read, e.shape, e.dtype) for k, e in entries.items()}
+    _refuse_other_families(files[0], stored)
+    return files, stored, metadata, prefix
+
+
+def inspect(paths: str | Sequence[str]) -> CheckpointInfo:
+    """Read only the headers; raises the same errors as loading does for bad, missing and foreign files."""
+    files, stored, metadata, prefix = _open(paths)
+    sizes: Counter = Counter()
+    for key, value in stored.items():
+        if not is_quant_key(key):
+            sizes[tensor_file.NAMES[value.dtype]] += value.numel()
+    return CheckpointInfo(
+        kind=metadata[KIND_KEY] if metadata.get(KIND_KEY) in KINDS else kind_from_name(files[0]),
+        layout="diffusers" if is_diffusers(stored) else "native",
+        dtypes=tuple(sizes.most_common()),
+        quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
+        shards=tuple(os.path.basename(f) for f in files),
+        tensors=len(stored),
+        bytes=sum(os.path.getsize(f) for f in files),
+    )
+
+
+def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor | Tensor], dict[str, str]]:
+    """The checkpoint in core's layout, every tensor still on disk, and its metadata.
+
+    Raises FileError, CheckpointError or KeyMapError (all ValueError) for files that are damaged, of another
+    family, or not complete.
+    """
+    files, stored, metadata, prefix = _open(paths)
+    diffusers = is_diffusers(stored)
+    try:
+        table = check_keys(stored, diffusers)
+    except KeyMapError as error:
+        raise KeyMapError(f"{files[0]}: {error} {CHOOSE}", error.missing, error.unexpected) from None
+    settings = scaled_fp8.layer_settings(stored, metadata, prefix)
+    metadata = {k: v for k, v in metadata.items() if k != scaled_fp8.METADATA_KEY}
+    if not diffusers:
+        out: dict[str, Tensor] = dict(stored)
+        if QUANT_MARKER not in stored:  # core turns its older mark into this one by itself
+            out.update({f"{layer}.comfy_quant": scaled_fp8.mark(conf) for layer, conf in settings.items()})
+        return out, metadata
+    native: dict[str, Tensor] = {}
+    for row in table:
+        quantised = scaled_fp8.convert_row(row, stored, settings)
+        native.update(quantised or {})
+        for param in row.params:
+            if f"{row.target}.{param}" not in native:
+                native[f"{row.target}.{param}"] = _fuse(row, param, stored)
+    return native, metadata
+
+
+def _fuse(row: Row, param: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    parts = [stored[f"{s}.{param}"] for s in row.sources]
+    if len({tuple(p.shape[1:]) for p in parts}) > 1:
+        shapes = ", ".join(f"{s}.{param} {tuple(p.shape)}" for s, p in zip(row.sources, parts, strict=True))
+        raise CheckpointError(f"These tensors belong to one matrix but do not fit: {shapes}. {CHOOSE}")
+    if len(parts) == 1 and not row.swap_halves:
+        return parts[0]
+    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+
+    def load() -> Tensor:
+        out, start = torch.empty(shape, dtype=dtype), 0
+        for part in parts:
+            out.narrow(0, start, part.shape[0]).copy_(part)
+            start += part.shape[0]
+        return swap_halves(out) if row.swap_halves else out
+
+    return StoredTensor(load, shape, dtype)
+
+
+def load_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The checkpoint in core's layout, in RAM, and its metadata. Peak RAM: the tensors and one more of them."""
+    stored, metadata = open_state_dict(paths)
+    return {key: real(value) for key, value in stored.items()}, metadata
+
+
+def load_framepack(paths, model_options=None, disable_dynamic=False):
+    """A core ModelPatcher around the FramePack network of a checkpoint.
+
+    model_options: core's own (`dtype`, `custom_operations`, ...). Beyond what core does, a network kept in fp8
+    has only its blocks' matrices in fp8: embedders, context weights, output layer, norms and biases stay as
+    precise as the file has them (reference/framepack.md 9, trap 15).
+    Raises FileError, CheckpointError or KeyMapError; nothing is ever filled with random numbers.
+    """
+    framepack.register()
+    model_options = dict(model_options or {})
+    stored, metadata = open_state_dict(paths)
+    sd = stored
+    kept_as_given = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
+    if kept_as_given or comfy.memory_management.aimdo_enabled or "custom_operations" in model_options:
+        # These paths keep the tensors they are given as the network's own, so they must be real.
+        sd = {key: real(value) for key, value in stored.items()}
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(sd), model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    if model is None or not framepack.is_framepack(model):
+        raise CheckpointError(f"ComfyUI did not recognise {paths} as a FramePack network. {CHOOSE}")
+    if sd is stored:
+        _restore_precision(model.model, stored)
+    model.cached_patcher_init = (load_framepack, (paths, model_options))
+    return model
+
+
+def _restore_precision(model: comfy.model_base.BaseModel, stored: Mapping[str, Tensor]) -> None:
+    """Undo core's rounding to fp8 where it costs quality and saves next to nothing.
+
+    An fp8 file keeps every tensor that it has in more bits. Where fp8 was asked for with another file, it means
+    the matrices of the double and single blocks.
+    """
+    numbers: Counter = Counter()
+    for value in stored.values():
+        numbers[value.dtype in FP8] += value.numel()
+    fp8_file = numbers[True] > numbers[False]
+    for key, value in stored.items():
+        matrix_of_block = value.ndim == 2 and key.startswith(("double_blocks.", "single_blocks."))
+        if value.dtype in FP8 or (matrix_of_block and not fp8_file):
+            continue
+        module_name, param = layer_of(key)
+        module = model.diffusion_model.get_submodule(module_name)
+        held = getattr(module, param)
+        if held.dtype in FP8:
+            setattr(module, param, torch.nn.Parameter(real(value).to(held.device), requires_grad=False))
+
+
+def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str], kind: str, source: str = "") -> None:
+    """Write core's layout as one safetensors file that stock and GGUF tools read; tensors may still be on disk.
+
+    kind: "F0" or "F1". source: the name of the file it came from. `path` appears only when complete.
+    Raises FileError (a full disk, a place that cannot be written) and KeyMapError (an incomplete network).
+    """
+    if kind not in KINDS:
+        raise CheckpointError(f"The kind of a FramePack checkpoint is 'F0' or 'F1', not '{kind}'.")
+    if not path.lower().endswith(tensor_file.SAFETENSORS):
+        raise CheckpointError(f"A converted checkpoint is saved as .safetensors, not as {os.path.basename(path)}.")
+    check_keys(sd, diffusers=False)
+    extra = {FORMAT_KEY: FORMAT, KIND_KEY: kind, SOURCE_KEY: os.path.basename(source), "format": "pt"}
+    tensor_file.write(path, sd, {**metadata, **extra})
+
+
+# Shown to the artist in place of "could not detect": family, and keys that only it has.
+_FAMILIES = (
+    ("a LoRA, which goes into 'Frame Memory LoRA Loader'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
+    ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
+    ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
+    ("FLUX", r"^double_blocks\.0\.img_attn\..*|^double_stream_modulation"),
+    ("Stable Diffusion 1, 2 or XL", r"^input_blocks\.|^down_blocks\.\d+\.(attentions|resnets)\."),
+    ("Stable Diffusion 3", r"^joint_blocks\."),
+    ("LTX-Video", r"^transformer_blocks\.\d+\.scale_shift_table|^patchify_proj\."),
+    ("Cosmos", r"^blocks\.block0\."),
+    ("Qwen-Image", r"^transformer_blocks\.\d+\.img_mlp\."),
+    ("a VAE", r"^decoder\.(conv_in|conv1|mid|middle)|^encoder\.(conv_in|conv1)"),
+    ("a text encoder", r"^model\.layers\.0\.|^text_model\.|^encoder\.block\.0\.|^layers\.0\.self_attn"),
+    ("a CLIP vision model", r"^vision_model\."),
+)  # fmt: skip
+_HUNYUAN = ("txt_in.individual_token_refiner.", "context_embedder.token_refiner.")
+
+
+def name_family(keys: Sequence[str] | Mapping) -> str | None:
+    """A known family's name for keys without prefix, or None."""
+    hunyuan = any(k.startswith(_HUNYUAN) for k in keys)
+    for name, pattern in _FAMILIES:
+        if not (hunyuan and name == "FLUX") and any(re.search(pattern, k) for k in keys):
+            return name
+    return "plain HunyuanVideo" if hunyuan else None
+
+
+def _refuse_other_families(path: str, stored: Mapping[str, Tensor]) -> None:
+    if CONTEXT_SIGNATURE in stored and (is_diffusers(stored) or is_native(stored)):
+        return
+    family = name_family(stored)
+    looks = f"It looks like {family}." if family else f"Its first tensors are {', '.join(list(stored)[:3]) or 'none'}."
+    raise CheckpointError(
+        f"{path}: this checkpoint has no packed-context weights ({CONTEXT_SIGNATURE} is not in it), "
+        f"so it cannot look at a history. {looks} {CHOOSE}"
+    )
+
+
+__all__ = [
+    "CheckpointError", "CheckpointInfo", "FileError", "KeyMapError", "find_files", "inspect",
+    "kind_from_name", "load_framepack", "load_state_dict", "name_family", "open_state_dict", "save_native",
+]  # fmt: skip
