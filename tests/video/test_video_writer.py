@@ -106,19 +106,23 @@ def test_the_stored_codes_are_bt709_limited_range(tmp_path, colour):
     assert codes == pytest.approx(bt709_limited(colour), abs=0.51)
 
 
+reads_colour_tags = pytest.mark.skipif(
+    int(av.__version__.split(".")[0]) < 18, reason="older PyAV ignores colour tags when it reads"
+)
+
+
+@reads_colour_tags
 @pytest.mark.parametrize("colour", COLOURS)
 def test_flat_colours_survive(tmp_path, colour):
     flat = torch.tensor(colour, dtype=torch.float32).div(255).expand(5, HEIGHT, WIDTH, 3)
     with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30) as out:
         out.write(flat)
     with av.open(str(tmp_path / "a.mp4")) as container:
-        # PyAV before 18 does not read the tag (ITU709 here says what it would); the tags have their own test.
-        back = [frame.reformat(format="rgb24", src_colorspace=1) for frame in container.decode(video=0)]
-    back = np.stack([frame.to_ndarray() for frame in back])
+        back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert np.abs(back.astype(float) - np.array(colour)).mean() <= 2
 
 
-@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 18, reason="older PyAV ignores colour tags when it reads")
+@reads_colour_tags
 def test_core_reads_the_same_colours(tmp_path):
     """What ComfyUI's own video input makes of the file, through its float conversion."""
     from comfy_api.latest import InputImpl

@@ -1,0 +1,153 @@
+"""From a LATENT to a file: the checks, then decode and encode hand in hand.
+
+Shape suffixes: B batch, C channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
+from .decode import DecodeError, decode_stream
+from .mark import LatentMark, read_mark, resolve_fps
+from .vae import VAEIdentity, check_vae
+from .writer import DEFAULT_CRF, NODE, VideoWriter, WrittenVideo
+
+log = logging.getLogger(__name__)
+
+WINDOWED = "windowed"
+WHOLE = "whole"
+MODES = (WINDOWED, WHOLE)
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Everything that is known before the first frame is decoded. Owns no copy of the latents."""
+
+    latents_BCTHW: torch.Tensor
+    mark: LatentMark | None
+    vae: VAEIdentity
+    windows: tuple[DecodeWindow, ...]
+    fps: Fraction
+    width: int
+    height: int
+
+    @property
+    def videos(self) -> int:
+        return self.latents_BCTHW.shape[0]
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames of each video: 4n-3 of n latent frames."""
+        return pixel_frames(self.latents_BCTHW.shape[2])
+
+
+def video_latents(samples: Mapping) -> torch.Tensor:
+    """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError."""
+    latents = samples["samples"]
+    if getattr(latents, "is_nested", False):
+        latents = latents.unbind()[0]
+    if latents.ndim != 5:
+        raise DecodeError(
+            f"The socket 'samples' of '{NODE}' got a latent of shape {tuple(latents.shape)}, expected a video latent "
+            "[videos, channels, frames, height, width]. For pictures use the node 'VAE Decode'."
+        )
+    if 0 in latents.shape:
+        raise DecodeError(f"The socket 'samples' of '{NODE}' got an empty latent of shape {tuple(latents.shape)}.")
+    if not bool(torch.isfinite(latents).all()):
+        raise DecodeError(
+            f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf, which would be saved as black. The "
+            "sampling broke: try another attention backend or weight dtype in 'Load FramePack Model'."
+        )
+    return latents
+
+
+def plan_save(vae, samples: Mapping, fps: float | Fraction = 0, mode: str = WINDOWED) -> SavePlan:
+    """Check a LATENT against a VAE and a frame rate, and choose the decode windows. Decodes nothing.
+
+    `mode` "windowed" follows the order in which the latent was made (its mark says so; without one: forward), "whole"
+    decodes all of it in one pass. Raises DecodeError, MarkError, VAEError or PlanError.
+    """
+    mark = read_mark(samples)
+    rate = resolve_fps(mark, fps)
+    latents_BCTHW = video_latents(samples)
+    found = check_vae(vae, latents_BCTHW, mark)
+    total = latents_BCTHW.shape[2]
+    if mode == WHOLE:
+        windows = (DecodeWindow(0, total),)
+    elif mode == WINDOWED:
+        order, window = ("forward", 9) if mark is None else (mark.order, mark.window)
+        windows = decode_windows(order, total, window)
+    else:
+        raise DecodeError(f"decode in '{NODE}' is \"{mode}\", expected one of: {', '.join(MODES)}.")
+    return SavePlan(
+        latents_BCTHW=latents_BCTHW,
+        mark=mark,
+        vae=found,
+        windows=windows,
+        fps=rate,
+        width=latents_BCTHW.shape[4] * found.spatial,
+        height=latents_BCTHW.shape[3] * found.spatial,
+    )
+
+
+def save_video(
+    plan: SavePlan,
+    vae,
+    path: str | os.PathLike,
+    *,
+    item: int = 0,
+    crf: float = DEFAULT_CRF,
+    metadata: Mapping | None = None,
+    interrupt: Callable[[], None] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> WrittenVideo:
+    """Decode one video of a plan window by window and write it as it comes; at most two windows are held as floats.
+
+    An out-of-memory decode is retried in tiles by core's `VAE.decode`. Raises VideoWriteError, DecodeError, and
+    whatever the VAE or `interrupt` raises; finished frames are then kept (see VideoWriter).
+    """
+    stream = decode_stream(
+        vae.decode, plan.latents_BCTHW, plan.windows, item=item, interrupt=interrupt, on_window=on_window
+    )
+    with VideoWriter(
+        path, plan.width, plan.height, plan.fps, crf=crf, metadata=metadata, expected_frames=plan.frames
+    ) as writer:
+        for chunk_THWC in stream:
+            writer.write(chunk_THWC)
+            del chunk_THWC
+    assert writer.result is not None
+    for warning in warnings(writer.result):
+        log.warning("%s: %s", writer.result.path.name, warning)
+    return writer.result
+
+
+def warnings(written: WrittenVideo) -> tuple[str, ...]:
+    """What is wrong with a finished file, in plain sentences."""
+    if not written.black_frames:
+        return ()
+    first = written.black_frames[0]
+    return (
+        f"{len(written.black_frames)} of {written.frames} frames are black, the first one at "
+        f"{float(first / written.fps):.2f} s.",
+    )
+
+
+def describe(plan: SavePlan, written: WrittenVideo) -> str:
+    """What was saved and how, for the artist."""
+    windows = "in one pass" if len(plan.windows) == 1 else f"in {len(plan.windows)} windows"
+    order = f", order {plan.mark.order}" if plan.mark is not None else ""
+    lines = [
+        str(written.path),
+        f"{written.frames} frames, {written.seconds:.2f} s at {float(written.fps):g} fps, "
+        f"{written.width}x{written.height}",
+        f"decoded {windows}{order} with {plan.vae}",
+        *(f"Warning: {text}" for text in warnings(written)),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""check_vae on VAEs that core itself builds from state dicts."""
+
+import comfy.sd
+import pytest
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from safetensors.torch import save_file
+
+from frame_memory.video.mark import LatentMark
+from frame_memory.video.vae import HUNYUAN, SELFTEST, WAN, VAEError, check_vae, identify_vae
+
+from .conftest import wan_state_dict
+
+FRAMEPACK = LatentMark(latent_format="HunyuanVideo", base="HunyuanVideo", order="inverted")
+SELFTEST_MARK = LatentMark(latent_format="HunyuanVideo", base="selftest", order="forward")
+WAN_MARK = LatentMark(latent_format="Wan21", base="Wan21")
+LATENT = torch.zeros(1, 16, 10, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def vaes(tiny_vae):
+    """One of each family that has 16 channels at 8x8x4. Weights that core only counts are left out of the dicts."""
+    hunyuan = comfy.sd.VAE(
+        sd={
+            "decoder.conv_in.conv.weight": torch.zeros(512, 16, 3, 3, 3),
+            "post_quant_conv.weight": torch.zeros(16, 16, 1, 1, 1),
+        }
+    )
+    assert isinstance(hunyuan.first_stage_model, AutoencoderKL)
+    wan = comfy.sd.VAE(
+        sd={
+            "decoder.middle.0.residual.0.gamma": torch.zeros(384, 1, 1, 1),
+            "decoder.head.0.gamma": torch.zeros(96, 1, 1, 1),
+            "encoder.conv1.weight": torch.zeros(96, 3, 3, 3, 3),
+            "decoder.head.2.weight": torch.zeros(3, 96, 3, 3, 3),
+        }
+    )
+
+    def taehv(dtype):
+        keys = {"decoder.1.weight": (256, 16, 3, 3), "decoder.22.bias": (3,)}
+        return comfy.sd.VAE(sd={key: torch.zeros(shape, dtype=dtype) for key, shape in keys.items()})
+
+    return {
+        "hunyuan": hunyuan,
+        "wan": wan,
+        "selftest": tiny_vae,
+        "tiny hunyuan": taehv(torch.float16),
+        "tiny wan": taehv(torch.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("hunyuan", HUNYUAN), ("tiny hunyuan", HUNYUAN), ("wan", WAN), ("tiny wan", WAN), ("selftest", SELFTEST)],
+)
+def test_families_are_told_apart(vaes, name, family):
+    found = identify_vae(vaes[name])
+    assert (found.family, found.channels, found.spatial, found.temporal) == (family, 16, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("mark", "good"),
+    [(FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest"}), (WAN_MARK, {"wan", "tiny wan"})],
+)
+def test_fault_22_same_shape_is_not_enough(vaes, mark, good):
+    expected = {FRAMEPACK: "HunyuanVideo VAE", SELFTEST_MARK: "self-test", WAN_MARK: "Wan 2.1 VAE"}[mark]
+    for name, vae in vaes.items():
+        if name in good:
+            check_vae(vae, LATENT, mark)
+            continue
+        with pytest.raises(VAEError) as error:
+            check_vae(vae, LATENT, mark)
+        assert "'Load VAE'" in str(error.value) and expected in str(error.value)
+
+
+def test_fault_22_a_latent_without_a_mark_is_checked_by_shape(vaes):
+    for vae in vaes.values():
+        check_vae(vae, LATENT, None)
+        check_vae(vae, LATENT, LatentMark())
+    with pytest.raises(VAEError, match="16 channels, the latent has 48"):
+        check_vae(vaes["wan"], torch.zeros(1, 48, 3, 2, 2), None)
+
+
+def test_an_image_vae_is_refused():
+    image_vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    with pytest.raises(VAEError, match="expected a video VAE"):
+        check_vae(image_vae, LATENT, FRAMEPACK)
+
+
+def test_a_vae_without_weights_is_refused():
+    with pytest.raises(VAEError, match="no weights"):
+        identify_vae(comfy.sd.VAE(sd={"nothing": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize(("base", "family"), [("selftest", SELFTEST), ("something else", "")])
+def test_metadata_of_the_file_counts(tmp_path, base, family):
+    """The stock VAELoader keeps the file's metadata beside the patcher; a narrow WanVAE may say what it belongs to."""
+    import folder_paths
+    import nodes
+
+    save_file(wan_state_dict(4), tmp_path / "small.safetensors", metadata={"frame_memory.base": base})
+    folder_paths.add_model_folder_path("vae", str(tmp_path))
+    try:
+        (vae,) = nodes.VAELoader().load_vae("small.safetensors")
+    finally:
+        folder_paths.folder_names_and_paths["vae"][0].remove(str(tmp_path))
+        folder_paths.filename_list_cache.pop("vae", None)
+    assert identify_vae(vae).family == family
