@@ -1,0 +1,1 @@
+"""Measurements and the synthetic world they are made on."""

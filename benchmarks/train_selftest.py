@@ -1,0 +1,149 @@
+"""Train the self-test video models: `python scripts/run.py -m benchmarks.train_selftest [both|F0|F1] ...`.
+
+One network first learns both kinds together on random sections of the world's videos (`both`), then each kind is
+tuned on its own with its history disturbed: by noise, and by the network's own one-step estimates of the window made
+before, so that it learns to mend its own errors. Every run resumes where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import comfy.ops
+import numpy as np
+import safetensors.torch
+import torch
+from frame_memory.forcing.flow import add_noise, flow_loss, one_step_estimate, shifted_sigmas
+from frame_memory.forcing.gradients import differentiable, training_options
+from frame_memory.forcing.loop import Trainer, TrainSettings, run
+from frame_memory.model.context import gather_context
+from frame_memory.model.transformer import FramePackTransformer
+from torch import Tensor, nn
+
+from .clips import ClipSet, fit_codec, random_section
+
+TOPOLOGY = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 64,
+    "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1, "depth_single_blocks": 4,
+    "axes_dim": [16, 56, 56], "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True,
+    "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
+CLIPS = 2000
+SHIFT = 2.0
+
+
+def build() -> FramePackTransformer:
+    """The self-test network in fp32, initialised as diffusion transformers are."""
+    model = FramePackTransformer(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **TOPOLOGY)
+    for name, p in model.named_parameters():
+        if name.endswith("_norm.weight") or ".norm1.weight" in name or ".norm2.weight" in name:
+            nn.init.ones_(p)
+        elif p.ndim == 1:
+            nn.init.zeros_(p)
+        elif p.ndim == 2:
+            nn.init.xavier_uniform_(p)
+        else:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    for module in model.modules():
+        if type(module).__name__ == "Modulation":
+            nn.init.zeros_(module.lin.weight)
+    for block in model.txt_in.individual_token_refiner.blocks:
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
+    for linear in (model.final_layer.linear, model.final_layer.adaLN_modulation[1]):
+        nn.init.zeros_(linear.weight)
+    _spread_patchifier(model)
+    return model
+
+
+def _spread_patchifier(model: FramePackTransformer) -> None:
+    """Start the context patchifiers from the window's, spread over their larger cells (framepack.md 1)."""
+    weight = model.img_in.proj.weight.data
+    clean = model.clean_x_embedder
+    clean.proj.weight.data.copy_(weight)
+    clean.proj_2x.weight.data.copy_(weight.repeat(1, 1, 2, 2, 2) / 8)
+    clean.proj_4x.weight.data.copy_(weight.repeat(1, 1, 4, 4, 4) / 64)
+
+
+class SectionLoss:
+    """Loss of one random section; draws everything from the generator it is given."""
+
+    def __init__(self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float):
+        self.model, self.kinds, self.batch = model, kinds, batch
+        self.disturb, self.own = disturb, own
+        self.options = training_options()
+        self.turn = 0
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        names = list(self.kinds)
+        kind = names[int(torch.randint(len(names), (), generator=generator))]
+        clips = self.kinds[kind]
+        index = torch.randint(len(clips.captions), (self.batch,), generator=generator).numpy()
+        latents, cond = clips.batch(np.sort(index))
+        section, previous = random_section(kind, generator)
+        start = latents[:, :, :1]
+        history = latents
+        if previous is not None and float(torch.rand((), generator=generator)) < self.own:
+            history = self._with_own_estimate(latents, start, previous, cond, generator)
+        context = gather_context(section, history, start, None, 0.0)
+        if self.disturb:
+            context = self._with_noise(context, generator)
+        x = latents[:, :, section.start : section.stop]
+        noise = torch.randn(x.shape, generator=generator)
+        sigma = shifted_sigmas(self.batch, SHIFT, generator)
+        return flow_loss(self.model, x, noise, sigma, cond, context, self.options)
+
+    def _with_own_estimate(self, latents, start, previous, cond, generator) -> Tensor:
+        x = latents[:, :, previous.start : previous.stop]
+        noise = torch.randn(x.shape, generator=generator)
+        sigma = shifted_sigmas(self.batch, SHIFT, generator)
+        context = gather_context(previous, latents, start, None, 0.0)
+        estimate = one_step_estimate(self.model, x, noise, sigma, cond, context, self.options)
+        return torch.cat([latents[:, :, : previous.start], estimate, latents[:, :, previous.stop :]], dim=2)
+
+    def _with_noise(self, context, generator):
+        """Noise every history frame that exists; the start frame stays clean, blanks stay blank."""
+        level = torch.rand(self.batch, generator=generator) * self.disturb
+        disturbed = []
+        for latent, (_, positions) in zip(context.latents, context.layout.groups, strict=True):
+            noisy = add_noise(latent, torch.randn(latent.shape, generator=generator), level)
+            keep = torch.tensor([p == 0 for p in positions]).reshape(1, 1, -1, 1, 1) | (latent == 0).all(1, keepdim=True)
+            disturbed.append(torch.where(keep, latent, noisy))
+        return type(context)(disturbed, context.layout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("both", "F0", "F1"))
+    parser.add_argument("--work", type=Path, default=Path("training"), help="folder for clips and checkpoints")
+    parser.add_argument("--start", type=Path, help="weights to begin from (a finished run's .weights.safetensors)")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-3, help="Muon's rate; AdamW's is half of it")
+    parser.add_argument("--disturb", type=float, default=0.0, help="largest noise level put on the history")
+    parser.add_argument("--own", type=float, default=0.0, help="share of steps whose history holds an own estimate")
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    codec = fit_codec()
+    steady = ClipSet.make(args.work, codec, args.clips, eased=False, seed=1)
+    kinds = {"F1": steady}
+    if args.stage != "F1":
+        kinds["F0"] = ClipSet.make(args.work, codec, args.clips, eased=True, seed=2)
+    if args.stage == "F0":
+        del kinds["F1"]
+    model = build()
+    if args.start:
+        model.load_state_dict(safetensors.torch.load_file(args.start))
+    settings = TrainSettings(steps=args.steps, matrix_rate=args.rate, other_rate=args.rate / 2)
+    trainer = Trainer(model, settings)
+    loss = SectionLoss(model, kinds, args.batch, disturb=args.disturb, own=args.own)
+    with differentiable(model):
+        for _ in run(trainer, loss, args.work / f"{args.stage}.safetensors", say=lambda text: print(text, flush=True)):
+            pass
+    safetensors.torch.save_file(trainer.averaged(), args.work / f"{args.stage}.weights.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: flow-matching losses, gradients through core's blocks, the trainer loop."""
