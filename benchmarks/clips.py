@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from frame_memory.forcing.flow import Conditioning
 from frame_memory.model.selftest import text_features, vision_features
 from frame_memory.plan import PRESETS, Section, parse_schedule, plan_sections
-from torch import Tensor
 
 from .codec import LinearCodec
 from .world import Scene, random_scene, render

@@ -14,12 +14,13 @@ import comfy.ops
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor, nn
+
 from frame_memory.forcing.flow import add_noise, flow_loss, one_step_estimate, shifted_sigmas
 from frame_memory.forcing.gradients import differentiable, training_options
 from frame_memory.forcing.loop import Trainer, TrainSettings, run
 from frame_memory.model.context import gather_context
 from frame_memory.model.transformer import FramePackTransformer
-from torch import Tensor, nn
 
 from .clips import ClipSet, fit_codec, random_section
 
@@ -107,7 +108,9 @@ class SectionLoss:
         disturbed = []
         for latent, (_, positions) in zip(context.latents, context.layout.groups, strict=True):
             noisy = add_noise(latent, torch.randn(latent.shape, generator=generator), level)
-            keep = torch.tensor([p == 0 for p in positions]).reshape(1, 1, -1, 1, 1) | (latent == 0).all(1, keepdim=True)
+            keep = torch.tensor([p == 0 for p in positions]).reshape(1, 1, -1, 1, 1) | (latent == 0).all(
+                1, keepdim=True
+            )
             disturbed.append(torch.where(keep, latent, noisy))
         return type(context)(disturbed, context.layout)
 

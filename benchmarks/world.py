@@ -67,9 +67,7 @@ class Scene:
         camera = "" if self.pan == 0 else " while the camera pans " + ("right" if self.pan > 0 else "left")
         leaves = " and leaves and comes back" if self.away else ""
         ground = f"{self.ground_colour} {self.ground}" if self.ground != "plain" else f"plain {self.ground_colour}"
-        return (
-            f"a {self.colour} {self.shape} moves {self.direction} {self.speed}{leaves} over {ground} ground{camera}"
-        )
+        return f"a {self.colour} {self.shape} moves {self.direction} {self.speed}{leaves} over {ground} ground{camera}"
 
 
 def random_scene(rng: np.random.Generator, *, away: bool = False, eased: bool = False) -> Scene:

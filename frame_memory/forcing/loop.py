@@ -57,21 +57,15 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.names = [n for n, _ in model.named_parameters()]
         self.average = [p.detach().clone() for p in model.parameters()]
-        matrices = {n for n, p in model.named_parameters() if _is_matrix(n, p)}
-        self.optimisers = [
-            Muon(
-                [p for n, p in model.named_parameters() if n in matrices],
-                lr=settings.matrix_rate,
-                weight_decay=settings.weight_decay,
-            ),
-            torch.optim.AdamW(
-                [p for n, p in model.named_parameters() if n not in matrices],
-                lr=settings.other_rate,
-                betas=(0.9, 0.98),
-                weight_decay=0.0,
-            ),
-        ]
-        self.rates = (settings.matrix_rate, settings.other_rate)
+        named = list(model.named_parameters())
+        matrices = [p for n, p in named if _is_matrix(n, p)]
+        others = [p for n, p in named if not _is_matrix(n, p)]
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = []
+        if matrices:
+            muon = Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay)
+            self.optimisers.append((muon, settings.matrix_rate))
+        adamw = torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.optimisers.append((adamw, settings.other_rate))
 
     def step(self, loss_fn: Callable[[torch.Generator], Tensor]) -> float:
         """One update on `loss_fn(generator)`. A loss that is not finite changes nothing and is returned as it is."""
@@ -83,7 +77,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         share = rate_at(self.done, self.settings)
-        for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
+        for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
             optimiser.step()
@@ -109,7 +103,7 @@ class Trainer:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
         tensors |= {f"average.{n}": p for n, p in self.averaged().items()}
         tensors["generator"] = self.generator.get_state()
-        for i, optimiser in enumerate(self.optimisers):
+        for i, (optimiser, _) in enumerate(self.optimisers):
             for j, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
         tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
@@ -124,7 +118,7 @@ class Trainer:
             metadata = file.metadata()
             if json.loads(metadata["settings"]) != asdict(self.settings):
                 raise ValueError(
-                    f"{path.name} was made with {metadata['settings']}, this run has {json.dumps(asdict(self.settings))}. "
+                    f"{path.name} was made with {metadata['settings']}, not {json.dumps(asdict(self.settings))}. "
                     "Use the same settings or another file."
                 )
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
@@ -132,7 +126,7 @@ class Trainer:
         self.generator.set_state(tensors["generator"])
         self.model.load_state_dict({n: tensors[f"model.{n}"] for n in self.names}, strict=False)
         self.average = [tensors[f"average.{n}"] for n in self.names]
-        for i, optimiser in enumerate(self.optimisers):
+        for i, (optimiser, _) in enumerate(self.optimisers):
             saved = optimiser.state_dict()
             for key, value in tensors.items():
                 if key.startswith(f"optimiser.{i}."):

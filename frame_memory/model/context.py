@@ -30,7 +30,9 @@ def layout_of(section: Section) -> ContextLayout:
     return ContextLayout(positions=section.positions, groups=tuple(groups))
 
 
-def gather_context(section: Section, video_BCTHW: Tensor, start_BC1HW: Tensor, end_BC1HW: Tensor | None, blank) -> PackedContext:
+def gather_context(
+    section: Section, video_BCTHW: Tensor, start_BC1HW: Tensor, end_BC1HW: Tensor | None, blank
+) -> PackedContext:
     """Pick a section's context out of a video: `video` holds the frames made so far at their video positions.
 
     blank: a tensor `[1, C, 1, 1, 1]` or a number for frames that do not exist (zero in model space).

@@ -77,7 +77,7 @@ class FramePack(model_base.HunyuanVideo):
 class FramePackConfig(comfy.supported_models.HunyuanVideo):
     """Detected by the largest context patchifier, which no other HunyuanVideo file has."""
 
-    required_keys = {"{}clean_x_embedder.proj_4x.weight"}  # noqa: RUF012 (core's attribute)
+    required_keys = {"{}clean_x_embedder.proj_4x.weight"}
 
     def get_model(self, state_dict, prefix="", device=None):
         return FramePack(self, device=device)

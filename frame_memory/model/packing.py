@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 TAIL_APPEND = "a"
 TAIL_COMPRESS = "c"
-TAIL_POOL = 32
 KERNEL_OF_RATE = {1: (1, 2, 2), 2: (2, 4, 4), 4: (4, 8, 8)}
 
 
@@ -62,7 +61,8 @@ class CleanEmbedder(nn.Module):
         if rate == TAIL_COMPRESS:
             latent_BCTHW = latent_BCTHW.mean(dim=(2, 3, 4), keepdim=True)
         elif rate == TAIL_APPEND:
-            latent_BCTHW = pool_end(latent_BCTHW, (1, TAIL_POOL, TAIL_POOL))
+            # One latent pixel a frame; each must fill a whole cell of the kernel, or frames would be mixed.
+            latent_BCTHW = latent_BCTHW.mean(dim=(3, 4), keepdim=True).repeat_interleave(KERNEL_OF_RATE[4][0], dim=2)
         elif rate == 8:
             latent_BCTHW = pool_end(latent_BCTHW, (2, 2, 2))
         step = rate if rate in KERNEL_OF_RATE else 4
@@ -100,18 +100,11 @@ def pooled_rope(table: Tensor, rate: int | str, frames: int) -> Tensor:
     if rate == 1:
         return table.flatten(0, 2)
     if rate in (TAIL_APPEND, TAIL_COMPRESS):
-        tokens = 1 if rate == TAIL_COMPRESS else _tail_tokens(frames, table.shape[1], table.shape[2])
+        tokens = 1 if rate == TAIL_COMPRESS else frames
         return table.mean(dim=(0, 1, 2)).expand(tokens, *table.shape[3:])
     volume = table.flatten(3).permute(3, 0, 1, 2).unsqueeze(0)
     pooled = pool_end(volume, (rate, rate, rate))[0].permute(1, 2, 3, 0)
     return pooled.flatten(0, 2).unflatten(-1, table.shape[3:])
-
-
-def _tail_tokens(frames: int, grid_h: int, grid_w: int) -> int:
-    def cells(size: int) -> int:
-        return -(-(-(-2 * size // TAIL_POOL)) // KERNEL_OF_RATE[4][1])
-
-    return -(-frames // KERNEL_OF_RATE[4][0]) * cells(grid_h) * cells(grid_w)
 
 
 def packed_rope(

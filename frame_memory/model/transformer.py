@@ -85,7 +85,9 @@ class FramePackTransformer(HunyuanVideo):
         pe = packed_rope(self.pe_embedder, context_layout, frames, grid[1], grid[2], x.device)
         text_pe = torch.eye(2, device=pe.device, dtype=pe.dtype).expand(1, 1, txt.shape[1], pe.shape[3], 2, 2)
 
-        img = self._run_blocks(img, txt, vec, torch.cat((text_pe, pe), dim=2), window.shape[1], control, transformer_options)
+        img = self._run_blocks(
+            img, txt, vec, torch.cat((text_pe, pe), dim=2), window.shape[1], control, transformer_options
+        )
         out = self.final_layer(img[:, -window.shape[1] :], vec)
         out = out.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
         out = out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

@@ -1,0 +1,124 @@
+"""Train the self-test autoencoder: `python scripts/run.py -m benchmarks.train_autoencoder`.
+
+Core's Wan autoencoder class at tiny width, taught by the linear codec: the encoder learns to make the codec's latents,
+the decoder to draw pixels from them (and from slightly wrong ones, as a video model makes them). Works on 32x32 crops:
+the network is convolutional and the codec works block by block.
+
+Shape legend: B batch, T frames, H W pixels, t h w latent sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from comfy.ldm.wan.vae import WanVAE
+from torch import Tensor, nn
+
+from frame_memory.forcing.loop import Trainer, TrainSettings, run
+
+from .clips import fit_codec, video_of
+from .codec import LATENT_SCALE, LinearCodec
+from .world import SIZE, random_scene
+
+DIM = 6
+CROP = 32
+FRAMES = 9
+
+
+def build(dim: int = DIM) -> WanVAE:
+    """The network as core builds it from a file, initialised so that its residual branches start silent."""
+    model = WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True])
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.zeros_(p)
+        elif "gamma" in name:
+            nn.init.ones_(p)
+        elif ".residual.6." in name or ".proj." in name:
+            nn.init.zeros_(p)
+        else:
+            nn.init.kaiming_normal_(p, nonlinearity="linear")
+    return model
+
+
+def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid."""
+    crops = []
+    for _ in range(batch):
+        i, f, y, x = (
+            int(torch.randint(high, (), generator=generator))
+            for high in (len(videos), videos.shape[1] - FRAMES + 1, (SIZE - CROP) // 8 + 1, (SIZE - CROP) // 8 + 1)
+        )
+        crops.append(videos[i, f : f + FRAMES, y * 8 : y * 8 + CROP, x * 8 : x * 8 + CROP])
+    return torch.stack(crops).float()
+
+
+class DistilLoss:
+    """Encoder against the codec's latents, decoder against pixels."""
+
+    def __init__(self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int):
+        self.model, self.codec, self.videos, self.batch = model, codec, videos, batch
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        crops = random_crops(self.videos, self.batch, generator)
+        latents = torch.stack([self.codec.encode(c) for c in crops])
+        pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
+        made = self.model.encode(pixels) * LATENT_SCALE
+        level = 0.1 * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
+        noisy = latents + level * torch.randn(latents.shape, generator=generator)
+        drawn = self.model.decode(noisy / LATENT_SCALE)
+        error = drawn - pixels
+        return (made - latents).square().mean() + error.abs().mean() + 4 * error.square().mean()
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise ratio of images in 0..1, in dB."""
+    return float(-10 * torch.log10((a - b).square().mean()))
+
+
+@torch.no_grad()
+def report(model: WanVAE, codec: LinearCodec, seed: int = 99, scenes: int = 12) -> str:
+    """PSNR on unseen whole frames: codec alone, decoder on the codec's latents, encoder and decoder together."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(scenes):
+        video = video_of(random_scene(rng), 17)
+        latent = codec.encode(video)[None]
+        pixels = (video * 2 - 1).permute(3, 0, 1, 2)[None]
+
+        def draw(z: Tensor) -> Tensor:
+            return (model.decode(z / LATENT_SCALE)[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
+
+        made = model.encode(pixels) * LATENT_SCALE
+        error = float((made - latent).square().mean().sqrt())
+        rows.append((psnr(codec.decode(latent[0]), video), psnr(draw(latent), video), psnr(draw(made), video), error))
+    columns = [sum(c) / len(c) for c in zip(*rows, strict=True)]
+    return "PSNR codec {:.1f} dB, decoder {:.1f} dB, round trip {:.1f} dB; latent error {:.3f}".format(*columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("training"))
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.work.mkdir(parents=True, exist_ok=True)
+    codec = fit_codec()
+    rng = np.random.default_rng(7)
+    videos = torch.stack([video_of(random_scene(rng), 41).half() for _ in range(400)])
+    model = build()
+    trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=4e-3, weight_decay=0.0, average=0.99))
+    for step, _ in run(trainer, DistilLoss(model, codec, videos, args.batch), args.work / "autoencoder.safetensors"):
+        if step % 100 == 0:
+            print(report(trainer.averaged_model(), codec), flush=True)
+    safetensors.torch.save_file(trainer.averaged(), args.work / "autoencoder.weights.safetensors")
+
+
+if __name__ == "__main__":
+    main()

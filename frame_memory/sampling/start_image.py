@@ -1,0 +1,63 @@
+"""A picture to what FramePack starts from: bucket size, start latent, vision features.
+
+Shape legend: B batch, H W pixels, C channels, h w latent pixels, N vision tokens, D features.
+Source: reference/framepack.md section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.clip_vision
+import torch
+from torch import Tensor
+
+from ..plan import nearest_bucket
+from ..video.images import check_image, to_bucket
+from ..video.mark import KEY
+from ..video.vae import identify_vae
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """start and end as LATENT dicts (end None without an end image), vision output or None, the fitted picture."""
+
+    start: dict
+    end: dict | None
+    vision: comfy.clip_vision.Output | None
+    picture_BHWC: Tensor
+    report: str
+
+
+def encode_pictures(vae, picture_BHWC: Tensor) -> dict:
+    """Each picture alone through a video VAE: LATENT of `[B, 16, 1, h, w]` (core would read a batch as time)."""
+    latents = [vae.encode(picture_BHWC[i : i + 1, :, :, :3]) for i in range(picture_BHWC.shape[0])]
+    return {"samples": torch.cat(latents), KEY: {"base": identify_vae(vae).family}}
+
+
+def mean_vision(a: comfy.clip_vision.Output, b: comfy.clip_vision.Output) -> comfy.clip_vision.Output:
+    """Average of two vision outputs, as FramePack's end-frame variants feed them (framepack.md 3.3)."""
+    out = comfy.clip_vision.Output()
+    out["last_hidden_state"] = (a.last_hidden_state + b.last_hidden_state) / 2
+    return out
+
+
+def prepare(vae, clip_vision, image: Tensor, end_image: Tensor | None, base: int, background: str) -> StartImage:
+    """Fit, encode and look at the start image, and the end image where there is one.
+
+    base: side of the square the bucket is taken from, pixels. Raises ImageError (empty batch, wrong shape).
+    """
+    check_image(image, "image")
+    height, width = nearest_bucket(image.shape[1], image.shape[2], base)
+    start_picture, report = to_bucket(image, width, height, background=background)
+    vision = clip_vision.encode_image(start_picture, crop=False) if clip_vision is not None else None
+    start, end = encode_pictures(vae, start_picture), None
+    if end_image is not None:
+        end_picture, end_report = to_bucket(end_image, width, height, background=background, socket="end_image")
+        report = f"Start: {report}\nEnd: {end_report}"
+        end = encode_pictures(vae, end_picture)
+        if vision is not None:
+            vision = mean_vision(vision, clip_vision.encode_image(end_picture, crop=False))
+    if clip_vision is None:
+        report += "\nNo CLIP vision model is connected: the picture is seen through the start latent alone."
+    return StartImage(start, end, vision, start_picture, report)

@@ -1,0 +1,1 @@
+"""Graph faces: each node reads its inputs, calls one thing of the library, and returns."""

@@ -1,0 +1,148 @@
+"""Nodes of the family "context": how history is packed, prompts over time."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..frame_memory.plan import (
+    PRESETS,
+    parse_schedule,
+    parse_timeline,
+    schedule_tokens,
+    timeline_table,
+)
+from ..frame_memory.plan.layout import packing_picture
+from ..frame_memory.sampling.prompts import EncodedTimeline
+from ..frame_memory.video.pictures import draw
+from .sockets import FrameContext, FrameContextSocket, TimelineSocket
+
+FREE = "free schedule"
+
+
+class FrameMemoryContextPacker(io.ComfyNode):
+    """Choose what the model sees of the history, at which rate."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryContextPacker",
+            display_name="Frame Context Packer",
+            category="model/conditioning/framepack",
+            description=(
+                "How the finished part of the video is packed into a context of constant length: near frames in full, "
+                "far frames ever coarser. The picture shows what is kept at which rate."
+            ),
+            search_aliases=["framepack schedule", "packing", "context length", "anti-drifting"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, FREE],
+                    default="F1 forward",
+                    tooltip=(
+                        "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
+                        "for FramePack_F1. The others are the paper's, for experiments and own training."
+                    ),
+                ),
+                io.String.Input(
+                    "schedule",
+                    default=PRESETS["F0 inverted"],
+                    advanced=True,
+                    tooltip=(
+                        "Used with 'free schedule'. The paper's notation, time from left to right: fAkB = A latent "
+                        "frames at kernel B (1, 2, 4, 8), gN = N frames made at once, x = skip, td/ta/tc = drop, "
+                        "append or compress the tail. Example: f1k1_x_g9_f1k1f2k2f16k4_td"
+                    ),
+                ),
+                io.Int.Input(
+                    "width",
+                    default=640,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    advanced=True,
+                    tooltip="Video width in pixels, a multiple of 16; only for the token count shown here.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=608,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    advanced=True,
+                    tooltip="Video height in pixels, a multiple of 16; only for the token count shown here.",
+                ),
+            ],
+            outputs=[
+                FrameContextSocket.Output(
+                    display_name="frame_context",
+                    tooltip="The packing, for Anti-Drift Sampler.",
+                ),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="What is kept of the history, at which rate, and where the window is; 960 pixels wide.",
+                ),
+                io.Int.Output(
+                    display_name="tokens",
+                    tooltip="Tokens of one section: window, context, image (729) and about 120 of text. Constant in "
+                    "the length of the video.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preset, schedule="", width=640, height=608) -> io.NodeOutput:
+        parsed = parse_schedule(schedule if preset == FREE else PRESETS[preset])
+        count = schedule_tokens(parsed, height // 8, width // 8, text_tokens=120)
+        picture = draw(packing_picture(parsed, latent_height=height // 8, latent_width=width // 8))
+        return io.NodeOutput(FrameContext(parsed), picture, count.total, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class FrameMemoryPromptTimeline(io.ComfyNode):
+    """Times to prompts, encoded with a stock CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryPromptTimeline",
+            display_name="Prompt Timeline",
+            category="model/conditioning/framepack",
+            description=(
+                "One prompt a line with the time it holds for. Lines without a time are the prompt for the rest. The "
+                "table on the node shows what was understood."
+            ),
+            search_aliases=["prompt schedule", "prompt travel", "section prompts", "timestamped prompt"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="Text encoders of the model: DualCLIPLoader, type hunyuan_video."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="0-3.6: a woman walks along the beach\n3.6-: she turns and waves at the camera",
+                    tooltip=(
+                        "One prompt a line: '0-3.6: text' (seconds), '3.6-: text' (to the end), '3.6: text' (from "
+                        "then on), or '[0s-2s: text]'. Overlaps and times past the end of the video are refused. A "
+                        "prompt begins with the section it falls in (1.2 s each)."
+                    ),
+                ),
+                io.Int.Input(
+                    "blend_sections",
+                    default=1,
+                    min=0,
+                    max=10,
+                    tooltip="Over how many sections (1.2 s each) a new prompt is blended in, linearly; 0 cuts.",
+                ),
+            ],
+            outputs=[
+                TimelineSocket.Output(display_name="timeline", tooltip="Prompts over time, for Anti-Drift Sampler."),
+                io.String.Output(display_name="table", tooltip="What was understood: from, to, prompt and why."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, text, blend_sections) -> io.NodeOutput:
+        timeline = parse_timeline(text, blend_sections)
+        encoded = tuple(clip.encode_from_tokens_scheduled(clip.tokenize(entry.text)) for entry in timeline.entries)
+        shown = timeline_table(timeline)
+        return io.NodeOutput(EncodedTimeline(timeline, encoded), shown, ui=ui.PreviewText(shown))
+
+
+NODES = [FrameMemoryContextPacker, FrameMemoryPromptTimeline]

@@ -1,0 +1,181 @@
+"""Nodes of the family "models": checkpoints and LoRAs."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..frame_memory.model import checkpoint, lora, tensor_file
+from .sockets import MODEL_OPTION
+
+DIFFUSION_MODELS = "diffusion_models"
+AUTO = "from the file"
+KINDS = {"F0 (inverted)": "F0", "F1 (forward)": "F1"}
+DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+SELFTEST_BASE = "selftest"
+
+
+class FrameMemoryLoadFramePack(io.ComfyNode):
+    """Read any published FramePack file as a core MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryLoadFramePack",
+            display_name="Load FramePack Model",
+            category="model/loaders",
+            description=(
+                "Loads a FramePack checkpoint (three shards, single file, bf16 or fp8, diffusers or ComfyUI layout) as "
+                "a normal MODEL: LoRA, ModelSampling, torch.compile, caching and offloading nodes work on it."
+            ),
+            search_aliases=["framepack", "framepack f1", "load diffusion model", "hunyuan long video"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(DIFFUSION_MODELS),
+                    tooltip=(
+                        "File in models/diffusion_models. Of a checkpoint in three shards choose any one; the others "
+                        "must lie beside it."
+                    ),
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=[AUTO, *KINDS],
+                    default=AUTO,
+                    tooltip=(
+                        "Which FramePack this is. F0 makes the video from its end to its start, F1 from start to end. "
+                        "The weights do not say; 'from the file' reads the file's name or metadata and refuses to "
+                        "guess. The wrong kind makes a plausible but wrong video."
+                    ),
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip=(
+                        "Number format of the transformer blocks in memory. default keeps the file's. fp8 halves the "
+                        "memory of a bf16 file (24 GB to 12 GB) at a small loss; embedders and norms stay exact."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "save_converted",
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "Also save the file in ComfyUI's layout beside the others (models/diffusion_models, same size "
+                        "on disk). Loads faster, and stock and GGUF tools can read it. Nothing is overwritten."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The FramePack network as ComfyUI's MODEL. Sample it with Anti-Drift Sampler.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Kind, layout, number formats, tensors and bytes of the checkpoint, and what was saved.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name, kind, weight_dtype="default", save_converted=False) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(DIFFUSION_MODELS, model_name)
+        info = checkpoint.inspect(path)
+        known = KINDS.get(kind) or info.kind
+        if known is None:
+            raise ValueError(
+                f"'{model_name}' says neither in its name nor in its metadata whether it is F0 or F1. "
+                f"Set 'kind' in 'Load FramePack Model' to one of: {', '.join(KINDS)}."
+            )
+        model = checkpoint.load_framepack(path, dict(DTYPES[weight_dtype]))
+        _, metadata = tensor_file.read_header(info.shards[0])
+        model.model_options = {
+            **model.model_options,
+            MODEL_OPTION: {"kind": known, "base": metadata.get("frame_memory.base", "HunyuanVideo")},
+        }
+        lines = [
+            f"{model_name}: FramePack {known}"
+            + ("" if KINDS.get(kind) in (None, info.kind) or info.kind is None else f" (the file says {info.kind}!)"),
+            f"{info.layout} layout, {info.tensors} tensors in {len(info.shards)} file(s), {info.bytes / 2**30:.2f} GiB",
+            "numbers: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in info.dtypes),
+        ]
+        if save_converted:
+            lines.append(_save_converted(path, info, known))
+        report = "\n".join(lines)
+        return io.NodeOutput(model, report, ui=ui.PreviewText(report))
+
+
+def _save_converted(path: str, info, kind: str) -> str:
+    stem = os.path.basename(checkpoint.SHARD.sub(r"\g<stem>", os.path.basename(path)))
+    stem = os.path.splitext(stem)[0]
+    if stem == "diffusion_pytorch_model":
+        stem = os.path.basename(os.path.dirname(path))
+    target = os.path.join(folder_paths.get_folder_paths(DIFFUSION_MODELS)[0], f"{stem}_comfy.safetensors")
+    if info.layout == "native":
+        return "not saved again: the file is in ComfyUI's layout already"
+    if os.path.exists(target):
+        return f"not saved again: {os.path.basename(target)} is there already"
+    stored, metadata = checkpoint.open_state_dict(path)
+    checkpoint.save_native(stored, target, metadata, kind, source=path)
+    return f"saved in ComfyUI's layout as {os.path.basename(target)}"
+
+
+class FrameMemoryLoraLoader(io.ComfyNode):
+    """Apply a LoRA whose names core does not map to FramePack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryLoraLoader",
+            display_name="Load FramePack LoRA",
+            category="model/loaders",
+            description=(
+                "Applies LoRAs trained on FramePack or HunyuanVideo in any of the four common key styles and says how "
+                "much of the file was used. The stock LoRA loader only knows the original HunyuanVideo names."
+            ),
+            search_aliases=["framepack lora", "hunyuan lora", "musubi", "kohya"],
+            inputs=[
+                io.Model.Input("model", tooltip="The FramePack MODEL to patch. It is not changed; a copy is returned."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="File in models/loras (safetensors only). A file of which nothing fits is refused.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How strongly the LoRA acts: 0 is off, 1 as trained. Negative values turn it round.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The MODEL with the LoRA on; several can be chained."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Key style, share of the file's modules that were applied, and names of the rest.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        patched, match = lora.apply_lora(model, tensor_file.read(path), strength)
+        report = f"{lora_name}\n{match.report()}"
+        return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
+
+
+NODES = [FrameMemoryLoadFramePack, FrameMemoryLoraLoader]

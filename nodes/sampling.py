@@ -1,0 +1,281 @@
+"""Nodes of the family "sampling": start picture, sigmas, sampler, the section loop."""
+
+from __future__ import annotations
+
+import node_helpers
+import torch
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
+from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
+from ..frame_memory.sampling.start_image import prepare
+from ..frame_memory.sampling.unipc import framepack_unipc
+from ..frame_memory.video.images import BACKGROUNDS
+from .sockets import FrameContextSocket, TimelineSocket
+
+CATEGORY = "model/sampling/framepack"
+
+
+class FrameMemoryFramePackImage(io.ComfyNode):
+    """The start picture, and the end picture where the model can aim at one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryFramePackImage",
+            display_name="FramePack Image",
+            category="model/conditioning/framepack",
+            description=(
+                "Fits the start picture to FramePack's nearest size, encodes it, and adds what CLIP vision sees of it "
+                "to the prompts."
+            ),
+            search_aliases=["framepack start frame", "i2v", "bucket resize", "end frame"],
+            inputs=[
+                io.Conditioning.Input(
+                    "positive", tooltip="Prompt from CLIP Text Encode; FluxGuidance 10 fits."
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+                io.Image.Input("image", tooltip="Start picture, any size. A batch makes one video for each picture."),
+                io.Int.Input(
+                    "size",
+                    default=640,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    tooltip=(
+                        "Side in pixels of a square with the video's area; width and height follow the picture's shape "
+                        "on FramePack's list of sizes (multiples of 16). Trained at 640; smaller is faster."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Negative prompt, for CFG above 1 (CFGGuider). Not needed at CFG 1.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="sigclip_vision_patch14_384. FramePack expects it; without it the picture weighs less.",
+                ),
+                io.Image.Input(
+                    "end_image",
+                    optional=True,
+                    tooltip="Last picture of the video; only F0 can aim at one. Fitted to the start picture's size.",
+                ),
+                io.Combo.Input(
+                    "background",
+                    options=list(BACKGROUNDS),
+                    default=BACKGROUNDS[0],
+                    advanced=True,
+                    tooltip="Colour laid under transparent parts of a picture with alpha.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the vision features."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the same features."),
+                io.Latent.Output(display_name="start", tooltip="Start latent, 1 latent frame, for Anti-Drift Sampler."),
+                io.Latent.Output(display_name="end", tooltip="End latent, or nothing where no end_image is connected."),
+                io.Image.Output(display_name="image", tooltip="The start picture as the model sees it, in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, background=BACKGROUNDS[0]
+    ) -> io.NodeOutput:
+        made = prepare(vae, clip_vision, image, end_image, size, background)
+        values = {} if made.vision is None else {"clip_vision_output": made.vision}
+        positive = node_helpers.conditioning_set_values(positive, values)
+        negative = None if negative is None else node_helpers.conditioning_set_values(negative, values)
+        shown = ui.PreviewText(made.report)
+        return io.NodeOutput(positive, negative, made.start, made.end, made.picture_BHWC, ui=shown)
+
+
+class FrameMemorySigmas(io.ComfyNode):
+    """FramePack's own noise levels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemorySigmas",
+            display_name="FramePack Sigmas",
+            category="model/sampling/schedulers",
+            description="The noise levels FramePack was published with; the shift follows the size of the window.",
+            search_aliases=["framepack scheduler", "flow shift", "steps"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="Start latent; only its width and height are read."),
+                io.Int.Input(
+                    "steps",
+                    default=25,
+                    min=1,
+                    max=1000,
+                    tooltip="Model calls for each section of 1.2 s. 25 as published; fewer is faster and rougher.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Highest noise level, 0 to 1. 1 for new video. Below 1 with 'initial' in Anti-Drift Sampler: "
+                        "video to video, less change the lower. All levels are scaled, none is dropped."
+                    ),
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Flow shift. 0 computes it from the tokens of the window (7 at all of FramePack's sizes).",
+                ),
+                FrameContextSocket.Input(
+                    "frame_context",
+                    optional=True,
+                    tooltip="Only for schedules with another window than 9 latent frames: the shift then follows it.",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels from 'strength' down to 0.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, steps, strength=1.0, shift=0.0, frame_context=None) -> io.NodeOutput:
+        height, width = latent_of("latent", latent).shape[-2:]
+        window = 9 if frame_context is None else frame_context.schedule.window
+        tokens = window * ((height + 1) // 2) * ((width + 1) // 2)
+        values = sigma_schedule(steps, shift or flow_shift(tokens))
+        return io.NodeOutput(torch.tensor(values, dtype=torch.float32) * strength)
+
+
+class FrameMemoryUniPC(io.ComfyNode):
+    """FramePack's own sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryUniPC",
+            display_name="FramePack UniPC",
+            category="model/sampling/samplers",
+            description=(
+                "The sampler FramePack was published with. Unlike ComfyUI's uni_pc it keeps its order to the end and "
+                "returns the last prediction. Any other stock sampler works too."
+            ),
+            search_aliases=["unipc", "framepack sampler"],
+            inputs=[],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="SAMPLER; one model call a step.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(framepack_unipc())
+
+
+def _run_inputs() -> list[io.Input]:
+    return [
+        io.Noise.Input("noise", tooltip="RandomNoise: one generator draws the noise of every section in turn."),
+        io.Guider.Input(
+            "guider", tooltip="BasicGuider, or CFGGuider for a negative prompt, around the FramePack model."
+        ),
+        io.Sampler.Input("sampler", tooltip="FramePack UniPC, or any stock sampler. Used for each section."),
+        io.Sigmas.Input("sigmas", tooltip="FramePack Sigmas, or any scheduler's. Used for each section."),
+        FrameContextSocket.Input("frame_context", tooltip="How the history is packed: Frame Context Packer."),
+        io.Latent.Input("start", tooltip="Start latent from FramePack Image; its first frame is used."),
+        io.Float.Input(
+            "seconds",
+            default=4.8,
+            min=0.1,
+            max=3600.0,
+            step=1.2,
+            round=0.01,
+            tooltip=(
+                "Length in seconds at 30 fps, in sections of 1.2 s (36 frames; other values go to the nearest). The "
+                "video has one frame more: the start picture. The exact length is shown before the first step."
+            ),
+        ),
+        io.Combo.Input(
+            "order",
+            options=[ORDER_AUTO, *ORDERS],
+            default=ORDER_AUTO,
+            advanced=True,
+            tooltip=(
+                "Which section is made first. The schedule says it; choose another only to experiment. inverted: from "
+                "the end to the start. forward: from the start on. both ends first: the last section, then forward."
+            ),
+        ),
+    ]
+
+
+def _optional_inputs() -> list[io.Input]:
+    return [
+        io.Latent.Input(
+            "end", optional=True, tooltip="End latent from FramePack Image (F0, or a schedule with an end anchor)."
+        ),
+        io.Latent.Input(
+            "history",
+            optional=True,
+            tooltip="Latents of an existing video to go on from; they stay in front of the result, unchanged.",
+        ),
+        io.Latent.Input(
+            "initial",
+            optional=True,
+            tooltip="Latents of a whole video to start from (video to video); set strength in FramePack Sigmas.",
+        ),
+        TimelineSocket.Input(
+            "timeline", optional=True, tooltip="Prompts over time; takes the place of the guider's positive text."
+        ),
+    ]
+
+
+class FrameMemoryAntiDriftSampler(io.ComfyNode):
+    """The section loop around stock GUIDER, SAMPLER, SIGMAS and NOISE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryAntiDriftSampler",
+            display_name="Anti-Drift Sampler",
+            category=CATEGORY,
+            description=(
+                "Makes a long video section by section. Each section of 1.2 s is sampled with a packed context of what "
+                "is finished, in the order that the schedule was trained for."
+            ),
+            search_aliases=["framepack sampler", "long video", "section sampler", "anti drifting"],
+            inputs=[*_run_inputs(), *_optional_inputs()],
+            outputs=[
+                io.Latent.Output(
+                    display_name="samples",
+                    tooltip="The whole video as a latent: 1 + 9 latent frames a section. For Save Long Video.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The plan: frames, seconds and context of each section, and warnings.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, noise, guider, sampler, sigmas, frame_context, start, seconds, order=ORDER_AUTO,
+        end=None, history=None, initial=None, timeline=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        node = cls.hidden.unique_id if cls.hidden is not None else None
+
+        def say(text: str) -> None:
+            server = getattr(PromptServer, "instance", None)
+            if server is not None and node is not None:
+                server.send_progress_text(text, node)
+
+        latent, report = sample_long_video(
+            noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
+            seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline, say=say,
+        )  # fmt: skip
+        return io.NodeOutput(latent, report)
+
+
+NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]

@@ -1,0 +1,25 @@
+"""Socket types of ours: frozen dataclasses, no tensors that a node does not own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..frame_memory.plan import Schedule
+
+FrameContextSocket = io.Custom("FRAME_CONTEXT")
+TimelineSocket = io.Custom("TIMELINE")
+MODEL_OPTION = "frame_memory"
+
+
+@dataclass(frozen=True)
+class FrameContext:
+    """FRAME_CONTEXT: how the history is packed for each window."""
+
+    schedule: Schedule
+
+
+def model_facts(model) -> dict:
+    """What 'Load FramePack Model' wrote down about a MODEL: `kind` and `base`; empty for other loaders."""
+    return dict(model.model_options.get(MODEL_OPTION, {}))
