@@ -33,12 +33,7 @@ if COMFYUI:
     args.cpu = True  # before any other import of comfy: without a GPU, torch refuses the question for one
     args.use_pytorch_cross_attention = True
 
-try:
-    import torch
-except ModuleNotFoundError:
-    pass  # the plan's tests need no torch
-else:
-    torch.set_num_threads(max(1, min(4, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, os.cpu_count() or 1))))  # before torch is imported
 
 settings.register_profile(
     "frame_memory",
