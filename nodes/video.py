@@ -24,6 +24,93 @@ def _container_metadata(hidden) -> dict:
     return metadata
 
 
+def _inputs() -> list[io.Input]:
+    return [
+        io.Latent.Input(
+            "samples",
+            tooltip=(
+                "Video latent from Anti-Drift Sampler; 1 + 9 latent frames a section, 4 pixel frames each. Any "
+                "other video latent works too and is decoded as one video from front to back. "
+                "A batch is saved as one file each."
+            ),
+        ),
+        io.Vae.Input(
+            "vae",
+            tooltip=(
+                "The VAE that belongs to the model: the HunyuanVideo VAE for FramePack. Another one with the "
+                "same shape is refused. If a window does not fit into memory, ComfyUI decodes it in tiles."
+            ),
+        ),
+        io.Float.Input(
+            "fps",
+            default=30.0,
+            min=0.0,
+            max=240.0,
+            step=0.01,
+            round=0.001,
+            tooltip=(
+                "Frames per second of the file, 1 to 240. Must be the rate the video was made at (FramePack: "
+                "30); another rate would only change its speed and is refused. 0 takes the rate the latent "
+                "carries. 29.97 and 23.976 are stored exactly."
+            ),
+        ),
+        io.String.Input(
+            "filename_prefix",
+            default="video/FrameMemory",
+            tooltip=(
+                "Folder and start of the file name inside ComfyUI's output folder. A number is added, so that "
+                "nothing is overwritten. %date:yyyy-MM-dd% and the like work as in Save Video."
+            ),
+        ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "crf",
+            default=float(DEFAULT_CRF),
+            min=0.0,
+            max=51.0,
+            step=1.0,
+            advanced=True,
+            tooltip=(
+                "Quality of the H.264 file, 0 to 51: 0 is lossless, 18 looks lossless, 23 is ComfyUI's usual. "
+                "6 more makes the file about half as large."
+            ),
+        ),
+        io.Combo.Input(
+            "decode",
+            options=list(MODES),
+            default=WINDOWED,
+            advanced=True,
+            tooltip=(
+                "windowed: 18 latent frames at a time, neighbours crossfaded over 33 pixel frames, as in "
+                "FramePack; memory does not grow with the length. whole: all in one pass, slightly other "
+                "pixels at the joins, and memory grows with the length."
+            ),
+        ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Video.Output(
+            display_name="video",
+            is_output_list=True,
+            tooltip=(
+                "The written file (mp4, H.264, at the fps above), one for each video of a batch. Save Video "
+                "copies it without encoding again."
+            ),
+        ),
+        io.String.Output(
+            display_name="report",
+            is_output_list=True,
+            tooltip="Path, frames, seconds and size of each file, how it was decoded, and warnings.",
+        ),
+    ]
+
+
 class FrameMemorySaveLongVideo(io.ComfyNode):
     """Decode a video latent in overlapping windows and encode it as it comes."""
 
@@ -39,82 +126,8 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             ),
             search_aliases=["framepack decode", "vae decode long video", "save mp4", "streaming decode"],
             is_output_node=True,
-            inputs=[
-                io.Latent.Input(
-                    "samples",
-                    tooltip=(
-                        "Video latent from Anti-Drift Sampler; 1 + 9 latent frames a section, 4 pixel frames each. Any "
-                        "other video latent works too and is decoded as one video from front to back. "
-                        "A batch is saved as one file each."
-                    ),
-                ),
-                io.Vae.Input(
-                    "vae",
-                    tooltip=(
-                        "The VAE that belongs to the model: the HunyuanVideo VAE for FramePack. Another one with the "
-                        "same shape is refused. If a window does not fit into memory, ComfyUI decodes it in tiles."
-                    ),
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=30.0,
-                    min=0.0,
-                    max=240.0,
-                    step=0.01,
-                    round=0.001,
-                    tooltip=(
-                        "Frames per second of the file, 1 to 240. Must be the rate the video was made at (FramePack: "
-                        "30); another rate would only change its speed and is refused. 0 takes the rate the latent "
-                        "carries. 29.97 and 23.976 are stored exactly."
-                    ),
-                ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/FrameMemory",
-                    tooltip=(
-                        "Folder and start of the file name inside ComfyUI's output folder. A number is added, so that "
-                        "nothing is overwritten. %date:yyyy-MM-dd% and the like work as in Save Video."
-                    ),
-                ),
-                io.Float.Input(
-                    "crf",
-                    default=float(DEFAULT_CRF),
-                    min=0.0,
-                    max=51.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip=(
-                        "Quality of the H.264 file, 0 to 51: 0 is lossless, 18 looks lossless, 23 is ComfyUI's usual. "
-                        "6 more makes the file about half as large."
-                    ),
-                ),
-                io.Combo.Input(
-                    "decode",
-                    options=list(MODES),
-                    default=WINDOWED,
-                    advanced=True,
-                    tooltip=(
-                        "windowed: 18 latent frames at a time, neighbours crossfaded over 33 pixel frames, as in "
-                        "FramePack; memory does not grow with the length. whole: all in one pass, slightly other "
-                        "pixels at the joins, and memory grows with the length."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.Video.Output(
-                    display_name="video",
-                    is_output_list=True,
-                    tooltip=(
-                        "The written file (mp4, H.264, at the fps above), one for each video of a batch. Save Video "
-                        "copies it without encoding again."
-                    ),
-                ),
-                io.String.Output(
-                    display_name="report",
-                    is_output_list=True,
-                    tooltip="Path, frames, seconds and size of each file, how it was decoded, and warnings.",
-                ),
-            ],
+            inputs=[*_inputs(), *_advanced_inputs()],
+            outputs=_outputs(),
         )
 
     @classmethod

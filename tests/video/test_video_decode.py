@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from frame_memory.video.decode import DecodeError, check_windows, crossfade_weights, decode_stream
 
-from .conftest import generation_order_windows, reference_video
+from .reference import generation_order_windows, reference_video
 
 
 def causal_decode(latents_BCTHW: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from frame_memory.video.mark import LatentMark
 from frame_memory.video.vae import HUNYUAN, SELFTEST, WAN, VAEError, check_vae, identify_vae
 
-from .conftest import wan_state_dict
+from .reference import wan_state_dict
 
 FRAMEPACK = LatentMark(latent_format="HunyuanVideo", base="HunyuanVideo", order="inverted")
 SELFTEST_MARK = LatentMark(latent_format="HunyuanVideo", base="selftest", order="forward")
