@@ -7,7 +7,9 @@ frame f > 0 holds pixel frames 4f-3 to 4f. Positions are rotary time positions o
 line of positions: anchors, skip, tail, history, window, history, tail, skip, anchors.
 
 Choices of ours, where the sources are silent:
-- the skip of a schedule whose order is not inverted is the real distance, at most three windows;
+- the skip of an order that is not inverted is the real distance, at most three windows; an inverted one is F0's
+  padding, less the history groups that stand inside it;
+- the end frame stands for the latent frame after the last;
 - a kept tail (ta, tc) takes one position beyond its farthest history group, a dropped one none;
 - a second and later start anchor without a given video is the frame after the start once it is made;
 - with more than one end anchor the end frame is the last of them.

@@ -65,6 +65,12 @@ def test_any_length_and_window_is_covered_in_bounded_pieces(order, total, window
     assert video == list(range(4 * total - 3))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("total", range(1, 19))
+def test_up_to_two_windows_of_an_odd_length_are_decoded_at_once(order, total):
+    assert [(w.start, w.stop) for w in decode_windows(order, total)] == [(0, total)]
+
+
 def test_overlap_is_one_window_decoded_alone():
     assert overlap_frames(9) == OVERLAP == 33
 

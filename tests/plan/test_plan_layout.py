@@ -80,6 +80,10 @@ def test_plan_picture_is_inside_and_has_a_window_a_section(plan, width):
     assert [windows.index(r) for r in by_time] == [s.index for s in sorted(plan.sections, key=lambda s: s.start)]
 
 
+def test_a_very_long_given_video_leaves_every_mark_visible():
+    inside(plan_picture(plan_sections(PRESETS["F1 forward"], sections=2, history_frames=20000)))
+
+
 def test_a_long_plan_is_shortened():
     picture = plan_picture(plan_sections(PRESETS["F1 forward"], sections=50))
     inside(picture)

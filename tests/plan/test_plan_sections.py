@@ -202,6 +202,35 @@ def test_several_start_anchors_are_the_last_given_frames_in_order():
     assert (1, (BLANK, 0, 1), (0, 1, 2)) in groups_of(short.sections[0])
 
 
+def test_start_anchors_without_a_given_video_are_the_start_and_what_follows_it():
+    plan = plan_sections("f3k1_td_f1k1_g2", sections=3)
+    anchors = [min(s.groups, key=lambda g: g.positions).frames for s in plan.sections]
+    assert anchors == [(START, BLANK, BLANK), (START, 1, 2), (START, 1, 2)]
+
+
+def test_an_inverted_skip_makes_room_for_history_before_the_window():
+    # The window stays where F0 puts it, at 1 + P, until the history does not fit any more.
+    plan = plan_sections("f1k1_x_f2k1_g9_f1k1f2k2f16k4_td", sections=3, order="inverted")
+    assert [s.positions[0] for s in plan.sections] == [1 + 18, 1 + 9, 1 + 2]
+    assert [s.padding for s in plan.sections] == [18, 9, 0]
+
+
+def test_a_forward_skip_is_the_real_distance_to_the_anchor():
+    # Between frame 0 and the two history frames before frame 10 lie frames 1..7.
+    plan = plan_sections("f1k1_x_f2k1_g9", sections=6)
+    assert [s.positions[0] - 3 for s in plan.sections] == [0, 7, 16, 25, 27, 27]
+    given_video = plan_sections("f1k1_x_f2k1_g9", sections=3, history_frames=5)
+    assert [s.positions[0] - 3 for s in given_video.sections] == [0, 7, 16]
+
+
+def test_the_last_of_several_end_anchors_is_the_end_frame():
+    # Frames 1..9 and 10..18; the anchors stand for frame 18 and the end frame 19.
+    plan = plan_sections("f1k1_g9_x_f2k1", sections=2, order="forward", has_end=True)
+    anchors = [max(s.groups, key=lambda g: g.positions) for s in plan.sections]
+    assert [a.frames for a in anchors] == [(BLANK, END)] * 2
+    assert [a.positions[0] - s.positions[-1] - 1 for a, s in zip(anchors, plan.sections)] == [8, 0]
+
+
 def test_a_tail_takes_one_position_and_a_dropped_one_none():
     appended = plan_sections("f1k1_ta_f16k4f2k2f1k1_g9", sections=4)
     assert [s.tail for s in appended.sections[:2]] == [None, None]
