@@ -31,7 +31,7 @@ TOPOLOGY = {
     "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
 CLIPS = 2000
-SHIFT = 2.0
+SHIFT = 6.0
 
 
 def build() -> FramePackTransformer:

@@ -167,8 +167,16 @@ def _double(block, a: dict) -> dict:
 
 
 def _single(block, a: dict) -> dict:
-    return {"img": block(a["img"], vec=a["vec"], pe=a["pe"], attn_mask=a["attention_mask"],
-                         modulation_dims=a["modulation_dims"], transformer_options=a["transformer_options"])}  # fmt: skip
+    return {
+        "img": block(
+            a["img"],
+            vec=a["vec"],
+            pe=a["pe"],
+            attn_mask=a["attention_mask"],
+            modulation_dims=a["modulation_dims"],
+            transformer_options=a["transformer_options"],
+        )
+    }
 
 
 def _call_block(run, block, replacement, args: dict) -> dict:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
+import comfy.model_management
+import torch
 from torch import Tensor
 
 from ..model.framepack import is_framepack
@@ -16,7 +18,9 @@ from ..plan import (
     PlanError,
     Schedule,
     check_kind,
+    latent_bytes,
     natural_order,
+    pixel_frames,
     plan_sections,
     section_count,
     unused_entries,
@@ -112,6 +116,35 @@ def check_timeline(timeline: EncodedTimeline | None, plan: LongVideoPlan, second
     ]
 
 
+def memory_needs(plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int) -> dict[str, int]:
+    """Bytes of system RAM a run will hold: weights, latents of the whole video, one decode window pair, the writer.
+
+    latent_shape: `[B, C, T, H, W]` of the start latent. The decode holds two windows of pixels at most, whatever the
+    length; the writer holds frames of one of them as bytes.
+    """
+    batch, channels, _, height, width = latent_shape
+    pixels = batch * pixel_frames(2 * plan.schedule.window) * height * 8 * width * 8 * 3
+    return {
+        "weights": weights,
+        "latents": batch * latent_bytes(plan.total_frames, height, width, channels),
+        "decode": 2 * 4 * pixels,
+        "writer": pixels,
+    }
+
+
+def describe_needs(needs: Mapping[str, int], free: int) -> tuple[str, str | None]:
+    """A line with the bytes of each part, and a warning where they are more than is free (fault 46)."""
+    line = "RAM: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in needs.items())
+    line += f"; {free / 2**30:.2f} GiB free. Decode and file are streamed, whatever the length."
+    missing = sum(needs.values()) - free
+    if missing <= 0:
+        return line, None
+    return line, (
+        f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or weight_dtype "
+        "fp8_e4m3fn in 'Load FramePack Model', a smaller 'size' in 'FramePack Image', or close other programs."
+    )
+
+
 def sample_long_video(
     *, noise, guider, sampler, sigmas: Tensor, schedule: Schedule, start: Mapping, seconds: float,
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
@@ -135,7 +168,12 @@ def sample_long_video(
         )
     plan = make_plan(schedule, order, seconds, inputs)
     warnings += check_timeline(timeline, plan, seconds)
-    described = plan.describe()
+    weights = 0 if guider.model_patcher.loaded_size() else guider.model_patcher.model_size()
+    needs = memory_needs(plan, inputs.start.shape, weights)
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    memory, shortage = describe_needs(needs, free)
+    warnings += [shortage] if shortage else []
+    described = f"{plan.describe()}\n{memory}"
     say(described)
     runner = SectionSampler(guider, noise, sampler, sigmas, timeline)
     preview = GrowingPreview(guider.model_patcher, len(plan.sections), sigmas.shape[0] - 1, say)

@@ -1,0 +1,110 @@
+"""Measures a video of the synthetic world against its truth: is the sprite there, of its colour and shape, where it
+should be, and is the background as it was.
+
+Shape legend: T frames, H W pixels, 3 colour channels; images are float, 0..1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .world import GROUND_COLOURS, SHAPES, SIZE, SPRITE_COLOURS, Scene, background, positions, shape_mask
+
+FOUND_SHARE = (0.45, 1.8)
+MISSING = np.nan
+
+
+@dataclass(frozen=True)
+class FrameMeasures:
+    """One value for each frame; NaN where no sprite was found.
+
+    found: a sprite-coloured spot of about the right size. colour: its commonest colour is the scene's. colour_error:
+    mean absolute RGB difference. shape: the best fitting shape is the scene's. overlap: intersection over union with
+    the true shape at the spot's own place. distance: pixels from where the sprite should be. background: PSNR in dB
+    of everything that is no sprite.
+    """
+
+    found: np.ndarray
+    colour: np.ndarray
+    colour_error: np.ndarray
+    shape: np.ndarray
+    overlap: np.ndarray
+    distance: np.ndarray
+    background: np.ndarray
+
+    def means(self, part: slice) -> dict[str, float]:
+        """Mean of each measure over a part of the video (missing frames left out, except in `found`)."""
+
+        def mean(values: np.ndarray) -> float:
+            kept = values[part][~np.isnan(values[part])]
+            return float(kept.mean()) if len(kept) else MISSING
+
+        return {name: mean(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def sprite_pixels(video_THWC: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels show any sprite colour `[T, H, W]`, and which colour (index into SPRITE_COLOURS)."""
+    sprites = np.array(list(SPRITE_COLOURS.values()), dtype=np.float32)
+    grounds = np.array(GROUND_COLOURS[scene.ground_colour], dtype=np.float32)
+    grounds = np.concatenate([grounds, grounds.mean(0, keepdims=True)])
+    palette = np.concatenate([sprites, grounds])
+    distance = np.stack([np.square(video_THWC - colour).sum(-1) for colour in palette], axis=-1)
+    nearest = distance.argmin(-1)
+    return nearest < len(sprites), nearest
+
+
+def measure(video_THWC: np.ndarray, scene: Scene, first_frame: int = 0) -> FrameMeasures:
+    """Measure every frame of `video`, whose first is frame `first_frame` of the scene."""
+    frames = np.arange(first_frame, first_frame + len(video_THWC))
+    video = np.asarray(video_THWC, dtype=np.float32)
+    mask, nearest = sprite_pixels(video, scene)
+    truth = positions(scene, frames)
+    area = shape_mask(scene.shape, scene.radius, np.array([[SIZE / 2, SIZE / 2]])).sum()
+    count = mask.sum(axis=(1, 2))
+    found = (count > FOUND_SHARE[0] * area) & (count < FOUND_SHARE[1] * area)
+    columns = np.full((5, len(video)), MISSING)
+    grid = np.arange(SIZE) + 0.5
+    wanted = list(SPRITE_COLOURS).index(scene.colour)
+    true_colour = np.array(SPRITE_COLOURS[scene.colour], dtype=np.float32)
+    for t in np.flatnonzero(found):
+        spot = mask[t]
+        centre = np.array([(spot.sum(0) * grid).sum(), (spot.sum(1) * grid).sum()]) / spot.sum()
+        shown = np.bincount(nearest[t][spot], minlength=len(SPRITE_COLOURS)).argmax()
+        error = np.abs(np.median(video[t][spot], axis=0) - true_colour).mean()
+        overlaps = {shape: _best_overlap(spot, shape, scene.radius) for shape in SHAPES}
+        best = max(overlaps, key=overlaps.get)
+        columns[:, t] = (
+            shown == wanted,
+            error,
+            best == scene.shape,
+            overlaps[scene.shape],
+            np.hypot(*(centre - _centroid(scene, truth[t]))),
+        )
+    return FrameMeasures(found.astype(float), *columns, background=_background_psnr(video, scene, frames, mask))
+
+
+def _centroid(scene: Scene, centre: np.ndarray) -> np.ndarray:
+    """Centre of mass of the sprite at `centre` (a triangle's is not its middle)."""
+    ideal = shape_mask(scene.shape, scene.radius, centre[None])[0]
+    grid = np.arange(SIZE) + 0.5
+    return np.array([(ideal.sum(0) * grid).sum(), (ideal.sum(1) * grid).sum()]) / max(ideal.sum(), 1e-6)
+
+
+def _best_overlap(spot: np.ndarray, shape: str, radius: float) -> float:
+    """Highest intersection over union of the spot with the shape moved to the spot's bounding box middle or mass."""
+    rows, columns = np.flatnonzero(spot.any(1)), np.flatnonzero(spot.any(0))
+    middle = np.array([columns[[0, -1]].mean() + 0.5, rows[[0, -1]].mean() + 0.5])
+    shifts = [(0.0, 0.0), (0.0, radius * 0.2), (0.0, -radius * 0.2)]
+    ideals = shape_mask(shape, radius, np.array([middle + s for s in shifts])) > 0.5
+    return max(float((spot & i).sum() / (spot | i).sum()) for i in ideals)
+
+
+def _background_psnr(video: np.ndarray, scene: Scene, frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    grown = mask.copy()
+    for axis, step in ((1, 1), (1, -1), (2, 1), (2, -1)):
+        grown |= np.roll(mask, step, axis)
+    error = np.square(video - background(scene, frames)).mean(-1)
+    kept = np.where(grown, 0, error).sum(axis=(1, 2)) / np.maximum((~grown).sum(axis=(1, 2)), 1)
+    return -10 * np.log10(np.maximum(kept, 1e-8))

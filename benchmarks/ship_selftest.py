@@ -1,0 +1,56 @@
+"""Pack trained self-test weights as the files that ship: `python scripts/run.py -m benchmarks.ship_selftest`.
+
+Video models become bf16 files in core's layout, the autoencoder one that the stock VAE loader reads; all say what they
+are in their metadata. Together they must stay under 24 MB with all that the pack ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from frame_memory.model import checkpoint
+
+from .quality import AUTOENCODER, FILES, MODELS
+
+METADATA = {
+    "frame_memory.base": "selftest",
+    "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_selftest",
+    "modelspec.license": "GPL-3.0-or-later",
+    "modelspec.description": "Frame Memory self-test model: 64x64 sprites of a procedural world, no real-world data",
+}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a finished run, or of a checkpoint on the way."""
+    tensors = safetensors.torch.load_file(path)
+    averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+    return averaged or tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--F0", type=Path, help="trained F0 weights")
+    parser.add_argument("--F1", type=Path, help="trained F1 weights")
+    parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights")
+    args = parser.parse_args()
+    for kind in ("F0", "F1"):
+        source = getattr(args, kind)
+        if source is not None:
+            target = MODELS / "diffusion_models" / FILES[kind]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            native = {k: v.to(torch.bfloat16) for k, v in weights(source).items()}
+            checkpoint.save_native(native, str(target), METADATA, kind, source=source.name)
+    if args.autoencoder is not None:
+        target = MODELS / "vae" / AUTOENCODER
+        target.parent.mkdir(parents=True, exist_ok=True)
+        native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(args.autoencoder).items()}
+        safetensors.torch.save_file(native, target, {**METADATA, "format": "pt"})
+    for file in sorted(MODELS.rglob("*.safetensors")):
+        print(f"{file.relative_to(MODELS)}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
