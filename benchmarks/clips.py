@@ -73,11 +73,18 @@ class ClipSet:
         latents = np.load(paths[0], mmap_mode="r")
         return cls(latents, np.load(paths[1]), np.load(paths[2]).tolist())
 
-    def batch(self, index: np.ndarray) -> tuple[Tensor, Conditioning]:
-        """Latents `[B, C, T, H, W]` and conditioning of the clips at `index`."""
+    def batch(self, index: np.ndarray, encode=None) -> tuple[Tensor, Conditioning]:
+        """Latents `[B, C, T, H, W]` and conditioning of the clips at `index`.
+
+        encode: pictures `[B, 64, 64, 3]` to latents `[B, C, 1, H, W]`; where given, it makes the first latent frame, as
+        the autoencoder will make it from an artist's picture.
+        """
         text, pooled = zip(*(text_features(self.captions[i]) for i in index), strict=True)
-        vision = vision_features(torch.from_numpy(self.first_frames[index].astype(np.float32)))
+        pictures = torch.from_numpy(self.first_frames[index].astype(np.float32))
+        vision = vision_features(pictures)
         latents = torch.from_numpy(self.latents[index].astype(np.float32))
+        if encode is not None:
+            latents = torch.cat([encode(pictures), latents[:, :, 1:]], dim=2)
         return latents, Conditioning(torch.cat(text), torch.cat(pooled), vision)
 
 

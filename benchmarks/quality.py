@@ -15,6 +15,7 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+
 from frame_memory.model import checkpoint, framepack
 from frame_memory.model.selftest import SelfTestText, SelfTestVision
 from frame_memory.plan import PRESETS, decode_windows, flow_shift, parse_schedule, sigma_schedule
@@ -69,7 +70,7 @@ def make_video(model, vae, kind: str, scene: Scene, seconds: float, steps: int, 
     )
     samples = latent["samples"]
     windows = decode_windows(latent["frame_memory"]["order"], samples.shape[2])
-    return torch.cat([c for c in decode_stream(vae.decode, samples, windows)], dim=-4).squeeze(0).cpu().numpy()
+    return torch.cat(list(decode_stream(vae.decode, samples, windows)), dim=-4).squeeze(0).cpu().numpy()
 
 
 def rows(

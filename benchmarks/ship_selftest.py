@@ -11,6 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+
 from frame_memory.model import checkpoint
 
 from .quality import AUTOENCODER, FILES, MODELS

@@ -59,10 +59,23 @@ def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tens
 class DistilLoss:
     """Encoder against the codec's latents, decoder against pixels."""
 
-    def __init__(self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int):
-        self.model, self.codec, self.videos, self.batch = model, codec, videos, batch
+    def __init__(self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int):
+        self.model, self.codec, self.videos, self.batch, self.stills = model, codec, videos, batch, stills
 
     def __call__(self, generator: torch.Generator) -> Tensor:
+        loss = self._clips(generator)
+        return loss + self._stills(generator) if self.stills else loss
+
+    def _stills(self, generator: torch.Generator) -> Tensor:
+        """Single whole pictures through the encoder: what an artist's start frame is."""
+        i = torch.randint(len(self.videos), (self.stills,), generator=generator)
+        f = torch.randint(self.videos.shape[1], (self.stills,), generator=generator)
+        pictures = self.videos[i, f].float().unsqueeze(1)
+        latents = torch.stack([self.codec.encode(p) for p in pictures])
+        made = self.model.encode(pictures.permute(0, 4, 1, 2, 3) * 2 - 1) * LATENT_SCALE
+        return 2 * (made - latents).square().mean()
+
+    def _clips(self, generator: torch.Generator) -> Tensor:
         crops = random_crops(self.videos, self.batch, generator)
         latents = torch.stack([self.codec.encode(c) for c in crops])
         pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
@@ -93,10 +106,13 @@ def report(model: WanVAE, codec: LinearCodec, seed: int = 99, scenes: int = 12) 
             return (model.decode(z / LATENT_SCALE)[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
 
         made = model.encode(pixels) * LATENT_SCALE
-        error = float((made - latent).square().mean().sqrt())
+        still = model.encode(pixels[:, :, :1]) * LATENT_SCALE
+        error = float((still - latent[:, :, :1]).square().mean().sqrt())
         rows.append((psnr(codec.decode(latent[0]), video), psnr(draw(latent), video), psnr(draw(made), video), error))
     columns = [sum(c) / len(c) for c in zip(*rows, strict=True)]
-    return "PSNR codec {:.1f} dB, decoder {:.1f} dB, round trip {:.1f} dB; latent error {:.3f}".format(*columns)
+    return "PSNR codec {:.1f} dB, decoder {:.1f} dB, round trip {:.1f} dB; error of a still's latent {:.3f}".format(
+        *columns
+    )
 
 
 def main() -> None:
@@ -104,6 +120,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("training"))
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--stills", type=int, default=0, help="single pictures a step, for the encoder alone")
+    parser.add_argument("--start", type=Path, help="weights to begin from")
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--name", default="autoencoder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -113,11 +133,14 @@ def main() -> None:
     rng = np.random.default_rng(7)
     videos = torch.stack([video_of(random_scene(rng), 41).half() for _ in range(400)])
     model = build()
-    trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=4e-3, weight_decay=0.0, average=0.99))
-    for step, _ in run(trainer, DistilLoss(model, codec, videos, args.batch), args.work / "autoencoder.safetensors"):
+    if args.start:
+        model.load_state_dict(safetensors.torch.load_file(args.start))
+    trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=args.rate, weight_decay=0.0, average=0.99))
+    loss = DistilLoss(model, codec, videos, args.batch, args.stills)
+    for step, _ in run(trainer, loss, args.work / f"{args.name}.safetensors"):
         if step % 100 == 0:
             print(report(trainer.averaged_model(), codec), flush=True)
-    safetensors.torch.save_file(trainer.averaged(), args.work / "autoencoder.weights.safetensors")
+    safetensors.torch.save_file(trainer.averaged(), args.work / f"{args.name}.weights.safetensors")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from frame_memory.model.context import gather_context
 from frame_memory.model.transformer import FramePackTransformer
 
 from .clips import ClipSet, fit_codec, random_section
+from .codec import LATENT_SCALE
 
 TOPOLOGY = {
     "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 64,
@@ -66,21 +67,34 @@ def _spread_patchifier(model: FramePackTransformer) -> None:
     clean.proj_4x.weight.data.copy_(weight.repeat(1, 1, 4, 4, 4) / 64)
 
 
+def picture_encoder(path: Path):
+    """Pictures `[B, 64, 64, 3]` to first latent frames `[B, 16, 1, 8, 8]` by a trained autoencoder."""
+    from .train_autoencoder import build as build_autoencoder
+
+    autoencoder = build_autoencoder().requires_grad_(False)
+    autoencoder.load_state_dict(safetensors.torch.load_file(path))
+
+    def encode(pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            return autoencoder.encode(pictures.permute(0, 3, 1, 2).unsqueeze(2) * 2 - 1) * LATENT_SCALE
+
+    return encode
+
+
 class SectionLoss:
     """Loss of one random section; draws everything from the generator it is given."""
 
-    def __init__(self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float):
-        self.model, self.kinds, self.batch = model, kinds, batch
+    def __init__(self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float, encode=None):
+        self.model, self.kinds, self.batch, self.encode = model, kinds, batch, encode
         self.disturb, self.own = disturb, own
         self.options = training_options()
-        self.turn = 0
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         names = list(self.kinds)
         kind = names[int(torch.randint(len(names), (), generator=generator))]
         clips = self.kinds[kind]
         index = torch.randint(len(clips.captions), (self.batch,), generator=generator).numpy()
-        latents, cond = clips.batch(np.sort(index))
+        latents, cond = clips.batch(np.sort(index), self.encode)
         section, previous = random_section(kind, generator)
         start = latents[:, :, :1]
         history = latents
@@ -126,6 +140,7 @@ def main() -> None:
     parser.add_argument("--disturb", type=float, default=0.0, help="largest noise level put on the history")
     parser.add_argument("--own", type=float, default=0.0, help="share of steps whose history holds an own estimate")
     parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights that make the start frame")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -139,9 +154,10 @@ def main() -> None:
     model = build()
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))
+    encode = picture_encoder(args.autoencoder) if args.autoencoder else None
     settings = TrainSettings(steps=args.steps, matrix_rate=args.rate, other_rate=args.rate / 2)
     trainer = Trainer(model, settings)
-    loss = SectionLoss(model, kinds, args.batch, disturb=args.disturb, own=args.own)
+    loss = SectionLoss(model, kinds, args.batch, disturb=args.disturb, own=args.own, encode=encode)
     with differentiable(model):
         for _ in run(trainer, loss, args.work / f"{args.stage}.safetensors", say=lambda text: print(text, flush=True)):
             pass
