@@ -17,19 +17,28 @@ def _register_folders() -> None:
 
 
 async def comfy_entrypoint():
-    """ComfyUI's door to the pack: registers the FramePack model class, the model folders and the nodes."""
+    """ComfyUI's door to the pack: registers the FramePack model class, the model folders and the nodes.
+
+    A family of nodes whose part of ComfyUI has changed is left out and named in the log; the others still register.
+    """
+    import importlib
+
     from comfy_api.latest import ComfyExtension
 
-    from .frame_memory.model import framepack
-    from .nodes import context, models, sampling, selftest, video
+    from .frame_memory.model import host_contract
+
+    sound = host_contract.sound_families()
+    families = [importlib.import_module(f".nodes.{name}", __package__) for name in sound]
 
     class FrameMemory(ComfyExtension):
         async def on_load(self) -> None:
-            framepack.register()
             _register_folders()
+            if "models" in sound:
+                from .frame_memory.model import framepack
+
+                framepack.register()
 
         async def get_node_list(self) -> list:
-            families = (models, context, sampling, video, selftest)
             return [node for family in families for node in family.NODES]
 
     return FrameMemory()
