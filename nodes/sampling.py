@@ -66,7 +66,7 @@ class FrameMemoryFramePackImage(io.ComfyNode):
                 io.Combo.Input(
                     "background",
                     options=list(BACKGROUNDS),
-                    default=BACKGROUNDS[0],
+                    default="white",
                     advanced=True,
                     tooltip="Colour laid under transparent parts of a picture with alpha.",
                 ),
@@ -82,7 +82,7 @@ class FrameMemoryFramePackImage(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, background=BACKGROUNDS[0]
+        cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, background="white"
     ) -> io.NodeOutput:
         made = prepare(vae, clip_vision, image, end_image, size, background)
         values = {} if made.vision is None else {"clip_vision_output": made.vision}
