@@ -45,7 +45,7 @@ def _make(job: tuple[int, bool, LinearCodec]) -> tuple[np.ndarray, np.ndarray, s
     seed, eased, codec = job
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    scene = random_scene(rng, eased=eased, away=not eased and rng.random() < 0.1)
+    scene = random_scene(rng, eased=eased and rng.random() < 0.5, tidy=True)
     video = video_of(scene)
     return codec.encode(video).numpy().astype(np.float16), video[0].numpy().astype(np.float16), scene.caption
 
@@ -61,7 +61,7 @@ class ClipSet:
     @classmethod
     def make(cls, folder: Path, codec: LinearCodec, count: int, *, eased: bool, seed: int, workers: int = 2) -> ClipSet:
         """Render and encode `count` videos, or read them back where they were made before."""
-        name = f"{'eased' if eased else 'steady'}-{count}-{seed}"
+        name = f"tidy-{'eased' if eased else 'steady'}-{count}-{seed}"
         paths = [folder / f"{name}.{part}.npy" for part in ("latents", "first", "captions")]
         if not all(p.exists() for p in paths):
             folder.mkdir(parents=True, exist_ok=True)

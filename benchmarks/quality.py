@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["F0", "F1"], choices=["F0", "F1"])
     args = parser.parse_args()
     rng = np.random.default_rng(2026)
-    scenes = [random_scene(rng) for _ in range(args.scenes)]
+    scenes = [random_scene(rng, tidy=True) for _ in range(args.scenes)]
     print("| model | part | found | colour kept | colour error | shape kept | overlap | off by, px | ground, dB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in args.kinds:
