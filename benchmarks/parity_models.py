@@ -171,3 +171,17 @@ def as_bf16_sees(inputs: Inputs) -> Inputs:
     """The same inputs with time and guidance rounded as a bf16 network rounds them (10.0 is seen as 9.984)."""
     guidance = torch.tensor(inputs.guidance * 1000.0).to(torch.bfloat16).item() / 1000.0
     return replace(inputs, timestep_B=rounded(inputs.timestep_B, torch.bfloat16), guidance=guidance)
+
+
+def sample(inputs: Inputs, i: int) -> Inputs:
+    """One sample of a batch."""
+    return replace(
+        inputs,
+        window_BCTHW=inputs.window_BCTHW[i : i + 1],
+        timestep_B=inputs.timestep_B[i : i + 1],
+        text_BLD=inputs.text_BLD[i : i + 1],
+        text_lengths=inputs.text_lengths[i : i + 1],
+        pooled_BD=inputs.pooled_BD[i : i + 1],
+        image_BND=inputs.image_BND[i : i + 1],
+        context=tuple(c[i : i + 1] for c in inputs.context),
+    )

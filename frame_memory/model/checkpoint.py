@@ -54,7 +54,8 @@ class CheckpointInfo:
     """What is known from the headers alone.
 
     kind: "F0", "F1" or None where neither the metadata nor the name says. layout: "diffusers" or "native".
-    dtypes: dtype name and count of numbers, most first. quantised: layers with scales. bytes: of all files.
+    dtypes: dtype name and count of numbers, most first. quantised: layers with scales.
+    shards: full paths of all files. bytes: of all files together.
     """
 
     kind: str | None
@@ -167,7 +168,7 @@ def inspect(paths: str | Sequence[str]) -> CheckpointInfo:
         layout="diffusers" if is_diffusers(stored) else "native",
         dtypes=tuple(sizes.most_common()),
         quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
-        shards=tuple(os.path.basename(f) for f in files),
+        shards=files,
         tensors=len(stored),
         bytes=sum(os.path.getsize(f) for f in files),
     )
@@ -293,7 +294,7 @@ def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str]
 
 # Shown to the artist in place of "could not detect": family, and keys that only it has.
 _FAMILIES = (
-    ("a LoRA, which goes into 'Frame Memory LoRA Loader'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
+    ("a LoRA, which goes into 'Load FramePack LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
     ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
     ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
     ("FLUX", r"^double_blocks\.0\.img_attn\..*|^double_stream_modulation"),

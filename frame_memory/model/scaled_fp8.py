@@ -3,7 +3,7 @@
 Core keeps one scale for a tensor. Where the parts have one and the same scale their bytes are kept. Where the
 scales differ, the largest one is taken for the fused tensor: the part it belongs to keeps its bytes, and the
 others are rounded a second time to 4 significant bits (e4m3; 3 for e5m2). The weights they stand for move by at
-most 1/16 of themselves (1/8 for e5m2), about 2.5 % (5 %) rms, which is what the first quantisation cost as well;
+most 1/16 of themselves (1/8 for e5m2), about 3 % (6 %) rms, a little more than the first quantisation cost;
 values below the smallest step of the new scale become coarser. A file in the native layout, quantised after
 fusing, has no such loss. Scales by row or by block, which core does not know, become one scale the same way.
 

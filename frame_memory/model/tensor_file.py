@@ -26,7 +26,7 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-GET_IT_AGAIN = "Download it again and choose the file in 'Load FramePack Model'."
+GET_IT_AGAIN = "Download it again and choose it again in the loader node."
 
 
 class FileError(ValueError):
@@ -125,6 +125,11 @@ def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
+def read(path: str) -> dict[str, Tensor]:
+    """All tensors of a file, in RAM. Raises FileError as `read_header` does; nothing is ever unpickled."""
+    return {name: entry.read() for name, entry in read_header(path)[0].items()}
+
+
 def _entry(path: str, info: Mapping, base: int) -> Entry:
     if info["dtype"] not in DTYPES:
         known = ", ".join(DTYPES)
@@ -164,7 +169,7 @@ def _refuse_foreign(path: str, size: int, head: bytes) -> None:
         what = "a PyTorch pickle (.ckpt, .pt, .bin)" if zip_file or pickled else "not a .safetensors file"
         raise FileError(
             f"{path} is {what}. Such files can run programs when they are opened, so this one was not opened. "
-            "Use the .safetensors version of the model, or convert it in a place you trust: load it with "
+            "Use its .safetensors version, or convert it in a place you trust: load it with "
             "torch.load(path, weights_only=True) and write it with safetensors.torch.save_file."
         )
     if size < 8:
