@@ -286,11 +286,16 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
     fetch_comfyui(folder, lock, runner)
     say("  [4/4] Checking")
     check_imports(folder)
+    write_stamp(folder, lock)
+    say(f"  Done in {time.monotonic() - began:.0f} s. The next start installs nothing.")
+
+
+def write_stamp(folder: Path, lock: Lock) -> None:
+    """Declare an installation whole: what later starts compare it with."""
     stamp = {"comfyui": lock.version, "tree": tree_digest(folder / "comfyui"), "packages": packages_in(folder / "venv")}
     partial = folder / "complete.json.part"
     partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     os.replace(partial, folder / "complete.json")
-    say(f"  Done in {time.monotonic() - began:.0f} s. The next start installs nothing.")
 
 
 def fetch_comfyui(folder: Path, lock: Lock, runner: Pip) -> None:

@@ -84,7 +84,7 @@ class Server:
             "--disable-api-nodes", "--disable-auto-launch", "--preview-method", "latent2rgb", *self.flags,
         ]  # fmt: skip
 
-    def start(self, timeout: float = 180) -> Server:
+    def start(self, timeout: float = 900) -> Server:
         """Start, and return when it answers. Raises ServerError."""
         for name in ("models", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)

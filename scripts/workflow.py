@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MUTED, BYPASSED = 2, 4  # node modes
@@ -21,18 +20,11 @@ WIDGET_TYPES = {
 UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload", "mesh_upload", "animated_image_upload")
 SEEDS = ("seed", "noise_seed")  # the frontend gives these a "control after generate" widget unasked
 
+Take = Callable[[str, object], object]  # the next saved widget value, given its name and default
+
 
 class WorkflowError(ValueError):
     """The graph cannot be converted. The text names the node."""
-
-
-@dataclass(frozen=True)
-class Widget:
-    """One widget of a node as the definition orders them. ``sent`` is False for those the server is not told about."""
-
-    name: str
-    default: object = None
-    sent: bool = True
 
 
 def read(path: Path) -> dict:
@@ -42,7 +34,7 @@ def read(path: Path) -> dict:
     except ValueError as error:
         raise WorkflowError(f"{path} is not JSON: {error}") from None
     if not isinstance(workflow, dict) or not isinstance(workflow.get("nodes"), list):
-        raise WorkflowError(f"{path} is not a graph saved by the editor (no list of nodes). API files need no conversion.")
+        raise WorkflowError(f"{path} is not a graph saved by the editor: it has no list of nodes.")
     return workflow
 
 
@@ -77,20 +69,17 @@ def to_api(workflow: dict, definitions: dict) -> dict:
 
 
 def widget_values(node: dict, definition: dict) -> Iterator[tuple[str, object]]:
-    """(input name, value) of a saved node's widgets, in the order in which the editor saves them."""
+    """(input name, value) of a saved node's widgets."""
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
-        for widget in widgets(definition["input"], definition.get("input_order"), iter(())):
-            if widget.sent:
-                yield widget.name, wrap(saved.get(widget.name, widget.default))
-        return
-    remaining = iter(saved)
-    for widget in widgets(definition["input"], definition.get("input_order"), remaining):
-        value = next(remaining, widget.default)
-        if isinstance(widget, DynamicCombo):
-            widget.chosen = value
-        if widget.sent:
-            yield widget.name, wrap(value)
+        take = saved.get
+    else:
+        remaining = iter(saved)
+
+        def take(name: str, default: object) -> object:
+            return next(remaining, default)
+
+    yield from values_of_group(definition["input"], definition.get("input_order"), take)
 
 
 def wrap(value: object) -> object:
@@ -98,41 +87,34 @@ def wrap(value: object) -> object:
     return {"__value__": value} if isinstance(value, list) else value
 
 
-class DynamicCombo(Widget):
-    """A combo whose choice decides which widgets follow it; ``chosen`` is set once its value has been read."""
-
-    chosen: object = None
-    __setattr__ = object.__setattr__
-
-
-def widgets(inputs: dict, order: dict | None, remaining: Iterator, prefix: str = "") -> Iterator[Widget]:
-    """The widgets that a definition's inputs make, in the editor's order."""
+def values_of_group(inputs: dict, order: dict | None, take: Take, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values of a definition's inputs, taken in the order in which the editor saves its widgets."""
     for kind in ("required", "optional"):
         group = inputs.get(kind) or {}
         for name in (order or {}).get(kind) or group:
-            yield from widgets_of(prefix + name, group[name], remaining)
-        if any(isinstance(s[-1], dict) and s[-1].get(u) for s in group.values() for u in UPLOADS):
-            yield Widget(prefix + "upload", sent=False)
+            yield from values_of_input(prefix + name, group[name], take)
+        if any(isinstance(spec[-1], dict) and spec[-1].get(upload) for spec in group.values() for upload in UPLOADS):
+            take(prefix + "upload", None)  # the button's widget is saved, not sent
 
 
-def widgets_of(name: str, spec: list, remaining: Iterator) -> Iterator[Widget]:
-    """The widgets of one input: none for a socket, two for a seed."""
+def values_of_input(name: str, spec: list, take: Take) -> Iterator[tuple[str, object]]:
+    """The values of one input: none for a socket, several for a combo that brings inputs of its own."""
     kind, options = spec[0], (spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {})
     if options.get("forceInput") or (not isinstance(kind, list) and kind not in WIDGET_TYPES):
         return
     if kind == "COMFY_DYNAMICCOMBO_V3":
         choices = {choice["key"]: choice["inputs"] for choice in options["options"]}
-        combo = DynamicCombo(name, default=next(iter(choices), None))
-        yield combo
-        yield from widgets(choices.get(combo.chosen) or {}, None, remaining, prefix=name + ".")
+        chosen = take(name, next(iter(choices), None))
+        yield name, chosen
+        yield from values_of_group(choices.get(chosen) or {}, None, take, prefix=name + ".")
         return
     choices = kind if isinstance(kind, list) else options.get("options")
-    yield Widget(name, default=options.get("default", choices[0] if choices else None))
+    yield name, wrap(take(name, options.get("default", choices[0] if choices else None)))
     control = options.get("control_after_generate")
     if control or (control is None and kind == "INT" and name in SEEDS):
-        yield Widget(name + " control", sent=False)
+        take("control_after_generate", None)
         if kind != "INT":
-            yield Widget(name + " filter", sent=False)
+            take("control_filter_list", None)
 
 
 class Graph:
@@ -173,19 +155,16 @@ class Graph:
         return None if link is None else self.source(link)
 
 
-def set_inputs(prompt: dict, values: dict[str, object], title: str | None = None, class_type: str | None = None) -> dict:
-    """A copy of an API-format graph with inputs changed on every node of that title or class.
+def set_inputs(prompt: dict, class_type: str, values: dict[str, object], without: str | None = None) -> dict:
+    """A copy of an API-format graph with inputs changed on every node of a class; titles with ``without`` are skipped.
 
-    Raises WorkflowError when no node fits or a name is not among the node's inputs.
+    Raises WorkflowError when there is no such node or a name is not among its inputs.
     """
     changed = copy.deepcopy(prompt)
-    fitting = [
-        node
-        for node in changed.values()
-        if (title is None or node["_meta"]["title"] == title) and (class_type is None or node["class_type"] == class_type)
-    ]
+    fitting = [node for node in changed.values() if node["class_type"] == class_type]
+    fitting = [node for node in fitting if not (without and without in node["_meta"]["title"].lower())]
     if not fitting:
-        raise WorkflowError(f"The graph has no node {title or class_type}.")
+        raise WorkflowError(f"The graph has no node {class_type}.")
     for node in fitting:
         unknown = set(values) - set(node["inputs"])
         if unknown:

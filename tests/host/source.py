@@ -99,3 +99,40 @@ def resolved(path: Path, node: ast.expr) -> str | None:
     first, _, rest = name.partition(".")
     origin = names_bound_by_import(path).get(first)
     return None if origin is None else origin + ("." + rest if rest else "")
+
+
+HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview")
+HOST_MODULES += ("node_helpers",)
+
+
+def closure_of(path: Path) -> set[Path]:
+    """The pack's files that importing one of them brings in, itself included; imports inside functions count."""
+    seen: set[Path] = set()
+    frontier = [path]
+    while frontier:
+        here = frontier.pop()
+        if here in seen or not here.exists():
+            continue
+        seen.add(here)
+        for module, name, _ in imports_of(here):
+            base = REPO.joinpath(*module.split(".")) if module else REPO
+            places = [base.with_suffix(".py"), base / "__init__.py"] if module else []
+            if name:
+                places += [base / f"{name}.py", base / name / "__init__.py"]
+            # The pack's own __init__ imports every family; no family is reached through it.
+            frontier += [p for p in places if p.is_file() and p.is_relative_to(REPO) and p != REPO / "__init__.py"]
+    return seen
+
+
+def host_symbols(path: Path) -> set[str]:
+    """Dotted names of the host's functions, classes and values that a file refers to, modules left out.
+
+    A chain is cut after the first class or function: `comfy.samplers.CFGGuider.sample` counts as the class.
+    """
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.Attribute, ast.Name)):
+            name = resolved(path, node)
+            if name and name.partition(".")[0] in HOST_MODULES:
+                found.add(name)
+    return found

@@ -1,0 +1,258 @@
+"""What of ComfyUI's own code the pack leans on, checked once when ComfyUI loads it (faults.md 42).
+
+ComfyUI's internals have no stable interface. When one of them moves, the nodes that need it are left out with one line
+that names it, and all others still register. A test derives the same list from the source and compares.
+
+Imports of ComfyUI happen inside the check only, so this module loads anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing of the host by its dotted name, and the parameters the pack passes to it or overrides.
+
+    exact: the parameters must be these in this order and no others, since core passes them by position.
+    """
+
+    symbol: str
+    parameters: tuple[str, ...] = ()
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A file of nodes: the ids it registers and what they need."""
+
+    nodes: tuple[str, ...]
+    needs: tuple[Need, ...]
+
+
+def _needs(table: str) -> tuple[Need, ...]:
+    """One need a line: `symbol parameter parameter ...`, with `=` after the symbol for an exact list."""
+    found = []
+    for line in filter(None, map(str.strip, table.splitlines())):
+        symbol, *parameters = line.split()
+        exact = parameters[:1] == ["="]
+        found.append(Need(symbol, tuple(parameters[1:] if exact else parameters), exact))
+    return tuple(found)
+
+
+API = _needs("""
+    comfy_api.latest.io.ComfyNode
+    comfy_api.latest.io.Schema node_id display_name category description search_aliases inputs outputs hidden
+    comfy_api.latest.io.NodeOutput
+    comfy_api.latest.io.Custom
+    comfy_api.latest.io.Input
+    comfy_api.latest.io.Output
+""")
+
+MODEL_CLASS = _needs("""
+    comfy.ldm.hunyuan_video.model.HunyuanVideo
+    comfy.ldm.hunyuan_video.model.HunyuanVideo._forward = x timestep context y txt_byt5 clip_fea guidance \
+attention_mask guiding_frame_index ref_latent disable_time_r control transformer_options
+    comfy.ldm.flux.layers.DoubleStreamBlock.forward img txt vec pe attn_mask modulation_dims_img \
+modulation_dims_txt transformer_options
+    comfy.ldm.flux.layers.SingleStreamBlock.forward vec pe attn_mask modulation_dims transformer_options
+    comfy.ldm.flux.layers.timestep_embedding t dim time_factor
+    comfy.ldm.common_dit.pad_to_patch_size img patch_size padding_mode
+    comfy.conds.CONDRegular
+    comfy.conds.CONDConstant
+    comfy.conds.CONDList
+    comfy.model_base.BaseModel.__init__ model_config model_type device unet_model
+    comfy.model_base.BaseModel.process_latent_in
+    comfy.model_base.BaseModel.process_latent_out
+    comfy.model_base.BaseModel.resize_cond_for_context_window = cond_key cond_value window x_in device \
+retain_index_list
+    comfy.model_base.HunyuanVideo.extra_conds
+    comfy.model_base.HunyuanVideo.extra_conds_shapes
+    comfy.model_base.ModelType.FLOW
+    comfy.supported_models.HunyuanVideo.get_model = state_dict prefix device
+    comfy.supported_models.models
+""")
+
+CHECKPOINTS = _needs("""
+    comfy.sd.load_diffusion_model_state_dict sd model_options metadata
+    comfy.lora.load_lora lora to_load log_missing
+    comfy.utils.get_attr obj attr
+    comfy.memory_management.aimdo_enabled
+    comfy.model_patcher.ModelPatcher.add_patches patches strength_patch
+    comfy.model_patcher.ModelPatcher.clone
+    folder_paths.get_filename_list folder_name
+    folder_paths.get_folder_paths folder_name
+    folder_paths.get_full_path_or_raise folder_name filename
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Model.Input
+    comfy_api.latest.io.Model.Output
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.ui.PreviewText
+""")
+
+CONTEXT = _needs("""
+    comfy_api.latest.io.Clip.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.ui.PreviewImage
+    comfy_api.latest.ui.PreviewText
+""")
+
+VAE_FAMILIES = _needs("""
+    comfy.ldm.models.autoencoder.AutoencoderKL
+    comfy.ldm.wan.vae.WanVAE
+    comfy.taesd.taehv.TAEHV
+""")
+
+SAMPLING = _needs("""
+    comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas callback disable_pbar seed
+    comfy.samplers.CFGGuider.set_conds
+    comfy.samplers.KSAMPLER sampler_function
+    comfy.clip_vision.Output
+    comfy.ldm.modules.attention.attention_pytorch
+    comfy.ldm.modules.attention.optimized_attention
+    comfy.model_management.get_free_memory dev
+    comfy.model_management.intermediate_device
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_patcher.create_model_options_clone
+    comfy.utils.ProgressBar.update_absolute value total preview
+    comfy.utils.repeat_to_batch_size tensor batch_size
+    comfy_extras.nodes_custom_sampler.Noise_RandomNoise
+    latent_preview.get_previewer device latent_format
+    node_helpers.conditioning_set_values conditioning values
+    comfy_api.latest.io.ClipVision.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Conditioning.Output
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Guider.Input
+    comfy_api.latest.io.Hidden.unique_id
+    comfy_api.latest.io.Image.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.Latent.Output
+    comfy_api.latest.io.Noise.Input
+    comfy_api.latest.io.Sampler.Input
+    comfy_api.latest.io.Sampler.Output
+    comfy_api.latest.io.Sigmas.Input
+    comfy_api.latest.io.Sigmas.Output
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewText
+""")
+
+VIDEO = _needs("""
+    comfy.cli_args.args.disable_metadata
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.utils.ProgressBar.update_absolute value total preview
+    folder_paths.get_output_directory
+    folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
+    comfy_api.latest.InputImpl.VideoFromFile
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.FolderType.output
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.io.Video.Output
+    comfy_api.latest.ui.PreviewVideo
+    comfy_api.latest.ui.SavedResult
+""")
+
+SELFTEST = _needs("""
+    comfy.clip_vision.Output
+    comfy.utils.common_upscale samples width height upscale_method crop
+    comfy_api.latest.io.Clip.Output
+    comfy_api.latest.io.ClipVision.Output
+""")
+
+FAMILIES: dict[str, Family] = {
+    "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS),
+    "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT),
+    "sampling": Family(
+        (
+            "FrameMemoryFramePackImage",
+            "FrameMemorySigmas",
+            "FrameMemoryUniPC",
+            "FrameMemoryAntiDriftSampler",
+        ),
+        API + MODEL_CLASS + VAE_FAMILIES + SAMPLING,
+    ),
+    "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
+    "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
+}
+
+
+def check(families: Mapping[str, Family] = FAMILIES) -> dict[str, list[str]]:
+    """What does not hold in this ComfyUI, by family; families without a problem are left out."""
+    said: dict[Need, str | None] = {}
+    problems: dict[str, list[str]] = {}
+    for name, family in families.items():
+        for need in family.needs:
+            if need not in said:
+                said[need] = problem(need)
+            if said[need]:
+                problems.setdefault(name, []).append(said[need])
+    return problems
+
+
+def problem(need: Need) -> str | None:
+    """Why a need is not met, in words, or None."""
+    try:
+        thing = find(need.symbol)
+    except Exception as error:  # whatever a changed module raises while it is imported is the answer
+        return f"{need.symbol} is missing ({error})"
+    if not need.parameters:
+        return None
+    try:
+        parameters = inspect.signature(thing).parameters.values()
+    except (TypeError, ValueError):
+        return f"{need.symbol} cannot be called any more"
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    if need.exact:
+        return None if tuple(named) == need.parameters else f"{need.symbol} takes ({', '.join(named)}) now"
+    gone = [p for p in need.parameters if p not in named]
+    return f"{need.symbol} no longer takes {', '.join(gone)}" if gone else None
+
+
+def find(symbol: str):
+    """The object of a dotted name: the longest importable prefix is the module, the rest are attributes.
+
+    Raises ImportError or AttributeError that names the first part which is not there.
+    """
+    parts = symbol.split(".")
+    thing = importlib.import_module(parts[0])
+    for count, part in enumerate(parts[1:], 2):
+        if not hasattr(thing, part) and inspect.ismodule(thing) and hasattr(thing, "__path__"):
+            importlib.import_module(".".join(parts[:count]))
+        if not hasattr(thing, part):
+            raise AttributeError(f"{'.'.join(parts[: count - 1])} has no {part}")
+        thing = getattr(thing, part)
+    return thing
+
+
+def sound_families(families: Mapping[str, Family] = FAMILIES) -> list[str]:
+    """The families whose needs are met; for each other one, a line in the log says what is missing and what to do."""
+    problems = check(families)
+    for name, missing in problems.items():
+        logging.error(
+            "Frame Memory: this ComfyUI has changed what %d of its nodes rely on, so they are not available: %s. "
+            "Changed: %s. Update Frame Memory, or use the ComfyUI version its pyproject.toml names.",
+            len(families[name].nodes),
+            ", ".join(families[name].nodes),
+            "; ".join(missing),
+        )
+    return [name for name in families if name not in problems]
