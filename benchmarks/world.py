@@ -38,7 +38,7 @@ DIRECTIONS = {
     "up": (0.0, -1.0),
 }
 SPEEDS = {"slowly": 0.35, "quickly": 0.8}
-TIDY_SPEEDS = {"slowly": 0.5, "quickly": 1.0}
+TIDY_SPEEDS = {"slowly": 0.25, "quickly": 0.5}
 TIDY_RADIUS, TIDY_STEP = 9.0, 4
 GROUND_PERIOD = 128
 

@@ -25,6 +25,7 @@ POOLED_FEATURES = 768
 VISION_FEATURES = 1152
 VISION_SIZE = 64
 VISION_PATCH = 16
+VISION_PLACE = 4.0
 PADDING_WORD = "<pad>"
 
 
@@ -50,12 +51,15 @@ def text_features(text: str) -> tuple[Tensor, Tensor]:
 
 
 def vision_features(image_BHWC: Tensor) -> Tensor:
-    """Image 0..1 to `[B, 16, 1152]`: squashed to 64x64, cut into 16x16 patches, zero-padded."""
+    """Image 0..1 to `[B, 16, 1152]`: squashed to 64x64, cut into 16x16 patches, each with its place, zero-padded."""
     x = image_BHWC[..., :3].movedim(-1, 1)
     if x.shape[-2:] != (VISION_SIZE, VISION_SIZE):
         x = comfy.utils.common_upscale(x, VISION_SIZE, VISION_SIZE, "bicubic", "disabled").clamp(0, 1)
     patches = torch.nn.functional.unfold(x * 2 - 1, VISION_PATCH, stride=VISION_PATCH).transpose(1, 2)
-    return torch.nn.functional.pad(patches, (0, VISION_FEATURES - patches.shape[-1]))
+    # The model gives these tokens no position of their own; a real vision encoder's features carry it.
+    place = VISION_PLACE * torch.eye(patches.shape[1], dtype=patches.dtype, device=patches.device)
+    tokens = torch.cat([patches, place.expand(patches.shape[0], -1, -1)], dim=-1)
+    return torch.nn.functional.pad(tokens, (0, VISION_FEATURES - tokens.shape[-1]))
 
 
 class SelfTestText:
