@@ -120,7 +120,7 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
                     tooltip=(
                         "One prompt a line: '0-3.6: text' (seconds), '3.6-: text' (to the end), '3.6: text' (from "
                         "then on), or '[0s-2s: text]'. Overlaps and times past the end of the video are refused. A "
-                        "prompt begins with the section it falls in (1.2 s each)."
+                        "prompt takes effect with the next section (1.2 s each): multiples of 1.2 are exact."
                     ),
                 ),
                 io.Int.Input(
