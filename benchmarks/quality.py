@@ -20,9 +20,9 @@ from frame_memory.model import checkpoint, framepack
 from frame_memory.model.selftest import SelfTestText, SelfTestVision
 from frame_memory.plan import PRESETS, decode_windows, flow_shift, parse_schedule, sigma_schedule
 from frame_memory.sampling.long_video import sample_long_video
-from frame_memory.sampling.start_image import prepare
 from frame_memory.sampling.unipc import framepack_unipc
 from frame_memory.video.decode import decode_stream
+from frame_memory.video.start_image import prepare
 
 from .clips import ORDERS
 from .measure import measure

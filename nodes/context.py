@@ -19,6 +19,48 @@ from .sockets import FrameContext, FrameContextSocket, TimelineSocket
 FREE = "free schedule"
 
 
+def _packer_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "preset",
+            options=[*PRESETS, FREE],
+            default="F1 forward",
+            tooltip=(
+                "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
+                "for FramePack_F1. The others are the paper's, for experiments and own training."
+            ),
+        ),
+        io.String.Input(
+            "schedule",
+            default=PRESETS["F0 inverted"],
+            advanced=True,
+            tooltip=(
+                "Used with 'free schedule'. The paper's notation, time from left to right: fAkB = A latent "
+                "frames at kernel B (1, 2, 4, 8), gN = N frames made at once, x = skip, td/ta/tc = drop, "
+                "append or compress the tail. Example: f1k1_x_g9_f1k1f2k2f16k4_td"
+            ),
+        ),
+        io.Int.Input(
+            "width",
+            default=640,
+            min=16,
+            max=4096,
+            step=16,
+            advanced=True,
+            tooltip="Video width in pixels, a multiple of 16; only for the token count shown here.",
+        ),
+        io.Int.Input(
+            "height",
+            default=608,
+            min=16,
+            max=4096,
+            step=16,
+            advanced=True,
+            tooltip="Video height in pixels, a multiple of 16; only for the token count shown here.",
+        ),
+    ]
+
+
 class FrameMemoryContextPacker(io.ComfyNode):
     """Choose what the model sees of the history, at which rate."""
 
@@ -33,45 +75,7 @@ class FrameMemoryContextPacker(io.ComfyNode):
                 "far frames ever coarser. The picture shows what is kept at which rate."
             ),
             search_aliases=["framepack schedule", "packing", "context length", "anti-drifting"],
-            inputs=[
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, FREE],
-                    default="F1 forward",
-                    tooltip=(
-                        "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
-                        "for FramePack_F1. The others are the paper's, for experiments and own training."
-                    ),
-                ),
-                io.String.Input(
-                    "schedule",
-                    default=PRESETS["F0 inverted"],
-                    advanced=True,
-                    tooltip=(
-                        "Used with 'free schedule'. The paper's notation, time from left to right: fAkB = A latent "
-                        "frames at kernel B (1, 2, 4, 8), gN = N frames made at once, x = skip, td/ta/tc = drop, "
-                        "append or compress the tail. Example: f1k1_x_g9_f1k1f2k2f16k4_td"
-                    ),
-                ),
-                io.Int.Input(
-                    "width",
-                    default=640,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    advanced=True,
-                    tooltip="Video width in pixels, a multiple of 16; only for the token count shown here.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=608,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    advanced=True,
-                    tooltip="Video height in pixels, a multiple of 16; only for the token count shown here.",
-                ),
-            ],
+            inputs=_packer_inputs(),
             outputs=[
                 FrameContextSocket.Output(
                     display_name="frame_context",

@@ -9,9 +9,9 @@ from server import PromptServer
 
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
 from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
-from ..frame_memory.sampling.start_image import prepare
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
+from ..frame_memory.video.start_image import prepare
 from .sockets import FrameContextSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"

@@ -55,16 +55,9 @@ class FramePackTransformer(HunyuanVideo):
         self._check_context(x, context_latents, context_layout)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
-            # Padding must never meet real tokens, and core's refiner pools over whatever it is given
-            # (reference/framepack.md 2.5 M3): run each sample with exactly its own text.
-            return torch.cat([
-                self._forward(
-                    x[i : i + 1], timestep[i : i + 1], context[i : i + 1, :n], y=_row(y, i), clip_fea=_row(clip_fea, i),
-                    guidance=_row(guidance, i), control=control, transformer_options=transformer_options,
-                    context_latents=[c[i : i + 1] for c in context_latents], context_layout=context_layout,
-                )
-                for i, n in enumerate(lengths)
-            ])  # fmt: skip
+            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance}
+            shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout}
+            return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
 
         height, width = x.shape[-2:]
         x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
@@ -93,6 +86,21 @@ class FramePackTransformer(HunyuanVideo):
         out = out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         return out[..., :height, :width]
 
+    def _forward_each(self, lengths, x, timestep, context, per_sample, context_latents, shared) -> Tensor:
+        """Run each sample with exactly its own text.
+
+        Padding must never meet real tokens, and core's refiner pools over whatever it is given
+        (reference/framepack.md 2.5 M3).
+        """
+
+        def one(i: int, length: int) -> Tensor:
+            row = slice(i, i + 1)
+            own = {k: None if v is None else v[row] for k, v in per_sample.items()}
+            latents = [c[row] for c in context_latents]
+            return self._forward(x[row], timestep[row], context[row, :length], context_latents=latents, **own, **shared)
+
+        return torch.cat([one(i, length) for i, length in enumerate(lengths)])
+
     def _modulation_vector(self, timestep: Tensor, y: Tensor, guidance: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
         # The checkpoint saw time rounded to its compute dtype (reference/framepack.md 1, M2).
         rounded_time = timestep.to(dtype).float()
@@ -110,8 +118,8 @@ class FramePackTransformer(HunyuanVideo):
         options.update(total_blocks=len(self.double_blocks), block_type="double")
         for i, block in enumerate(self.double_blocks):
             options["block_index"] = i
-            args = {"img": img, "txt": txt, "vec": vec, "pe": pe, "attention_mask": None,
-                    "modulation_dims_img": None, "modulation_dims_txt": None, "transformer_options": options}  # fmt: skip
+            args = {"img": img, "txt": txt, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims_img": None,
+                    "modulation_dims_txt": None, "transformer_options": options}  # fmt: skip
             out = _call_block(_double, block, replace.get(("double_block", i)), args)
             img, txt = out["img"], out["txt"]
             _add_control(img, control.get("input"), i, window_tokens)
@@ -153,10 +161,6 @@ def _valid_lengths(attention_mask: Tensor | None) -> list[int] | None:
         return None
     lengths = [max(int(n), 1) for n in attention_mask.reshape(attention_mask.shape[0], -1).bool().sum(dim=1)]
     return None if all(n == attention_mask.shape[-1] for n in lengths) else lengths
-
-
-def _row(x: Tensor | None, i: int) -> Tensor | None:
-    return None if x is None else x[i : i + 1]
 
 
 def _double(block, a: dict) -> dict:

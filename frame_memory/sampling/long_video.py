@@ -26,7 +26,7 @@ from ..plan import (
     unused_entries,
     validate_timeline,
 )
-from ..video.mark import DEFAULT_FPS, KEY, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from .preview import GrowingPreview
 from .prompts import EncodedTimeline
 from .section_loop import Inputs, SectionSampler
@@ -140,8 +140,8 @@ def describe_needs(needs: Mapping[str, int], free: int) -> tuple[str, str | None
     if missing <= 0:
         return line, None
     return line, (
-        f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or weight_dtype "
-        "fp8_e4m3fn in 'Load FramePack Model', a smaller 'size' in 'FramePack Image', or close other programs."
+        f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or "
+        "weight_dtype fp8_e4m3fn in 'Load FramePack Model', a smaller 'size' in 'FramePack Image', or close programs."
     )
 
 

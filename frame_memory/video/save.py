@@ -14,8 +14,8 @@ from fractions import Fraction
 import torch
 
 from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
+from ..plan.mark import LatentMark, read_mark, resolve_fps
 from .decode import DecodeError, decode_stream
-from .mark import LatentMark, read_mark, resolve_fps
 from .vae import VAEIdentity, check_vae
 from .writer import DEFAULT_CRF, NODE, VideoWriter, WrittenVideo
 

@@ -20,7 +20,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
 
-from .mark import LatentMark
+from ..plan.mark import LatentMark
 
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from ..plan.mark import as_fps
 from .fragments import cut_to_finished
-from .mark import as_fps
 
 NODE = "Save Long Video"
 BT709 = 1
@@ -147,6 +147,7 @@ class VideoWriter:
         self.kept_path: Path | None = None
         self.result: WrittenVideo | None = None
         self._failed = False
+        self._container: av.container.OutputContainer | None = None
 
     def __enter__(self) -> VideoWriter:
         try:
@@ -162,7 +163,8 @@ class VideoWriter:
         try:
             self._open()
         except (av.error.FFmpegError, ValueError) as error:
-            self._container.close()
+            if self._container is not None:
+                self._container.close()
             self._part.unlink(missing_ok=True)
             raise VideoWriteError(
                 f"The H.264 encoder does not take {self.width}x{self.height} at {self.fps} fps with crf {self.crf:g}. "

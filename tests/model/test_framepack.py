@@ -233,8 +233,9 @@ def test_batch_with_unlike_prompts_equals_single_runs(patcher):
     def run(rows, length, mask=None):
         with torch.no_grad():
             return net(
-                x[rows], t[rows], context=text[rows, :length], y=y[rows], guidance=torch.tensor([10.0]).expand(len(t[rows])),
-                attention_mask=mask, context_latents=[c[rows] for c in packed["latents"]],
+                x[rows], t[rows], context=text[rows, :length], y=y[rows],
+                guidance=torch.tensor([10.0]).expand(len(t[rows])), attention_mask=mask,
+                context_latents=[c[rows] for c in packed["latents"]],
                 context_layout=packed["layout"], transformer_options={},
             )  # fmt: skip
 

@@ -135,7 +135,7 @@ def test_timeline_changes_only_its_own_sections(model):
 
 
 def test_fault_20_first_section_sees_blank_history_as_trained(model):
-    """F1's first section: 16 + 2 blank frames are still fed, as zeros in model space; nearest and anchor are the start."""
+    """F1's first section: 16 + 2 blank frames are still fed, as zeros in model space; the others are the start."""
     seen = []
     clone = of_kind(model, "F1")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frame_memory.video.mark import LatentMark, MarkError, as_fps, read_mark, resolve_fps
+from frame_memory.plan.mark import LatentMark, MarkError, as_fps, read_mark, resolve_fps
 
 
 @pytest.mark.parametrize(

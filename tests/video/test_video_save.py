@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from frame_memory.plan.mark import MarkError
 from frame_memory.video.decode import DecodeError
-from frame_memory.video.mark import MarkError
 from frame_memory.video.save import describe, plan_save, save_video
 from frame_memory.video.vae import VAEError
 

@@ -4,6 +4,8 @@ import av
 import pytest
 from safetensors.torch import save_file
 
+from scripts.client import PromptError
+
 from .reference import wan_state_dict
 
 
@@ -52,5 +54,12 @@ def test_the_saved_video_goes_on_to_stock_nodes(server, vae_file):
 
 
 def test_the_help_page_is_served(server):
-    names = server.client.get("/extensions")
-    assert any(name for name in names)
+    page = server.client.get("/extensions/frame-memory/docs/FrameMemorySaveLongVideo.md").decode("utf-8")
+    assert page.startswith("# Save Long Video")
+
+
+def test_fault_22_the_wrong_vae_is_named_on_the_node(server, vae_file):
+    """An image VAE on a video latent: the artist reads which node to change."""
+    prompt = graph("pixel_space")
+    with pytest.raises(PromptError, match="'Load VAE'.*expected a video VAE"):
+        server.client.queue(prompt)

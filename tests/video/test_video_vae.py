@@ -6,7 +6,7 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from safetensors.torch import save_file
 
-from frame_memory.video.mark import LatentMark
+from frame_memory.plan.mark import LatentMark
 from frame_memory.video.vae import HUNYUAN, SELFTEST, WAN, VAEError, check_vae, identify_vae
 
 from .reference import wan_state_dict

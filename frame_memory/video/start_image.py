@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..plan import nearest_bucket
-from ..video.images import check_image, to_bucket
-from ..video.mark import KEY
-from ..video.vae import identify_vae
+from ..plan.mark import KEY
+from .images import check_image, to_bucket
+from .vae import identify_vae
 
 
 @dataclass(frozen=True)
