@@ -24,6 +24,7 @@ from frame_memory.sampling.unipc import framepack_unipc
 from frame_memory.video.decode import decode_stream
 from frame_memory.video.start_image import prepare
 
+from . import record
 from .clips import ORDERS
 from .measure import measure
 from .world import Scene, random_scene, render
@@ -95,21 +96,27 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.8)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     parser.add_argument("--kinds", nargs="+", default=["F0", "F1"], choices=["F0", "F1"])
     args = parser.parse_args()
     rng = np.random.default_rng(2026)
     scenes = [random_scene(rng, tidy=True) for _ in range(args.scenes)]
     print("| model | part | found | colour kept | colour error | shape kept | overlap | off by, px | ground, dB |")
     print("|---|---|---|---|---|---|---|---|---|")
+    figures: list[tuple[str, str, float]] = []
     for kind in args.kinds:
         for trained in (True, False):
             label = kind if trained else f"{kind} untrained"
             for part, m in rows(kind, trained, scenes, args.seconds, args.steps):
+                figures += [(f"{label}, {part}", name, value) for name, value in m.items()]
                 print(
                     f"| {label} | {part} | {m['found']:.0%} | {m['colour']:.0%} | {m['colour_error']:.3f} | "
                     f"{m['shape']:.0%} | {m['overlap']:.2f} | {m['distance']:.1f} | {m['background']:.1f} |",
                     flush=True,
                 )
+    if args.record:
+        command = f"benchmarks.quality --scenes {args.scenes} --seconds {args.seconds} --steps {args.steps}"
+        record.append(command, figures)
 
 
 if __name__ == "__main__":
