@@ -58,6 +58,7 @@ def main(line: list[str]) -> int:
         if asked.image and not asked.image.is_file():
             raise DemoError(f"--image {asked.image}: there is no such file.")
         found = host.ensure_host()
+        host.require_in(found, host.PACK_MODULES, "The pack", f"-r {host.REPO / 'requirements.txt'}")
         base = host.cache_root() / "demo"
         base.mkdir(parents=True, exist_ok=True)
         flags = CPU_FLAGS if asked.cpu or not has_accelerator(found) else ()

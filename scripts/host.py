@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import venv
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from scripts import advice
 
 REPO = Path(__file__).resolve().parent.parent
 LOCK_FILE = REPO / "scripts" / "host.lock"
+PACK_MODULES = ("diffusers", "einops", "safetensors", "numpy", "PIL", "torch", "av")
 MINIMUM_COMFYUI = (0, 30, 0)
 NEEDED_BYTES = {"linux": 9_000_000_000, "win32": 4_000_000_000, "darwin": 4_000_000_000}  # peak, with pip's downloads
 
@@ -149,6 +151,23 @@ def comfyui_version(tree: Path) -> str | None:
         found = re.search(r'__version__\s*=\s*"([^"]+)"', (tree / "comfyui_version.py").read_text(encoding="utf-8"))
         return found.group(1) if found else None
     return None
+
+
+def missing_in(host: Host, modules: tuple[str, ...]) -> list[str]:
+    """Which modules a host's Python cannot find; for hosts that are not ours to install into."""
+    code = "import importlib.util, sys; print(*[m for m in sys.argv[1:] if importlib.util.find_spec(m) is None])"
+    done = subprocess.run([str(host.python), "-c", code, *modules], **_captured())
+    if done.returncode:
+        raise HostError(f"{host.python} does not run:\n{done.stderr.strip()[-600:]}")
+    return done.stdout.split()
+
+
+def require_in(host: Host, modules: tuple[str, ...], what: str, remedy: str) -> None:
+    """Raise HostError with the remedy when an existing ComfyUI's Python lacks modules; ours has them by its lock."""
+    gone = [] if host.installed_by_us else missing_in(host, modules)
+    if gone:
+        install_line = f"{host.python} -m pip install {remedy}"
+        raise HostError(f"{what} needs {', '.join(gone)}, which {host.python} does not have. Run: {install_line}")
 
 
 # --- our own installation ---
@@ -364,6 +383,8 @@ class Pip:
     def __init__(self, folder: Path, handle: int) -> None:
         self.folder, self.handle = folder, handle
         self.log = folder / "install.log"
+        self.total = 0  # packages being installed, once pip has said so
+        self.at = ""  # the large file being downloaded
 
     def run(self, command: str, *arguments: str) -> None:
         """One pip command. Raises HostError with the likely cause and what to do."""
@@ -376,6 +397,8 @@ class Pip:
                 [*line, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, encoding="utf-8", errors="replace", env=clean_environment(), **extra,
             )
+            done = threading.Event()
+            threading.Thread(target=self.tell_while_silent, args=(done,), daemon=True).start()
             try:
                 assert child.stdout is not None
                 for got in child.stdout:
@@ -386,6 +409,8 @@ class Pip:
                 child.kill()
                 child.wait()
                 raise
+            finally:
+                done.set()
         if child.wait():
             raise HostError(advice.for_pip("".join(text), self.log))
 
@@ -395,9 +420,20 @@ class Pip:
         if found:
             name, version, size, unit = found.groups()
             if unit == "G" or (unit == "M" and float(size) >= 20):  # the small ones pass in a moment
-                say(f"        {name} {version} ({size} {unit}B)")
+                self.at = f"{name} {version} ({size} {unit}B)"
+                say(f"        {self.at}")
         elif line.startswith("Installing collected packages"):
-            say(f"        installing {line.count(',') + 1} packages")
+            self.total = line.count(",") + 1
+            say(f"        installing {self.total} packages")
+
+    def tell_while_silent(self, done: threading.Event) -> None:
+        """A line every 20 seconds, so that nobody takes a large download or thousands of small files for a hang."""
+        began = time.monotonic()
+        while not done.wait(20):
+            what = f"downloading, last {self.at}" if self.at else "working"
+            if self.total:
+                what = f"{len(packages_in(self.folder / 'venv'))} of {self.total} packages installed"
+            say(f"        ... {time.monotonic() - began:.0f} s, {what}")
 
 
 # --- running things in the host ---

@@ -19,6 +19,9 @@ import time
 
 from scripts import chromium, host
 
+TOOLS = ("pytest", "hypothesis", "ruff", "playwright", "comfy_test")
+REQUIREMENTS = str(host.REPO / "requirements.txt")
+PIP_NAMES = ("-r", REQUIREMENTS, "pytest", "hypothesis", "ruff", "playwright", "comfy-test==0.4.15")
 STEPS = (
     ("ruff", ["-m", "ruff", "check", "--quiet", "--no-cache", str(host.REPO)]),
     ("comfy-test's hazard scan", [str(host.REPO / "scripts" / "hazards.py"), str(host.REPO)]),
@@ -34,6 +37,7 @@ def main(arguments: list[str]) -> int:
     """Run the checks in order; the exit code is the first failure's. pytest's closing line is the last one printed."""
     try:
         found = host.ensure_host()
+        host.require_in(found, (*host.PACK_MODULES, *TOOLS), "The test command", " ".join(PIP_NAMES))
     except host.HostError as error:
         host.say(f"\n{error}")
         return 1
