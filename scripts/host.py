@@ -307,6 +307,9 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
     check_imports(folder)
     write_stamp(folder, lock)
     say(f"  Done in {time.monotonic() - began:.0f} s. The next start installs nothing.")
+    for other in sorted(folder.parent.glob("[0-9a-f]" * 16)):
+        if other != folder:
+            say(f"  {other} belongs to another version of the lock file; delete it if you no longer use that one.")
 
 
 def write_stamp(folder: Path, lock: Lock) -> None:
