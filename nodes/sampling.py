@@ -190,8 +190,7 @@ def _run_inputs() -> list[io.Input]:
             default=4.8,
             min=0.1,
             max=3600.0,
-            step=1.2,
-            round=0.01,
+            step=0.1,  # the editor shows and keeps as many decimals as the step has
             tooltip=(
                 "Length in seconds at 30 fps, in sections of 1.2 s (36 frames; other values go to the nearest). The "
                 "video has one frame more: the start picture. The exact length is shown before the first step."

@@ -46,8 +46,7 @@ def _inputs() -> list[io.Input]:
             default=30.0,
             min=0.0,
             max=240.0,
-            step=0.01,
-            round=0.001,
+            step=0.001,  # the editor keeps as many decimals as the step has; 23.976 needs three
             tooltip=(
                 "Frames per second of the file, 1 to 240. Must be the rate the video was made at (FramePack: "
                 "30); another rate would only change its speed and is refused. 0 takes the rate the latent "
