@@ -23,6 +23,7 @@ from scripts.client import PromptError, Run
 from scripts.server import CPU_FLAGS, Server, ServerError
 
 GRAPH = host.REPO / "workflows" / "selftest.json"
+START, START_NAME = host.REPO / "selftest_models" / "start.png", "frame_memory_start.png"  # the name in that graph
 SAMPLER, SAVER = "FrameMemoryAntiDriftSampler", "FrameMemorySaveLongVideo"
 ACCELERATOR = """
 import torch
@@ -88,6 +89,7 @@ def has_accelerator(found: host.Host) -> bool:
 def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
     """The graph in API format with what was asked for put in."""
     prompt = workflow.to_api(graph, server.client.object_info())
+    server.client.upload_image(START, START_NAME)
     if asked.image:
         prompt = workflow.set_inputs(prompt, "LoadImage", {"image": server.client.upload_image(asked.image)})
     if asked.prompt is not None:
