@@ -125,7 +125,7 @@ class Client:
         """Wait for a queued graph. Raises PromptError when it failed, TimeoutError when it takes too long."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+            entry = self._history(prompt_id)
             if entry and entry.get("status", {}).get("completed") is not None:
                 self._settle(prompt_id)
                 run = Run(prompt_id, entry.get("outputs", {}), self.about(prompt_id))
@@ -134,6 +134,17 @@ class Client:
                 return run
             time.sleep(0.1)
         raise TimeoutError(f"The graph {prompt_id} did not finish within {timeout:.0f} s.")
+
+    def _history(self, prompt_id: str) -> dict | None:
+        """The history's entry, None while there is none or while a busy server is slow to answer."""
+        try:
+            return self.get_json(f"/history/{prompt_id}").get(prompt_id)
+        except TimeoutError:
+            return None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                return None
+            raise ConnectionError(f"The server at {self.address} is gone: {error.reason}") from error
 
     def queue(self, prompt: dict, timeout: float = 300, workflow: dict | None = None) -> Run:
         """Queue a graph, wait for it, and return what it made."""

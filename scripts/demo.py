@@ -20,7 +20,7 @@ import time
 
 from scripts import host, workflow
 from scripts.client import PromptError, Run
-from scripts.server import CPU_FLAGS, Server, ServerError
+from scripts.server import CPU_FLAGS, PACK_NAME, Server, ServerError
 
 GRAPH = host.REPO / "workflows" / "selftest.json"
 START, START_NAME = host.REPO / "selftest_models" / "start.png", "frame_memory_start.png"  # the name in that graph
@@ -75,6 +75,9 @@ def main(line: list[str]) -> int:
     except KeyboardInterrupt:
         host.say("\nStopped.")
         return 130
+    except ConnectionError as error:
+        host.say(f"\n{error}\nIts log: {host.cache_root() / 'demo' / 'server.log'}")
+        return 1
     except (host.HostError, ServerError, DemoError, workflow.WorkflowError, PromptError) as error:
         host.say(f"\n{error}")
         return 1
@@ -184,7 +187,8 @@ def stay_or_leave(server: Server, asked: argparse.Namespace) -> None:
     if not asked.keep:
         print("Editor: run this again with --keep, or mount the folder in your own ComfyUI's custom_nodes.")
         return
-    print(f"Editor: {server.address}  (Workflow > Browse Templates > frame-memory). Ctrl-C here ends it.", flush=True)
+    opens = f"?template={asked.workflow.stem}&source={PACK_NAME}" if asked.workflow == GRAPH else ""
+    print(f"Editor: {server.address}/{opens}  (Ctrl-C here ends the server)", flush=True)
     while server.running():
         time.sleep(0.5)
     host.say(f"The server has stopped. Its last words:\n{server.log_tail()}")

@@ -39,7 +39,7 @@ class Editor:
         self._do(self._open, address, executable, profile)
 
     def _do(self, function, *arguments):
-        return self._worker.submit(function, *arguments).result(timeout=240)
+        return self._worker.submit(function, *arguments).result(timeout=1800)
 
     def _open(self, address: str, executable: str, profile: Path) -> None:
         from playwright.sync_api import sync_playwright
@@ -56,9 +56,17 @@ class Editor:
         self.console: list[str] = []
         self._page.on("console", lambda m: self.console.append(f"{m.type}: {m.text}"))
         self._page.on("pageerror", lambda e: self.console.append(f"pageerror: {e}"))
-        self._page.goto(address, timeout=120_000)
-        self._page.wait_for_function(READY, timeout=120_000)
+        self._page.set_default_timeout(900_000)
+        self._goto(address)
+
+    def _goto(self, address: str) -> None:
+        self._page.goto(address)
+        self._page.wait_for_function(READY)
         self._page.wait_for_timeout(2500)  # the frontend still loads settings and its own first graph
+
+    def open(self, address: str) -> None:
+        """Go to another address of the server, for example one that names a template."""
+        self._do(self._goto, address)
 
     def evaluate(self, script: str, argument=None):
         """Run JavaScript in the page and return what it gives."""
