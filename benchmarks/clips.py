@@ -24,6 +24,7 @@ SECTIONS = 8
 WINDOW = 9
 LATENT_FRAMES = SECTIONS * WINDOW + 1
 PIXEL_FRAMES = 4 * LATENT_FRAMES - 3
+FIRST_SHARE = 0.2
 ORDERS = {"F0": "F0 inverted", "F1": "F1 forward"}
 
 
@@ -95,5 +96,7 @@ def random_section(kind: str, generator: torch.Generator) -> tuple[Section, Sect
     longest = kind == "F1" or torch.rand((), generator=generator) < 0.4
     sections = SECTIONS if longest else int(torch.randint(1, SECTIONS + 1, (), generator=generator))
     plan = plan_sections(schedule, sections=sections)
-    i = int(torch.randint(sections, (), generator=generator))
+    # The first section has the least to go by, and all others build on it.
+    first = float(torch.rand((), generator=generator)) < FIRST_SHARE
+    i = 0 if first else int(torch.randint(sections, (), generator=generator))
     return plan.sections[i], plan.sections[i - 1] if i else None
