@@ -240,20 +240,32 @@ def load_framepack(paths, model_options=None, disable_dynamic=False):
     framepack.register()
     model_options = dict(model_options or {})
     stored, metadata = open_state_dict(paths)
-    sd = stored
-    kept_as_given = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
-    if kept_as_given or comfy.memory_management.aimdo_enabled or "custom_operations" in model_options:
-        # These paths keep the tensors they are given as the network's own, so they must be real.
-        sd = {key: real(value) for key, value in stored.items()}
+    quantised = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
+    if quantised and model_options.get("dtype") in FP8:
+        del model_options["dtype"]  # it has fp8 where fp8 is wanted; core would round everything else to it as well
+    own_formats = quantised or "custom_operations" in model_options
+    disk_backed = comfy.memory_management.aimdo_enabled
+    sd = _tensors_to_keep(paths, stored, disk_backed) if own_formats or disk_backed else stored
     model = comfy.sd.load_diffusion_model_state_dict(
         dict(sd), model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
     )
     if model is None or not framepack.is_framepack(model):
         raise CheckpointError(f"ComfyUI did not recognise {paths} as a FramePack network. {CHOOSE}")
-    if sd is stored:
+    if not own_formats:
         _restore_precision(model.model, stored)
     model.cached_patcher_init = (load_framepack, (paths, model_options))
     return model
+
+
+def _tensors_to_keep(paths, stored: Mapping[str, Tensor], disk_backed: bool) -> dict[str, Tensor]:
+    """Real tensors, for the paths of core that make what they are given the network's own.
+
+    disk_backed: core can page weights in from a file it has mapped itself; a native file needs no copy in RAM then.
+    """
+    files = find_files(paths)
+    if disk_backed and len(files) == 1 and stored.keys() == tensor_file.read_header(files[0])[0].keys():
+        return comfy.utils.load_torch_file(files[0])
+    return {key: real(value) for key, value in stored.items()}
 
 
 def _restore_precision(model: comfy.model_base.BaseModel, stored: Mapping[str, Tensor]) -> None:
@@ -275,6 +287,9 @@ def _restore_precision(model: comfy.model_base.BaseModel, stored: Mapping[str, T
         held = getattr(module, param)
         if held.dtype in FP8:
             setattr(module, param, torch.nn.Parameter(real(value).to(held.device), requires_grad=False))
+        # Where core pages weights in from disk, it casts each to the dtype it noted when the network was made.
+        if getattr(module, f"{param}_comfy_model_dtype", None) in FP8:
+            setattr(module, f"{param}_comfy_model_dtype", value.dtype)
 
 
 def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str], kind: str, source: str = "") -> None:

@@ -115,6 +115,15 @@ def test_loaded_model_reloads_itself_clones_and_offloads(tmp_path, reference):
     assert patcher.model_dtype() == BF16
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "native"])
+def test_tensors_for_a_host_that_pages_weights_in_from_disk(tmp_path, reference, native, layout):
+    path = cf.write_file(tmp_path / "a.safetensors", reference if layout == "diffusers" else native)
+    stored, _ = checkpoint.open_state_dict(path)
+    kept = checkpoint._tensors_to_keep(path, stored, disk_backed=True)
+    assert not any(isinstance(v, tensor_file.StoredTensor) for v in kept.values())
+    assert kept.keys() == native.keys() and all(torch.equal(kept[k], native[k]) for k in native)
+
+
 # ---- fp8 -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +159,18 @@ def test_fault_41_fp8_asked_for_keeps_everything_outside_the_blocks(tmp_path, re
     network = checkpoint.load_framepack(path, {"dtype": cf.F8}).model.diffusion_model
     for key, value in network.named_parameters():
         block_matrix = key.startswith(("double_blocks.", "single_blocks.")) and value.ndim == 2
-        assert value.dtype == (cf.F8 if block_matrix else BF16), key
+        wanted = cf.F8 if block_matrix else BF16
+        module, _, param = key.rpartition(".")
+        noted = getattr(network.get_submodule(module), f"{param}_comfy_model_dtype")
+        assert value.dtype == noted == wanted, key
+
+
+def test_fault_41_fp8_asked_for_on_a_quantised_file(tmp_path, reference):
+    sd, layers = cf.scaled_fp8(reference)
+    path = cf.write_file(tmp_path / "a.safetensors", sd, cf.as_metadata(layers))
+    asked, plain = checkpoint.load_framepack(path, {"dtype": cf.F8}), checkpoint.load_framepack(path)
+    assert asked.model.diffusion_model.clean_x_embedder.proj_4x.weight.dtype not in (cf.F8, torch.float8_e5m2)
+    assert torch.equal(run(asked), run(plain))
 
 
 @pytest.mark.parametrize("mark", ["metadata", "comfy_quant", "legacy"])
