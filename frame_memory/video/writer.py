@@ -147,7 +147,6 @@ class VideoWriter:
         self.kept_path: Path | None = None
         self.result: WrittenVideo | None = None
         self._failed = False
-        self._container: av.container.OutputContainer | None = None
 
     def __enter__(self) -> VideoWriter:
         try:
@@ -163,7 +162,7 @@ class VideoWriter:
         try:
             self._open()
         except (av.error.FFmpegError, ValueError) as error:
-            if self._container is not None:
+            if hasattr(self, "_container"):
                 self._container.close()
             self._part.unlink(missing_ok=True)
             raise VideoWriteError(
