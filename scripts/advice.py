@@ -97,11 +97,12 @@ def for_disk(error: OSError, folder: Path) -> str:
     return f"The host could not be installed into {folder}: {error}. {remedy}"
 
 
-def for_venv(error: Exception) -> str:
+def for_venv(said: str) -> str:
     """Advice for a Python that cannot make virtual environments."""
+    words = "".join(f"    {line}\n" for line in said.strip().splitlines()[-6:])
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     return (
-        f"Python could not make a virtual environment: {error}\n"
+        f"Python could not make a virtual environment:\n{words}"
         f"On Debian and Ubuntu install its package first: sudo apt install python{version}-venv. Elsewhere use the "
         "Python of python.org, Homebrew or conda."
     )

@@ -28,7 +28,6 @@ import sys
 import tarfile
 import threading
 import time
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +285,7 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
     say(f"Installing ComfyUI {lock.version} for Frame Memory into {folder}")
     if folder.exists():
         say(f"  Starting over, since {'; '.join(faults)}. What pip has downloaded is kept.")
-        shutil.rmtree(folder)
+        remove(folder)
     needed = NEEDED_BYTES.get(sys.platform, NEEDED_BYTES["linux"])
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
@@ -294,10 +293,10 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
     folder.mkdir()
     runner = Pip(folder, handle)
     say("  [1/4] Python environment")
-    try:
-        venv.EnvBuilder(with_pip=True, symlinks=sys.platform != "win32").create(folder / "venv")
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise HostError(advice.for_venv(error)) from error
+    make = [sys.executable, "-m", "venv", str(folder / "venv")]
+    done = subprocess.run(make, env=clean_environment(), **held_open(handle), **_captured())
+    if done.returncode:
+        raise HostError(advice.for_venv(done.stdout + done.stderr))
     say("  [2/4] Packages (about 3 GB to download on Linux, 0.7 GB elsewhere; several minutes on a slow line)")
     only = ["--no-deps", "--no-compile", "--only-binary", ":all:"]
     runner.run("install", *only, "--require-hashes", "-r", str(LOCK_FILE))
@@ -310,6 +309,26 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
     for other in sorted(folder.parent.glob("[0-9a-f]" * 16)):
         if other != folder:
             say(f"  {other} belongs to another version of the lock file; delete it if you no longer use that one.")
+
+
+def remove(folder: Path) -> None:
+    """Delete an installation: moved away first, then for good, again while something still writes or holds files."""
+    away = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    os.replace(folder, away)
+    for _ in range(20):
+        shutil.rmtree(away, ignore_errors=True)
+        if not away.exists():
+            return
+        time.sleep(0.5)
+    say(f"  {away} could not be removed completely; delete it when nothing uses it any more.")
+
+
+def held_open(handle: int) -> dict:
+    """How a child process keeps the lock: if this process is killed, nobody builds here while the child still writes.
+
+    On Windows handles of locked files are not passed on; there `remove` copes with a child that lingers.
+    """
+    return {} if sys.platform == "win32" else {"pass_fds": (handle,)}
 
 
 def write_stamp(folder: Path, lock: Lock) -> None:
@@ -392,13 +411,11 @@ class Pip:
     def run(self, command: str, *arguments: str) -> None:
         """One pip command. Raises HostError with the likely cause and what to do."""
         line = [str(python_in(self.folder / "venv")), "-m", "pip", command, "--progress-bar", "off"]
-        # The child keeps the lock open: if this process is killed, nobody else builds here while pip still writes.
-        extra = {} if sys.platform == "win32" else {"pass_fds": (self.handle,)}
         text: list[str] = []
         with open(self.log, "a", encoding="utf-8") as log:
             child = subprocess.Popen(
                 [*line, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, encoding="utf-8", errors="replace", env=clean_environment(), **extra,
+                text=True, encoding="utf-8", errors="replace", env=clean_environment(), **held_open(self.handle),
             )
             done = threading.Event()
             threading.Thread(target=self.tell_while_silent, args=(done,), daemon=True).start()

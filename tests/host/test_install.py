@@ -1,11 +1,14 @@
 """The installer's promises, on its real functions: damage is found, a killed process lets go, advice is given."""
 
+import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +102,58 @@ with host.exclusive(Path({lock!r})):
     print("held", flush=True)
     time.sleep(600)
 """
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not pass the lock on; `remove` copes there")
+def test_a_killed_installers_child_keeps_the_lock_until_it_is_done(tmp_path):
+    lock = tmp_path / "x.lock"
+    code = f"""
+import subprocess, sys
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+from scripts import host
+with host.exclusive(Path({str(lock)!r})) as handle:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **host.held_open(handle))
+    print(child.pid, flush=True)
+    child.wait()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    holder.kill()
+    holder.wait()
+    handle = os.open(lock, os.O_RDWR)
+    try:
+        assert not host._try_lock(handle)
+        os.kill(child, 9)
+        end = time.monotonic() + 30
+        while not host._try_lock(handle):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        os.close(handle)
+
+
+def test_a_half_made_installation_is_removed_also_while_something_still_writes_into_it(tmp_path):
+    folder = fake_installation(tmp_path / "x")
+    stop = threading.Event()
+
+    def write():
+        for n in itertools.count():
+            if stop.is_set() or n > 2000:
+                return
+            for place in (folder, *tmp_path.glob("x.old-*")):
+                with contextlib.suppress(OSError):
+                    (place / "venv" / f"late{n}").write_text("")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        time.sleep(0.05)
+        host.remove(folder)
+    finally:
+        stop.set()
+        writer.join()
+    assert not folder.exists()
 
 
 def test_two_processes_install_one_after_the_other_and_a_killed_one_lets_go(tmp_path):
