@@ -14,6 +14,7 @@ from ..frame_memory.plan import (
 from ..frame_memory.plan.layout import packing_picture
 from ..frame_memory.sampling.prompts import EncodedTimeline
 from ..frame_memory.video.pictures import draw
+from .shown import show
 from .sockets import FrameContext, FrameContextSocket, TimelineSocket
 
 FREE = "free schedule"
@@ -139,6 +140,7 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
                 TimelineSocket.Output(display_name="timeline", tooltip="Prompts over time, for Anti-Drift Sampler."),
                 io.String.Output(display_name="table", tooltip="What was understood: from, to, prompt and why."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -146,6 +148,7 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
         timeline = parse_timeline(text, blend_sections)
         encoded = tuple(clip.encode_from_tokens_scheduled(clip.tokenize(entry.text)) for entry in timeline.entries)
         shown = timeline_table(timeline)
+        show(cls, shown)
         return io.NodeOutput(EncodedTimeline(timeline, encoded), shown, ui=ui.PreviewText(shown))
 
 

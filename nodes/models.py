@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
+from .shown import show
 from .sockets import MODEL_OPTION
 
 DIFFUSION_MODELS = "diffusion_models"
@@ -86,6 +87,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
                     tooltip="Kind, layout, number formats, tensors and bytes of the checkpoint, and what was saved.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -113,6 +115,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
         if save_converted:
             lines.append(_save_converted(path, info, known))
         report = "\n".join(lines)
+        show(cls, report)
         return io.NodeOutput(model, report, ui=ui.PreviewText(report))
 
 
@@ -168,6 +171,7 @@ class FrameMemoryLoraLoader(io.ComfyNode):
                     tooltip="Key style, share of the file's modules that were applied, and names of the rest.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -175,6 +179,7 @@ class FrameMemoryLoraLoader(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         patched, match = lora.apply_lora(model, tensor_file.read(path), strength)
         report = f"{lora_name}\n{match.report()}"
+        show(cls, report)
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 
 

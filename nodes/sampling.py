@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import node_helpers
 import torch
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
 from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
+from .shown import show
 from .sockets import FrameContextSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
@@ -78,6 +80,7 @@ class FrameMemoryFramePackImage(io.ComfyNode):
                 io.Latent.Output(display_name="end", tooltip="End latent, or nothing where no end_image is connected."),
                 io.Image.Output(display_name="image", tooltip="The start picture as the model sees it, in pixels."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -88,6 +91,7 @@ class FrameMemoryFramePackImage(io.ComfyNode):
         values = {} if made.vision is None else {"clip_vision_output": made.vision}
         positive = node_helpers.conditioning_set_values(positive, values)
         negative = None if negative is None else node_helpers.conditioning_set_values(negative, values)
+        show(cls, made.report)
         shown = ui.PreviewText(made.report)
         return io.NodeOutput(positive, negative, made.start, made.end, made.picture_BHWC, ui=shown)
 
@@ -263,16 +267,10 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
         cls, noise, guider, sampler, sigmas, frame_context, start, seconds, order=ORDER_AUTO,
         end=None, history=None, initial=None, timeline=None,
     ) -> io.NodeOutput:  # fmt: skip
-        node = cls.hidden.unique_id if cls.hidden is not None else None
-
-        def say(text: str) -> None:
-            server = getattr(PromptServer, "instance", None)
-            if server is not None and node is not None:
-                server.send_progress_text(text, node)
-
         latent, report = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
-            seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline, say=say,
+            seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
+            say=partial(show, cls),
         )  # fmt: skip
         return io.NodeOutput(latent, report)
 

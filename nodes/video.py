@@ -12,6 +12,7 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.video.save import MODES, WINDOWED, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
+from .shown import show
 
 
 def _container_metadata(hidden) -> dict:
@@ -127,6 +128,7 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             is_output_node=True,
             inputs=[*_inputs(), *_advanced_inputs()],
             outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -152,6 +154,7 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             )
             files.append(ui.SavedResult(file, subfolder, io.FolderType.output))
             reports.append(describe(plan, written))
+        show(cls, "\n".join(reports))
         videos = [InputImpl.VideoFromFile(os.path.join(folder, file.filename)) for file in files]
         return io.NodeOutput(videos, reports, ui=ui.PreviewVideo(files))
 

@@ -50,8 +50,10 @@ API = _needs("""
     comfy_api.latest.io.Schema node_id display_name category description search_aliases inputs outputs hidden
     comfy_api.latest.io.NodeOutput
     comfy_api.latest.io.Custom
+    comfy_api.latest.io.Hidden.unique_id
     comfy_api.latest.io.Input
     comfy_api.latest.io.Output
+    server.PromptServer.send_progress_text text node_id
 """)
 
 MODEL_CLASS = _needs("""
@@ -82,6 +84,7 @@ CHECKPOINTS = _needs("""
     comfy.sd.load_diffusion_model_state_dict sd model_options metadata
     comfy.lora.load_lora lora to_load log_missing
     comfy.utils.get_attr obj attr
+    comfy.utils.load_torch_file ckpt
     comfy.memory_management.aimdo_enabled
     comfy.model_patcher.ModelPatcher.add_patches patches strength_patch
     comfy.model_patcher.ModelPatcher.clone
@@ -137,7 +140,6 @@ SAMPLING = _needs("""
     comfy_api.latest.io.Conditioning.Output
     comfy_api.latest.io.Float.Input
     comfy_api.latest.io.Guider.Input
-    comfy_api.latest.io.Hidden.unique_id
     comfy_api.latest.io.Image.Input
     comfy_api.latest.io.Image.Output
     comfy_api.latest.io.Int.Input
