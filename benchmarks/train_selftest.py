@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from frame_memory.forcing.flow import add_noise, flow_loss, one_step_estimate, shifted_sigmas
+from frame_memory.forcing.flow import Conditioning, add_noise, flow_loss, one_step_estimate, shifted_sigmas
 from frame_memory.forcing.gradients import differentiable, training_options
 from frame_memory.forcing.loop import Trainer, TrainSettings, run
 from frame_memory.model.context import gather_context
@@ -84,9 +84,11 @@ def picture_encoder(path: Path):
 class SectionLoss:
     """Loss of one random section; draws everything from the generator it is given."""
 
-    def __init__(self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float, encode=None):
+    def __init__(
+        self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float, encode=None, device="cpu"
+    ):
         self.model, self.kinds, self.batch, self.encode = model, kinds, batch, encode
-        self.disturb, self.own = disturb, own
+        self.disturb, self.own, self.device = disturb, own, device
         self.options = training_options()
 
     def __call__(self, generator: torch.Generator) -> Tensor:
@@ -95,6 +97,8 @@ class SectionLoss:
         clips = self.kinds[kind]
         index = torch.randint(len(clips.captions), (self.batch,), generator=generator).numpy()
         latents, cond = clips.batch(np.sort(index), self.encode)
+        latents = latents.to(self.device)
+        cond = Conditioning(*(t.to(self.device) for t in (cond.text, cond.pooled, cond.vision)))
         section, previous = random_section(kind, generator)
         start = latents[:, :, :1]
         history = latents
@@ -104,27 +108,29 @@ class SectionLoss:
         if self.disturb:
             context = self._with_noise(context, generator)
         x = latents[:, :, section.start : section.stop]
-        noise = torch.randn(x.shape, generator=generator)
-        sigma = shifted_sigmas(self.batch, SHIFT, generator)
+        noise, sigma = self._draw(x.shape, generator)
         return flow_loss(self.model, x, noise, sigma, cond, context, self.options)
+
+    def _draw(self, shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise and noise levels, drawn on the CPU so that every device trains on the same numbers."""
+        noise = torch.randn(shape, generator=generator)
+        return noise.to(self.device), shifted_sigmas(self.batch, SHIFT, generator).to(self.device)
 
     def _with_own_estimate(self, latents, start, previous, cond, generator) -> Tensor:
         x = latents[:, :, previous.start : previous.stop]
-        noise = torch.randn(x.shape, generator=generator)
-        sigma = shifted_sigmas(self.batch, SHIFT, generator)
+        noise, sigma = self._draw(x.shape, generator)
         context = gather_context(previous, latents, start, None, 0.0)
         estimate = one_step_estimate(self.model, x, noise, sigma, cond, context, self.options)
         return torch.cat([latents[:, :, : previous.start], estimate, latents[:, :, previous.stop :]], dim=2)
 
     def _with_noise(self, context, generator):
         """Noise every history frame that exists; the start frame stays clean, blanks stay blank."""
-        level = torch.rand(self.batch, generator=generator) * self.disturb
+        level = (torch.rand(self.batch, generator=generator) * self.disturb).to(self.device)
         disturbed = []
         for latent, (_, positions) in zip(context.latents, context.layout.groups, strict=True):
-            noisy = add_noise(latent, torch.randn(latent.shape, generator=generator), level)
-            keep = torch.tensor([p == 0 for p in positions]).reshape(1, 1, -1, 1, 1) | (latent == 0).all(
-                1, keepdim=True
-            )
+            noisy = add_noise(latent, torch.randn(latent.shape, generator=generator).to(self.device), level)
+            pinned = torch.tensor([p == 0 for p in positions], device=self.device).reshape(1, 1, -1, 1, 1)
+            keep = pinned | (latent == 0).all(1, keepdim=True)
             disturbed.append(torch.where(keep, latent, noisy))
         return type(context)(disturbed, context.layout)
 
@@ -141,6 +147,7 @@ def main() -> None:
     parser.add_argument("--own", type=float, default=0.0, help="share of steps whose history holds an own estimate")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights that make the start frame")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -155,13 +162,16 @@ def main() -> None:
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))
     encode = picture_encoder(args.autoencoder) if args.autoencoder else None
+    model = model.to(args.device)
     settings = TrainSettings(steps=args.steps, matrix_rate=args.rate, other_rate=args.rate / 2)
     trainer = Trainer(model, settings)
-    loss = SectionLoss(model, kinds, args.batch, disturb=args.disturb, own=args.own, encode=encode)
+    more = {"disturb": args.disturb, "own": args.own, "encode": encode, "device": args.device}
+    loss = SectionLoss(model, kinds, args.batch, **more)
     with differentiable(model):
         for _ in run(trainer, loss, args.work / f"{args.stage}.safetensors", say=lambda text: print(text, flush=True)):
             pass
-    safetensors.torch.save_file(trainer.averaged(), args.work / f"{args.stage}.weights.safetensors")
+    averaged = {k: v.cpu() for k, v in trainer.averaged().items()}
+    safetensors.torch.save_file(averaged, args.work / f"{args.stage}.weights.safetensors")
 
 
 if __name__ == "__main__":

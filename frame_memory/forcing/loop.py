@@ -106,7 +106,7 @@ class Trainer:
         for i, (optimiser, _) in enumerate(self.optimisers):
             for j, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
+        tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
         temporary = path.with_suffix(".partial")
         metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
         safetensors.torch.save_file(tensors, temporary, metadata)
@@ -125,7 +125,9 @@ class Trainer:
         self.done = int(metadata["done"])
         self.generator.set_state(tensors["generator"])
         self.model.load_state_dict({n: tensors[f"model.{n}"] for n in self.names}, strict=False)
-        self.average = [tensors[f"average.{n}"] for n in self.names]
+        self.average = [
+            tensors[f"average.{n}"].to(p.device) for n, p in zip(self.names, self.model.parameters(), strict=True)
+        ]
         for i, (optimiser, _) in enumerate(self.optimisers):
             saved = optimiser.state_dict()
             for key, value in tensors.items():
