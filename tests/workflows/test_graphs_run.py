@@ -1,0 +1,110 @@
+"""Every example graph in the real frontend, and on the real server with the self-test models swapped in."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import workflow
+
+from .tiny import GRAPHS, REPO, START_PICTURE, during, frames_of, one, progress_texts, shrink, ui_graph
+
+SECONDS, STEPS = 3.6, 2
+SECTIONS = 3
+SAMPLER = "FrameMemoryAntiDriftSampler"
+by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
+
+
+def test_the_three_graphs_are_there():
+    assert [p.stem for p in GRAPHS] == ["framepack_f1_timeline", "framepack_i2v", "selftest"]
+
+
+@by_name
+def test_the_frontend_reads_the_file_and_would_save_the_same(editor, definitions, picture, path):
+    """That it converts it to the same API format as scripts/workflow.py is tested in tests/host/test_workflow.py."""
+    editor.load(ui_graph(path))
+    prompt, saved = editor.prompt()
+
+    def kept(graph):
+        links = sorted(graph["links"])
+        nodes = {n["id"]: (n["type"], n.get("widgets_values"), n["mode"], n["properties"]) for n in graph["nodes"]}
+        return links, nodes, [(g["title"], g["bounding"]) for g in graph["groups"]]
+
+    assert kept(saved) == kept(ui_graph(path))
+    assert set(prompt) == {str(n["id"]) for n in saved["nodes"] if n["type"] not in workflow.NOT_RUN and not n["mode"]}
+
+
+@pytest.fixture(scope="module", params=GRAPHS, ids=lambda p: p.stem)
+def made(request, server, api):
+    """(API graph, run, path of the mp4) of one example graph."""
+    prompt = shrink(api(request.param), seconds=SECONDS, steps=STEPS)
+    run = server.client.queue(prompt, timeout=900, workflow=ui_graph(request.param))
+    (file,) = run.outputs[one(prompt, "FrameMemorySaveLongVideo")[0]]["images"]
+    return prompt, run, server.base / "output" / file["subfolder"] / file["filename"]
+
+
+def test_the_video_is_whole_and_not_black(made):
+    _, _, path = made
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (64, 64, 30)
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        frames = [f.to_ndarray(format="rgb24").astype(np.float32) for f in container.decode(stream)]
+        assert "FrameMemoryAntiDriftSampler" in container.metadata["prompt"]
+        assert "nodes" in container.metadata["workflow"]
+    assert len(frames) == frames_of(SECONDS) == 36 * SECTIONS + 1
+    assert min(f.mean() for f in frames) > 10 and min(f.std() for f in frames) > 4
+    first = np.asarray(Image.open(START_PICTURE).convert("RGB"), dtype=np.float32)
+    assert np.abs(frames[0] - first).mean() < 20, "the video begins with the start picture"
+
+
+def test_one_progress_bar_over_all_steps_of_all_sections(made):
+    prompt, run, _ = made
+    sampler = one(prompt, SAMPLER)[0]
+    bar = [(d["value"], d["max"]) for d in run.of("progress") if d["node"] == sampler]
+    values = [v for v, _ in bar]
+    assert {m for _, m in bar} == {SECTIONS * STEPS}
+    assert values == sorted(set(values)) and values[-1] == SECTIONS * STEPS
+    states = [d["nodes"][sampler] for d in run.of("progress_state") if sampler in d["nodes"]]
+    assert {s["max"] for s in states if s["state"] == "running" and s["max"] > 1} == {SECTIONS * STEPS}
+
+
+def test_a_preview_of_the_growing_video_arrives(made, tmp_path):
+    prompt, run, _ = made
+    sampler = one(prompt, SAMPLER)[0]
+    pictures = [p for p in run.of("preview") if p.get("node_id") == sampler]
+    assert pictures, "no preview for the sampler"
+    widths = []
+    for picture in pictures:
+        (tmp_path / "p.jpg").write_bytes(picture["image"])
+        with Image.open(tmp_path / "p.jpg") as shown:
+            widths.append(shown.width / shown.height)
+    assert widths[-1] == pytest.approx(SECTIONS, rel=0.1), "a strip with one picture for each section"
+
+
+def test_fault_24_exact_frames_and_seconds_are_shown_before_the_first_step(made):
+    prompt, run, _ = made
+    sampler = one(prompt, SAMPLER)[0]
+    messages = during(run.messages, run.prompt_id)
+    shown = next((place, text) for place, node, text in progress_texts(messages) if node == sampler)
+    first_step = next(i for i, (n, d) in enumerate(messages) if n == "progress" and d["node"] == sampler)
+    frames = 36 * SECTIONS + 1
+    assert shown[0] < first_step
+    assert f"{frames} frames = {frames / 30:.2f} s at 30 fps" in shown[1]
+    named = [text for _, node, text in progress_texts(messages) if node == sampler]
+    assert [t for t in named if t.startswith("section ")] == [f"section {k + 1} of {SECTIONS}" for k in range(SECTIONS)]
+
+
+@by_name
+def test_the_saved_graph_names_only_what_ships_or_is_linked(path):
+    """A graph for real checkpoints links every file it names; the self-test's files are in the repository's folders."""
+    graph = ui_graph(path)
+    for node in graph["nodes"]:
+        files = [v for v in node.get("widgets_values") or [] if isinstance(v, str) and v.endswith(".safetensors")]
+        linked = {m["name"] for m in node["properties"].get("models", [])}
+        for file in files:
+            if file.startswith("frame_memory_selftest_"):
+                assert path.stem == "selftest"
+                assert list((REPO / "selftest_models").glob(f"*/{file}"))
+            else:
+                assert file in linked, f"{node['type']} names {file} without a link"

@@ -1,0 +1,93 @@
+"""Puts the self-test models into a graph for real checkpoints, so that it runs on any machine in seconds.
+
+What is swapped, all in the API format:
+
+    Load FramePack Model          the self-test file of the same kind (F0 or F1)
+    Load VAE                      the self-test autoencoder
+    DualCLIPLoader                Self-Test Encoders, output "clip"
+    Load CLIP Vision              Self-Test Encoders, output "clip_vision"
+    Load Image                    the self-test's start picture
+    FramePack Image               size 64
+    FramePack Sigmas              fewer steps
+    Anti-Drift Sampler            fewer seconds
+    Prompt Timeline               times within those seconds
+
+Nothing else is touched: nodes, links and all other settings stay the graph's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+GRAPHS = sorted((REPO / "workflows").glob("*.json"))
+START_PICTURE = REPO / "selftest_models" / "start.png"
+PICTURE_NAME = "frame_memory_start.png"
+FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
+ENCODERS = "FrameMemorySelfTestEncoders"
+OUTPUT_OF_ENCODERS = {"DualCLIPLoader": 0, "CLIPVisionLoader": 1}
+TIMELINE = "0-1.2: a red circle moves right slowly over navy hills ground\n1.2-: a red circle moves left slowly"
+
+
+def kind_of(prompt: dict) -> str:
+    """F0 or F1, from the model file's name."""
+    name = one(prompt, "FrameMemoryLoadFramePack")[1]["inputs"]["model_name"]
+    return "F1" if "F1" in name else "F0"
+
+
+def one(prompt: dict, class_type: str) -> tuple[str, dict]:
+    """(id, node) of the only node of a class."""
+    ((node_id, node),) = [(i, n) for i, n in prompt.items() if n["class_type"] == class_type]
+    return node_id, node
+
+
+def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:
+    """A copy of a graph in API format that runs on the self-test models."""
+    kind, small = kind_of(prompt), copy.deepcopy(prompt)
+    classes = {node_id: node["class_type"] for node_id, node in small.items()}
+    swapped = {i: OUTPUT_OF_ENCODERS[name] for i, name in classes.items() if name in OUTPUT_OF_ENCODERS}
+    widgets = {
+        "FrameMemoryLoadFramePack": {"model_name": FILES[kind]},
+        "VAELoader": {"vae_name": "frame_memory_selftest_vae.safetensors"},
+        "LoadImage": {"image": PICTURE_NAME},
+        "FrameMemoryFramePackImage": {"size": 64},
+        "FrameMemorySigmas": {"steps": steps},
+        "FrameMemoryAntiDriftSampler": {"seconds": seconds},
+        "FrameMemoryPromptTimeline": {"text": TIMELINE},
+    }
+    for node_id, node in small.items():
+        if node_id in swapped:
+            node.update(class_type=ENCODERS, inputs={})
+        node["inputs"].update(widgets.get(node["class_type"], {}))
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in swapped:
+                node["inputs"][name] = [value[0], swapped[value[0]]]
+    return small
+
+
+def frames_of(seconds: float) -> int:
+    """Frames of a video of about so many seconds: 36 a section of 1.2 s, and the start picture."""
+    return 36 * max(round(seconds / 1.2), 1) + 1
+
+
+def progress_texts(messages: list) -> list[tuple[int, str, str]]:
+    """(place, node id, text) of what nodes showed while they ran, from the server's binary messages."""
+    found = []
+    for place, (name, data) in enumerate(messages):
+        if name == "binary" and data["event"] == 3:
+            length = int.from_bytes(data["data"][:4], "big")
+            found.append((place, data["data"][4 : 4 + length].decode(), data["data"][4 + length :].decode()))
+    return found
+
+
+def during(messages: list, prompt_id: str) -> list:
+    """The messages from the start of a run to its end; binary ones do not say whose they are."""
+    mine = [i for i, (_, data) in enumerate(messages) if data.get("prompt_id") == prompt_id]
+    return messages[mine[0] : mine[-1] + 1]
+
+
+def ui_graph(path: Path) -> dict:
+    """A graph file as it was saved."""
+    return json.loads(path.read_text(encoding="utf-8"))
