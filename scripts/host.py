@@ -36,6 +36,7 @@ from scripts import advice
 
 REPO = Path(__file__).resolve().parent.parent
 LOCK_FILE = REPO / "scripts" / "host.lock"
+TREE_FAULT = "files of ComfyUI are missing or changed"
 PACK_MODULES = ("diffusers", "einops", "safetensors", "numpy", "PIL", "torch", "av")
 MINIMUM_COMFYUI = (0, 30, 0)
 NEEDED_BYTES = {"linux": 9_000_000_000, "win32": 4_000_000_000, "darwin": 4_000_000_000}  # peak, with pip's downloads
@@ -186,7 +187,12 @@ def ensure_host() -> Host:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder.with_name(folder.name + ".lock")) as handle:
             faults = faults_of(folder, lock)  # another process may have installed while we waited
-            if faults:
+            if faults == [TREE_FAULT]:
+                say(f"Repairing the installation in {folder}, since {TREE_FAULT}.")
+                remove(folder / "comfyui")
+                fetch_comfyui(folder, lock, Pip(folder, handle))
+                write_stamp(folder, lock)
+            elif faults:
                 install(folder, lock, faults, handle)
     except OSError as error:
         raise HostError(advice.for_disk(error, folder)) from error
@@ -216,7 +222,7 @@ def faults_of(folder: Path, lock: Lock) -> list[str]:
         return ["an earlier installation did not finish"]
     faults = []
     if tree_digest(folder / "comfyui") != said.get("tree"):
-        faults.append("files of ComfyUI are missing or changed")
+        faults.append(TREE_FAULT)
     if not python_in(folder / "venv").is_file():
         faults.append("the environment has no Python (was the Python it was made with removed?)")
     gone = sorted(set(said.get("packages", [])) - set(packages_in(folder / "venv")))
@@ -312,7 +318,9 @@ def install(folder: Path, lock: Lock, faults: list[str], handle: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete an installation: moved away first, then for good, again while something still writes or holds files."""
+    """Delete an installation or a part of it: moved away first, then for good, again while something holds files."""
+    if not folder.exists():
+        return
     away = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     os.replace(folder, away)
     for _ in range(20):
@@ -342,6 +350,7 @@ def write_stamp(folder: Path, lock: Lock) -> None:
 def fetch_comfyui(folder: Path, lock: Lock, runner: Pip) -> None:
     """Download ComfyUI's source distribution, check its sha256, and unpack ComfyUI's part of it."""
     download = folder / "download"
+    remove(download)  # of a repair that was killed
     download.mkdir()
     wanted = folder / "comfyui.txt"
     wanted.write_text(f"{lock.sdist} --hash=sha256:{lock.sdist_sha256}\n", encoding="utf-8")
