@@ -24,6 +24,48 @@ DTYPES = {
 SELFTEST_BASE = "selftest"
 
 
+def _checkpoint_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "model_name",
+            options=folder_paths.get_filename_list(DIFFUSION_MODELS),
+            tooltip=(
+                "File in models/diffusion_models. Of a checkpoint in three shards choose any one; the others "
+                "must lie beside it."
+            ),
+        ),
+        io.Combo.Input(
+            "kind",
+            options=[AUTO, *KINDS],
+            default=AUTO,
+            tooltip=(
+                "Which FramePack this is. F0 makes the video from its end to its start, F1 from start to end. "
+                "The weights do not say; 'from the file' reads the file's name or metadata and refuses to "
+                "guess. The wrong kind makes a plausible but wrong video."
+            ),
+        ),
+        io.Combo.Input(
+            "weight_dtype",
+            options=list(DTYPES),
+            default="default",
+            advanced=True,
+            tooltip=(
+                "Number format of the transformer blocks in memory. default keeps the file's. fp8 halves the "
+                "memory of a bf16 file (24 GB to 12 GB) at a small loss; embedders and norms stay exact."
+            ),
+        ),
+        io.Boolean.Input(
+            "save_converted",
+            default=False,
+            advanced=True,
+            tooltip=(
+                "Also save the file in ComfyUI's layout beside the others (models/diffusion_models, same size "
+                "on disk). Loads faster, and stock and GGUF tools can read it. Nothing is overwritten."
+            ),
+        ),
+    ]
+
+
 class FrameMemoryLoadFramePack(io.ComfyNode):
     """Read any published FramePack file as a core MODEL."""
 
@@ -38,45 +80,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
                 "a normal MODEL: LoRA, ModelSampling, torch.compile, caching and offloading nodes work on it."
             ),
             search_aliases=["framepack", "framepack f1", "load diffusion model", "hunyuan long video"],
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=folder_paths.get_filename_list(DIFFUSION_MODELS),
-                    tooltip=(
-                        "File in models/diffusion_models. Of a checkpoint in three shards choose any one; the others "
-                        "must lie beside it."
-                    ),
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=[AUTO, *KINDS],
-                    default=AUTO,
-                    tooltip=(
-                        "Which FramePack this is. F0 makes the video from its end to its start, F1 from start to end. "
-                        "The weights do not say; 'from the file' reads the file's name or metadata and refuses to "
-                        "guess. The wrong kind makes a plausible but wrong video."
-                    ),
-                ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip=(
-                        "Number format of the transformer blocks in memory. default keeps the file's. fp8 halves the "
-                        "memory of a bf16 file (24 GB to 12 GB) at a small loss; embedders and norms stay exact."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "save_converted",
-                    default=False,
-                    advanced=True,
-                    tooltip=(
-                        "Also save the file in ComfyUI's layout beside the others (models/diffusion_models, same size "
-                        "on disk). Loads faster, and stock and GGUF tools can read it. Nothing is overwritten."
-                    ),
-                ),
-            ],
+            inputs=_checkpoint_inputs(),
             outputs=[
                 io.Model.Output(
                     display_name="model",
