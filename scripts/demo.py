@@ -15,6 +15,8 @@ if sys.version_info < (3, 10):
     sys.exit("Frame Memory needs Python 3.10 or newer; this is %d.%d." % sys.version_info[:2])
 
 import argparse
+import os
+import signal
 import subprocess
 import time
 
@@ -55,13 +57,13 @@ def arguments(line: list[str]) -> argparse.Namespace:
 def main(line: list[str]) -> int:
     """Install, start, run, and say where the video is."""
     asked = arguments(line)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped then as with Ctrl-C
     try:
         if asked.image and not asked.image.is_file():
             raise DemoError(f"--image {asked.image}: there is no such file.")
         found = host.ensure_host()
         host.require_in(found, host.PACK_MODULES, "The pack", f"-r {host.REPO / 'requirements.txt'}")
-        base = host.cache_root() / "demo"
-        base.mkdir(parents=True, exist_ok=True)
+        base = own_folder(host.cache_root())
         flags = CPU_FLAGS if asked.cpu or not has_accelerator(found) else ()
         server = Server(found, base, asked.port, flags)
         host.say(f"Starting ComfyUI{' on the CPU' if flags else ''} at {server.address} (log: {server.log_file})")
@@ -75,12 +77,20 @@ def main(line: list[str]) -> int:
     except KeyboardInterrupt:
         host.say("\nStopped.")
         return 130
-    except ConnectionError as error:
-        host.say(f"\n{error}\nIts log: {host.cache_root() / 'demo' / 'server.log'}")
-        return 1
     except (host.HostError, ServerError, DemoError, workflow.WorkflowError, PromptError) as error:
         host.say(f"\n{error}")
         return 1
+
+
+def own_folder(root: Path) -> Path:
+    """The demo's base directory, kept from run to run; another one for each demo that runs beside it."""
+    number = 1
+    while True:
+        base = root / ("demo" if number == 1 else f"demo-{number}")
+        base.mkdir(parents=True, exist_ok=True)
+        if host.try_lock(os.open(base / "in-use.lock", os.O_RDWR | os.O_CREAT)):  # held until this process ends
+            return base
+        number += 1
 
 
 def has_accelerator(found: host.Host) -> bool:
@@ -118,8 +128,12 @@ def make_video(server: Server, graph: dict, asked: argparse.Namespace) -> tuple[
     progress = Progress(titles)
     client.on_message = progress
     began = time.monotonic()
-    run = client.wait(client.submit(prompt, graph), timeout=24 * 3600)
-    progress.end()
+    try:
+        run = client.wait(client.submit(prompt, graph), timeout=24 * 3600)
+    except ConnectionError as error:
+        raise ServerError(f"{error}\nIts last words:\n{server.log_tail()}") from error
+    finally:
+        progress.end()
     return run, time.monotonic() - began
 
 

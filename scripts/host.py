@@ -260,7 +260,7 @@ def exclusive(path: Path) -> Iterator[int]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         told = False
-        while not _try_lock(handle):
+        while not try_lock(handle):
             if not told:
                 say("Another process is installing the host; waiting for it.")
                 told = True
@@ -270,7 +270,8 @@ def exclusive(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
+    """Take the lock of an open file if nobody has it; closing the file gives it back."""
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -123,10 +123,10 @@ with host.exclusive(Path({str(lock)!r})) as handle:
     holder.wait()
     handle = os.open(lock, os.O_RDWR)
     try:
-        assert not host._try_lock(handle)
+        assert not host.try_lock(handle)
         os.kill(child, 9)
         end = time.monotonic() + 30
-        while not host._try_lock(handle):
+        while not host.try_lock(handle):
             assert time.monotonic() < end
             time.sleep(0.05)
     finally:
@@ -163,7 +163,7 @@ def test_two_processes_install_one_after_the_other_and_a_killed_one_lets_go(tmp_
     try:
         assert holder.stdout.readline().strip() == "held"
         handle = os.open(lock, os.O_RDWR)
-        assert not host._try_lock(handle)
+        assert not host.try_lock(handle)
         os.close(handle)
     finally:
         holder.kill()
