@@ -1,5 +1,8 @@
 """check_vae on VAEs that core itself builds from state dicts."""
 
+import sys
+from pathlib import Path
+
 import comfy.sd
 import pytest
 import torch
@@ -93,9 +96,13 @@ def test_a_vae_without_weights_is_refused():
 
 
 @pytest.mark.parametrize(("base", "family"), [("selftest", SELFTEST), ("something else", "")])
-def test_metadata_of_the_file_counts(tmp_path, base, family):
+def test_metadata_of_the_file_counts(tmp_path, monkeypatch, base, family):
     """The stock VAELoader keeps the file's metadata beside the patcher; a narrow WanVAE may say what it belongs to."""
     import folder_paths
+
+    # Another test may have imported the pack's own package of this name.
+    monkeypatch.delitem(sys.modules, "nodes", raising=False)
+    monkeypatch.syspath_prepend(str(Path(folder_paths.__file__).parent))
     import nodes
 
     save_file(wan_state_dict(4), tmp_path / "small.safetensors", metadata={"frame_memory.base": base})
