@@ -151,7 +151,7 @@ def _open(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[str, Stored
         entries.update(found)
         metadata.update(meta)
     prefix = find_prefix(entries)
-    stored = {k.removeprefix(prefix): StoredTensor(e.read, e.shape, e.dtype) for k, e in entries.items()}
+    stored = {k.removeprefix(prefix): StoredTensor(e.read, e.shape, e.dtype, e.read_into) for k, e in entries.items()}
     _refuse_other_families(files[0], stored)
     return files, stored, metadata, prefix
 
@@ -216,7 +216,9 @@ def _fuse(row: Row, param: str, stored: Mapping[str, StoredTensor]) -> StoredTen
     def load() -> Tensor:
         out, start = torch.empty(shape, dtype=dtype), 0
         for part in parts:
-            out.narrow(0, start, part.shape[0]).copy_(part)
+            place = out.narrow(0, start, part.shape[0])
+            # Straight from the file where it fits: a copy of each part would leave holes in the heap.
+            part.read_into(place) if part.dtype == dtype else place.copy_(part)
             start += part.shape[0]
         return swap_halves(out) if row.swap_halves else out
 

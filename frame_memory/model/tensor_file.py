@@ -64,12 +64,14 @@ class StoredTensor(Tensor):
 
     Any operation on it reads the numbers anew, and keeps nothing: `parameter.copy_(stored)` holds one tensor
     of the file in RAM at a time, which is how a network is filled without a second copy of the file.
+    read_into: fills a given contiguous tensor of the same shape and dtype, for a part of a larger one.
     """
 
     @staticmethod
-    def __new__(cls, load: Callable[[], Tensor], shape: Iterable[int], dtype: torch.dtype):
+    def __new__(cls, load: Callable[[], Tensor], shape: Iterable[int], dtype: torch.dtype, read_into=None):
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
         self.load = load
+        self.read_into = read_into or (lambda out: out.copy_(load()))
         return self
 
     def __init__(self, *args):
