@@ -13,7 +13,7 @@ import torch
 from comfy import model_base
 
 from .packing import ContextLayout
-from .transformer import FramePackTransformer
+from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
@@ -33,8 +33,13 @@ class FramePack(model_base.HunyuanVideo):
         """Core's conditioning plus `context_latents`, `context_layout` and `clip_fea`.
 
         Reads `kwargs["frame_context"]`: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`,
-        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`).
+        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`). Raises ValueError for
+        conditioning of other models that core would drop here without a word.
         """
+        refuse_foreign(
+            concat_latent_image=(kwargs.get("concat_latent_image"), FROM_IMAGE_NODE),
+            conditioning_byt5small=(kwargs.get("conditioning_byt5small"), FROM_TEXT_ENCODER),
+        )
         kwargs.setdefault("guidance", DEFAULT_GUIDANCE)
         out = super().extra_conds(**kwargs)
         vision = kwargs.get("clip_vision_output")
