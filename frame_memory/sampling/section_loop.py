@@ -20,7 +20,7 @@ from torch import Tensor
 from ..model.context import gather_context
 from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
 from ..plan import LongVideoPlan, PlanError, Section
-from .guards import SectionError, attention_name, broken_share, with_safe_attention
+from .guards import BrokenStep, SectionError, attention_name, broken_share, with_safe_attention
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
 
@@ -101,22 +101,25 @@ class SectionSampler:
         if inputs.initial is not None:
             begin = begin + inputs.initial[:, :, section.start : section.stop]
 
+        broken = BrokenStep()
+
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            broken.see(step + 1, x0)
             if watch is not None:
                 watch(Moment(section.index, len(plan.sections), step + 1, total, x0, finished))
 
         seed = self.noise.seed + section.index
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
-            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made))
+            where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
+            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made), where)
         return made.float().cpu()
 
-    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float) -> Tensor:
+    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float, where: str) -> Tensor:
         """Once more with plain attention; a backend that overflows is the usual cause (faults.md 13)."""
-        name = attention_name()
         note = (
             f"Section {section.index + 1} came out with {share:.1%} NaN or infinite values "
-            f"(attention: {name}); it was made again with plain PyTorch attention."
+            f"(first {where}); it was made again with plain PyTorch attention."
         )
         logging.warning(note)
         self.notes.append(note)
@@ -125,9 +128,10 @@ class SectionSampler:
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
             raise SectionError(
-                f"Section {section.index + 1} holds NaN or infinite values, also with plain PyTorch attention "
-                f"(first try: {name}; weights: {dtype}). The finished sections before it are fine, this one is not "
-                "saved. Try weight_dtype 'default' in 'Load FramePack Model', or take out the last LoRA."
+                f"Section {section.index + 1} holds NaN or infinite values, first {where}, and again with plain "
+                f"PyTorch attention (weights: {dtype}). Nothing of this video is kept: the sections before it were "
+                "whole, but they are only in memory until the node is done. Try weight_dtype 'default' in "
+                "'Load FramePack Model', or take out the last LoRA."
             )
         return made
 
