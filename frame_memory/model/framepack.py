@@ -97,7 +97,12 @@ def register() -> None:
 
 def is_framepack(model_patcher) -> bool:
     """Whether a MODEL holds a network with packed-context weights (by structure, so copies count too)."""
-    return hasattr(getattr(model_patcher.model, "diffusion_model", None), "clean_x_embedder")
+    return has_context_weights(model_patcher.model)
+
+
+def has_context_weights(model) -> bool:
+    """The same of a base model without its patcher."""
+    return hasattr(getattr(model, "diffusion_model", None), "clean_x_embedder")
 
 
 def unscaled_blank(model: model_base.BaseModel, shape: tuple[int, ...]) -> torch.Tensor:
