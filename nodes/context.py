@@ -6,11 +6,13 @@ from comfy_api.latest import io, ui
 
 from ..frame_memory.plan import (
     PRESETS,
+    check_size,
     parse_schedule,
     parse_timeline,
     schedule_tokens,
     timeline_table,
 )
+from ..frame_memory.plan.errors import PACKER
 from ..frame_memory.plan.layout import packing_picture
 from ..frame_memory.sampling.prompts import EncodedTimeline
 from ..frame_memory.video.pictures import draw
@@ -97,6 +99,7 @@ class FrameMemoryContextPacker(io.ComfyNode):
     @classmethod
     def execute(cls, preset, schedule="", width=640, height=608) -> io.NodeOutput:
         parsed = parse_schedule(schedule if preset == FREE else PRESETS[preset])
+        check_size(width, height, PACKER)
         count = schedule_tokens(parsed, height // 8, width // 8, text_tokens=120)
         picture = draw(packing_picture(parsed, latent_height=height // 8, latent_width=width // 8))
         return io.NodeOutput(FrameContext(parsed), picture, count.total, ui=ui.PreviewImage(picture, cls=cls))
