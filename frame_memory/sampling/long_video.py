@@ -29,7 +29,7 @@ from ..plan import (
 )
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
 from .preview import GrowingPreview
-from .prompts import EncodedTimeline
+from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
 
 ORDER_AUTO = "from frame context"
@@ -246,6 +246,7 @@ def sample_long_video(
         )
     plan = make_plan(schedule, order, seconds, inputs)
     warnings += check_timeline(timeline, guider, plan, seconds)
+    warnings += too_long(guider.original_conds.get("positive", [])) if timeline is None else []
     described, more = _describe(guider, plan, inputs)
     warnings += more
     for warning in warnings:
