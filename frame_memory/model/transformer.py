@@ -58,11 +58,7 @@ class FramePackTransformer(HunyuanVideo):
         Raises ValueError without a context, where context and window do not belong together, or for conditioning of
         other models.
         """
-        refuse_foreign(
-            ref_latent=(ref_latent, FROM_IMAGE_NODE),
-            guiding_frame_index=(guiding_frame_index, FROM_IMAGE_NODE),
-            txt_byt5=(txt_byt5, FROM_TEXT_ENCODER),
-        )
+        _check_stock(txt_byt5, guiding_frame_index, ref_latent)
         self._check_context(x, context_latents, context_layout)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
@@ -171,6 +167,14 @@ def refuse_foreign(**given: tuple[object, str]) -> None:
     for name, (value, remedy) in given.items():
         if value is not None:
             raise ValueError(f"The prompt carries '{name}', which FramePack was not trained with. {remedy}")
+
+
+def _check_stock(txt_byt5, guiding_frame_index, ref_latent) -> None:
+    refuse_foreign(
+        ref_latent=(ref_latent, FROM_IMAGE_NODE),
+        guiding_frame_index=(guiding_frame_index, FROM_IMAGE_NODE),
+        txt_byt5=(txt_byt5, FROM_TEXT_ENCODER),
+    )
 
 
 def _valid_lengths(attention_mask: Tensor | None) -> list[int] | None:
