@@ -13,6 +13,7 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_hunyuan import HunyuanImageToVideo
 
+from frame_memory.model import checkpoint
 from frame_memory.plan import PlanError, plan_sections
 from frame_memory.sampling.guards import SectionError, attention_name
 from frame_memory.sampling.long_video import describe_needs, memory_needs
@@ -96,6 +97,34 @@ def test_fault_48_block_replacement_sees_and_keeps_the_packed_sequence(model):
     assert torch.equal(same["samples"], plain["samples"])
     # window 9 x 15, clean 2 x 15, 2x: 2 x 3, 4x: 4 x 1 x 2 at a grid of 3 x 5
     assert set(seen) == {9 * 15 + 2 * 15 + 2 * 3 + 4 * 2}
+
+
+def test_fault_48_two_samplers_on_one_guider_do_not_stack(model):
+    """The second run with a guider is bit for bit that with a fresh one, and nothing is left on the MODEL."""
+    clone = of_kind(model, "F1")
+    shared = guider_for(clone)
+    first, _ = run(model, guider=shared, seconds=2.4)
+    options, conds = str(shared.model_options), [set(c) for c in shared.original_conds["positive"]]
+    again, _ = run(model, guider=shared, seconds=2.4)
+    fresh, _ = run(model, guider=guider_for(of_kind(model, "F1")), seconds=2.4)
+    assert torch.equal(first["samples"], again["samples"]) and torch.equal(again["samples"], fresh["samples"])
+    assert str(shared.model_options) == options and [set(c) for c in shared.original_conds["positive"]] == conds
+    assert not clone.patches and not any(clone.wrappers.values()) and not clone.additional_models
+
+
+def test_fault_48_loading_twice_does_not_stack(tiny_file):
+    """Two loaders of one file in a graph: two models of one network, each as the first alone."""
+    known = list(comfy.supported_models.models)
+    first = checkpoint.load_framepack(str(tiny_file))
+    alone, _ = run(first, seconds=1.2)
+    second = checkpoint.load_framepack(str(tiny_file))
+    for model in (second, first):
+        latent, _ = run(model, seconds=1.2)
+        assert torch.equal(latent["samples"], alone["samples"])
+        assert not model.patches and not any(model.wrappers.values())
+    assert first.model is not second.model
+    names = [m.__name__ for m in comfy.supported_models.models]
+    assert names.count("FramePackConfig") == 1 and len(names) <= len(known) + 1
 
 
 def test_plain_sampling_without_a_context_is_refused(model):
