@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
+from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.sources import LOAD_LORA
 from .shown import show
-from .sockets import MODEL_OPTION
 
 DIFFUSION_MODELS = "diffusion_models"
 AUTO = "from the file"
@@ -22,7 +22,6 @@ DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-SELFTEST_BASE = "selftest"
 
 
 def _checkpoint_inputs() -> list[io.Input]:

@@ -10,7 +10,6 @@ from ..frame_memory.plan import Schedule
 
 FrameContextSocket = io.Custom("FRAME_CONTEXT")
 TimelineSocket = io.Custom("TIMELINE")
-MODEL_OPTION = "frame_memory"
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,3 @@ class FrameContext:
     """FRAME_CONTEXT: how the history is packed for each window."""
 
     schedule: Schedule
-
-
-def model_facts(model) -> dict:
-    """What 'Load FramePack Model' wrote down about a MODEL: `kind` and `base`; empty for other loaders."""
-    return dict(model.model_options.get(MODEL_OPTION, {}))

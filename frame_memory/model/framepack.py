@@ -17,6 +17,8 @@ from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransforme
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
+# In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
+MODEL_OPTION = "frame_memory"
 
 
 class FramePack(model_base.HunyuanVideo):

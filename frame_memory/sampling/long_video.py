@@ -12,7 +12,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..model.framepack import is_framepack
+from ..model.framepack import MODEL_OPTION, is_framepack
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -33,7 +33,6 @@ from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
 
 ORDER_AUTO = "from frame context"
-MODEL_OPTION = "frame_memory"
 
 
 def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
