@@ -26,9 +26,7 @@ class FramePack(model_base.HunyuanVideo):
 
     def __init__(self, model_config, model_type=model_base.ModelType.FLOW, device=None):
         # HunyuanVideo's own constructor fixes the network class; its base takes it as an argument.
-        super(model_base.HunyuanVideo, self).__init__(
-            model_config, model_type, device=device, unet_model=FramePackTransformer
-        )
+        model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=FramePackTransformer)
         self.memory_usage_factor_conds = ("context_latents",)
 
     def extra_conds(self, **kwargs):

@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.error
 import av.logging
 import numpy as np
 import torch
