@@ -1,0 +1,307 @@
+"""Nodes of the family "first frame": references on a canvas, the prompt that goes with it, the cut after it (FFGo)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from comfy_api.latest import InputImpl, Types, io, ui
+
+from ..frame_memory.plan import canvas, first_frame_prompt
+from ..frame_memory.video import canvas as drawing
+from ..frame_memory.video import transition
+from .shown import show
+
+CATEGORY = "image/first frame"
+MOST_REFERENCES = 8
+REFERENCES = [f"reference_{i}" for i in range(1, MOST_REFERENCES + 1)]
+MASKS = [f"mask_{i}" for i in range(1, MOST_REFERENCES + 1)]
+FIXED, SAFE, DETECT = "4 (official)", "5 (safe)", "find the cut"
+
+
+def _composer_inputs() -> list[io.Input]:
+    return [
+        io.Autogrow.Input(
+            "references",
+            template=io.Autogrow.TemplateNames(
+                io.Image.Input(
+                    "reference",
+                    tooltip=(
+                        "A person, animal or thing to appear in the video: best cut out, with transparency or with the "
+                        "mask of the same number, else on white. A batch makes one canvas for each picture."
+                    ),
+                ),
+                names=REFERENCES,
+                min=0,
+            ),
+            tooltip="Up to 4 pictures work well, 8 are possible; another socket appears when one is connected.",
+        ),
+        io.Autogrow.Input(
+            "masks",
+            template=io.Autogrow.TemplateNames(
+                io.Mask.Input(
+                    "mask",
+                    tooltip=(
+                        "Mask for the reference of the same number: 1 where the thing is, as SAM 3 and BiRefNet give it. "
+                        "The mask of Load Image is the other way round: put 'Invert Mask' between."
+                    ),
+                ),
+                names=MASKS,
+                min=0,
+            ),
+            tooltip="Masks by number; none is needed for pictures with transparency, or for whole pictures.",
+        ),
+        io.Image.Input(
+            "background",
+            optional=True,
+            tooltip="The place where the video happens, without the references. It goes to the right half.",
+        ),
+        io.Int.Input(
+            "width",
+            default=canvas.OFFICIAL_SIZE[0],
+            min=64,
+            max=canvas.MOST_SIDE,
+            step=16,
+            tooltip="Width of the canvas in pixels, a multiple of 16: the width the video is made at. Official: 1280.",
+        ),
+        io.Int.Input(
+            "height",
+            default=canvas.OFFICIAL_SIZE[1],
+            min=64,
+            max=canvas.MOST_SIDE,
+            step=16,
+            tooltip="Height of the canvas in pixels, a multiple of 16: the height the video is made at. Official: 720.",
+        ),
+        io.Combo.Input(
+            "layout",
+            options=list(canvas.LAYOUTS),
+            default=canvas.STACK,
+            tooltip=(
+                "official stack: references under one another on the left half. two columns: a grid there, for 4 and "
+                "more. free boxes: where 'boxes' says; drag them on the picture in this node."
+            ),
+        ),
+        io.String.Input(
+            "boxes",
+            multiline=True,
+            default="",
+            tooltip=(
+                "For 'free boxes': one a line, 'number: x, y, width x height' in pixels of the canvas, or 'background: "
+                "...'. Later lines lie on top. What has no line keeps its usual place."
+            ),
+        ),
+    ]
+
+
+def _composer_advanced() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "keep_background_aspect",
+            default=False,
+            advanced=True,
+            tooltip="Off: the background is squeezed to 16:9 first, as the LoRA was trained. On: it keeps its aspect.",
+        ),
+        io.Boolean.Input(
+            "enlarge_small",
+            default=False,
+            advanced=True,
+            tooltip=(
+                "Off: pictures smaller than their room keep their size, as the LoRA was trained. On: they fill it "
+                "(LANCZOS). Free boxes are always filled."
+            ),
+        ),
+        io.Boolean.Input(
+            "crop_to_content",
+            default=True,
+            advanced=True,
+            tooltip="Cuts off the transparent border of references, so that the thing is as large as its room allows.",
+        ),
+        io.String.Input(
+            "canvas_colour",
+            default="#ffffff",
+            advanced=True,
+            tooltip="Colour of the empty canvas as #rrggbb. The LoRA was trained on white.",
+        ),
+    ]
+
+
+class FrameMemoryFirstFrameComposer(io.ComfyNode):
+    """References and a background on one canvas, which becomes the first frame."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryFirstFrameComposer",
+            display_name=canvas.NODE,
+            category=CATEGORY,
+            description=(
+                "Puts up to five references on one picture, the first frame of an FFGo video: people and things on the "
+                "left, the place on the right. Feed it to Wan Image To Video as the start image."
+            ),
+            search_aliases=["ffgo", "collage", "reference to video", "subjects", "customization", "stitch images"],
+            inputs=[*_composer_inputs(), *_composer_advanced()],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The canvas at width x height; one for each of a batch."),
+                io.Image.Output(display_name="layout", tooltip="The canvas with every region framed and named."),
+                io.Int.Output(display_name="count", tooltip="Number of references, the background not counted."),
+                io.String.Output(display_name="report", tooltip="Each region in pixels, and warnings."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, width, height, layout, boxes, references=None, masks=None, background=None, keep_background_aspect=False,
+        enlarge_small=False, crop_to_content=True, canvas_colour="#ffffff",
+    ) -> io.NodeOutput:  # fmt: skip
+        pictures = drawing.named_pictures(_numbered(references), _numbered(masks), background, crop=crop_to_content)
+        colour = drawing.parse_colour(canvas_colour)
+
+        def layout_of(sizes):
+            return canvas.lay_out(
+                width, height, [size for name, size in sizes.items() if name != canvas.BACKGROUND],
+                sizes.get(canvas.BACKGROUND), layout=layout, boxes=boxes,
+                keep_background_aspect=keep_background_aspect, enlarge=enlarge_small,
+            )  # fmt: skip
+
+        images, layouts = drawing.compose_batch(
+            layout_of, pictures, colour, keep_background_aspect=keep_background_aspect, free=layout == canvas.FREE
+        )
+        shown = drawing.labelled(images[0], layouts[0])
+        report = canvas.describe(layouts[0])
+        show(cls, report)
+        count = sum(name != canvas.BACKGROUND for name in pictures)
+        preview = ui.PreviewImage(shown, cls=cls).as_dict()
+        preview["boxes"] = [canvas.write_boxes(layouts[0])]
+        return io.NodeOutput(images, shown, count, report, ui=preview)
+
+
+def _numbered(inputs: dict | None) -> dict[int, object]:
+    """Connected inputs of an Autogrow by their number."""
+    found = {int(name.rsplit("_", 1)[1]): value for name, value in (inputs or {}).items() if value is not None}
+    return dict(sorted(found.items()))
+
+
+class FrameMemoryFFGoPrompt(io.ComfyNode):
+    """The trigger in front of the caption, and what is wrong with the caption."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryFFGoPrompt",
+            display_name=first_frame_prompt.NODE,
+            category=CATEGORY,
+            description=(
+                "Puts FFGo's trigger in front of a caption, once, and says what would make the caption work badly. Its "
+                "instruction lets 'Generate Text' write the long caption from the canvas."
+            ),
+            search_aliases=["ffgo trigger", "ad23r2", "first frame prompt"],
+            inputs=[
+                io.String.Input(
+                    "caption",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "The video as if it were already shot, 80 to 200 words: every reference with its look, its place "
+                        "and what it does. Never mention the canvas. The trigger is added."
+                    ),
+                ),
+                io.String.Input(
+                    "names",
+                    default="",
+                    tooltip=(
+                        "What the references are called in the caption, with commas between: 'red car, tall man'. Each "
+                        "one is looked for. Empty: they are counted by guess."
+                    ),
+                ),
+                io.Int.Input(
+                    "references",
+                    default=0,
+                    min=0,
+                    max=MOST_REFERENCES,
+                    tooltip="How many references there are, from First Frame Composer's 'count'. 0: not checked.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="prompt", tooltip="For CLIP Text Encode (positive prompt)."),
+                io.String.Output(
+                    display_name="instruction",
+                    tooltip="For 'Generate Text' with the canvas as its image; feed its text back into another FFGo Prompt.",
+                ),
+                io.String.Output(display_name="report", tooltip="Warnings about the caption, or 'Nothing to warn of.'"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, caption, names, references) -> io.NodeOutput:
+        named = first_frame_prompt.parse_names(names)
+        warnings = first_frame_prompt.caption_warnings(caption, references, named)
+        report = "\n".join(f"Warning: {w}" for w in warnings) or "Nothing to warn of."
+        show(cls, report)
+        prompt = first_frame_prompt.with_trigger(caption)
+        return io.NodeOutput(
+            prompt, first_frame_prompt.instruction(caption, named), report, ui=ui.PreviewText(f"{prompt}\n\n{report}")
+        )
+
+
+class FrameMemoryDropTransitionFrames(io.ComfyNode):
+    """The video without the frames that show the canvas."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryDropTransitionFrames",
+            display_name=transition.NODE,
+            category="video",
+            description=(
+                "Drops the frames at the start of an FFGo video that still show the canvas. Sound is cut by the same "
+                "time. Images and video, never latents: the cut lies inside a latent frame."
+            ),
+            search_aliases=["ffgo trim", "drop first frames", "cut collage"],
+            inputs=[
+                io.MultiType.Input(
+                    "video",
+                    types=[io.Image, io.Video, io.Latent],
+                    tooltip="The whole decoded clip, IMAGE from VAE Decode or VIDEO. A latent is refused, and why is said.",
+                ),
+                io.Combo.Input(
+                    "drop",
+                    options=[FIXED, SAFE, DETECT],
+                    default=FIXED,
+                    tooltip=(
+                        "4: 81 frames become 77, as published. 5: also the frame that may carry a ghost of the canvas. "
+                        "find the cut: by the change from frame to frame; drops nothing where there is no cut."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames that are left."),
+                io.Video.Output(display_name="video", tooltip="The same as VIDEO where one was given, with its sound."),
+                io.String.Output(display_name="report", tooltip="What was dropped, and how the cut was found."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, video, drop) -> io.NodeOutput:
+        if isinstance(video, dict):
+            raise transition.refuse_latent()
+        parts = video.get_components() if hasattr(video, "get_components") else None
+        frames = video if parts is None else parts.images
+        count, found = {FIXED: (transition.OFFICIAL, ""), SAFE: (transition.SAFE, "")}.get(drop, (None, ""))
+        if count is None:
+            cut = transition.find_cut(frames)
+            count, found = cut.first_clean or 0, cut.describe()
+        transition.check_drop(count, frames.shape[0])
+        kept = frames[count:]
+        report = f"{frames.shape[0]} frames: {count} dropped, {kept.shape[0]} kept. {found}".strip()
+        show(cls, report)
+        made = None
+        if parts is not None:
+            rate = Fraction(parts.frame_rate)
+            audio = transition.later_sound(parts.audio, count / rate, kept.shape[0] / rate)
+            made = InputImpl.VideoFromComponents(Types.VideoComponents(images=kept, frame_rate=rate, audio=audio))
+        return io.NodeOutput(kept, made, report, ui=ui.PreviewText(report))
+
+
+NODES = [FrameMemoryFirstFrameComposer, FrameMemoryFFGoPrompt, FrameMemoryDropTransitionFrames]
