@@ -41,8 +41,8 @@ def _composer_inputs() -> list[io.Input]:
                 io.Mask.Input(
                     "mask",
                     tooltip=(
-                        "Mask for the reference of the same number: 1 where the thing is, as SAM 3 and BiRefNet give it. "
-                        "The mask of Load Image is the other way round: put 'Invert Mask' between."
+                        "Mask for the reference of the same number: 1 where the thing is, as SAM 3 and BiRefNet give "
+                        "it. The mask of Load Image is the other way round: put 'Invert Mask' between."
                     ),
                 ),
                 names=MASKS,
@@ -201,8 +201,8 @@ class FrameMemoryFFGoPrompt(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "The video as if it were already shot, 80 to 200 words: every reference with its look, its place "
-                        "and what it does. Never mention the canvas. The trigger is added."
+                        "The video as if it were already shot, 80 to 200 words: every reference with its look, its "
+                        "place and what it does. Never mention the canvas. The trigger is added."
                     ),
                 ),
                 io.String.Input(
@@ -225,7 +225,7 @@ class FrameMemoryFFGoPrompt(io.ComfyNode):
                 io.String.Output(display_name="prompt", tooltip="For CLIP Text Encode (positive prompt)."),
                 io.String.Output(
                     display_name="instruction",
-                    tooltip="For 'Generate Text' with the canvas as its image; feed its text back into another FFGo Prompt.",
+                    tooltip="For 'Generate Text' with the canvas as its image; its text goes into another FFGo Prompt.",
                 ),
                 io.String.Output(display_name="report", tooltip="Warnings about the caption, or 'Nothing to warn of.'"),
             ],
@@ -262,7 +262,7 @@ class FrameMemoryDropTransitionFrames(io.ComfyNode):
                 io.MultiType.Input(
                     "video",
                     types=[io.Image, io.Video, io.Latent],
-                    tooltip="The whole decoded clip, IMAGE from VAE Decode or VIDEO. A latent is refused, and why is said.",
+                    tooltip="The whole decoded clip: IMAGE from VAE Decode, or VIDEO. A latent is refused.",
                 ),
                 io.Combo.Input(
                     "drop",

@@ -22,8 +22,9 @@ OFFICIAL, SAFE = 4, 5
 # How far into a clip a cut is looked for: far past the 4 frames it is trained to come after.
 SEARCHED = 24
 SMALL_SIDE = 64
-# A cut changes the picture by at least this much (mean of 0..1), and by this many times its usual change.
-LEAST_JUMP, TIMES_USUAL = 0.03, 4.0
+# A cut changes the picture by at least this much (mean of 0..1), by this many times its usual change, and by this many
+# times what the canvas before it does, which stands still.
+LEAST_JUMP, TIMES_USUAL, TIMES_BEFORE = 0.03, 2.5, 4.0
 # A frame is clean when at most this share of the jump is still to come.
 STILL_TO_COME = 0.15
 
@@ -67,7 +68,8 @@ def find_cut(frames_THWC: torch.Tensor, searched: int = SEARCHED) -> Cut:
     near = {at - 1, at, at + 1}
     others = [float(c) for i, c in enumerate(change_T) if i not in near]
     usual = sorted(others)[len(others) // 2] if others else 0.0
-    if jump < LEAST_JUMP or jump < TIMES_USUAL * usual:
+    before = max((float(c) for c in change_T[: max(at - 1, 0)]), default=0.0)
+    if jump < max(LEAST_JUMP, TIMES_USUAL * usual, TIMES_BEFORE * before):
         return Cut(None, jump, usual)
     first = at + 1
     # With a ghost the change is spread: go on while the next frame still takes a good part of the jump.
