@@ -5,6 +5,7 @@ Source: reference/ffgo.md section 3.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -20,12 +21,15 @@ _CANVAS_WORDS = (
     "left half", "right half", "the image shows", "the picture shows",
 )  # fmt: skip
 _TRIGGER = re.compile(r"\s*".join(map(re.escape, TRIGGER.rstrip(".").split())) + r"\s*[.,;:!]?", re.IGNORECASE)
-# A thing is named after one of these; the words up to the last noun cannot be told without a language model.
+# A thing is named after one of these, and its noun comes before a word that joins (or after four words at most).
 _NAMED = re.compile(
-    r"\b(?:an?|the|his|her|their|its|this|that|two|three|four|five|six|several|some)\s+((?:[\w'-]+\s+){0,3}?[\w'-]+)",
+    r"\b(?:an?|the|his|her|their|its|this|that|two|three|four|five|six|several|some)\s+([\w'-]+(?:\s+[\w'-]+){0,3})",
     re.IGNORECASE,
 )
-_EMPTY = {"a", "an", "the", "of", "in", "on", "at", "with", "and", "to", "is", "are", "as", "by", "from", "that", "it"}
+_JOINS = set(
+    "a an the of in on at with without and or to is are was as by from that which who while where beside near behind "
+    "under over into onto through it its his her their has have wearing holding riding walks stands sits".split()
+)
 # Words that follow an article in nearly every caption and name no reference.
 _FILM = {
     "camera", "scene", "video", "shot", "background", "foreground", "frame", "view", "medium", "wide", "close-up",
@@ -40,17 +44,16 @@ def with_trigger(caption: str) -> str:
 
 
 def things_named(caption: str) -> tuple[str, ...]:
-    """Different things a caption seems to name: capitalised names, and first words after articles and the like.
+    """Different things a caption seems to name: capitalised names, and nouns after articles and the like.
 
     A guess without a language model: it counts too many rather than too few.
     """
     body = " ".join(_TRIGGER.sub(" ", caption).split())
     found: dict[str, None] = {}
     for match in _NAMED.finditer(body):
-        words = [word.lower() for word in match[1].split()]
-        kept = [word for word in words if word not in _EMPTY]
-        if kept and not _FILM.intersection(kept):
-            found.setdefault(kept[-1].removesuffix("'s"))
+        words = list(itertools.takewhile(lambda word: word not in _JOINS, match[1].lower().split()))
+        if words and not _FILM.intersection(words):
+            found.setdefault(words[-1].removesuffix("'s"))
     for match in re.finditer(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*", body):
         found.setdefault(match[0].lower())
     return tuple(found)
@@ -66,7 +69,7 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
     lower, warnings = body.lower(), []
     if not body:
         return ("The caption is empty. Describe the scene, each thing of the canvas, and what happens.",)
-    said = [words for words in _CANVAS_WORDS if re.search(rf"\b{re.escape(words)}\b", lower)]
+    said = [words for words in _CANVAS_WORDS if re.search(rf"\b{re.escape(words)}s?\b", lower)]
     if said:
         warnings.append(
             f"The caption speaks of the canvas ({', '.join(repr(w) for w in said)}). Describe the scene as it is in "

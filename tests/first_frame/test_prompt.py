@@ -15,12 +15,12 @@ from frame_memory.plan.first_frame_prompt import (
     with_trigger,
 )
 
-# In the manner of the published samples: long, and about the scene alone.
-TIGER = (
-    "Cinematic medium shot tracking through a dense, lush jungle environment filled with large trees and green foliage. "
-    "A large, powerfully built tiger with orange and black stripes walks steadily through the undergrowth. Riding "
-    "bareback on the tiger is the muscular, shirtless man with long hair, wearing simple brown pants. He sits upright "
-    "with a commanding posture. The camera follows them, capturing the man's focused expression."
+# Of the published kind: long, and about the scene alone.
+BOAT = (
+    "Film quality, low evening sun. A red fishing boat with a torn sail lies on a pebble beach while small waves run "
+    "up to its keel. Beside it, the old fisherman in a yellow raincoat kneels and mends a net with slow, practised hands. "
+    "He looks up and smiles as wind lifts his white hair. Gulls circle far behind him, and shallow focus keeps boat "
+    "and fisherman sharp."
 )
 
 
@@ -50,36 +50,28 @@ def test_spellings_of_the_trigger_become_the_one_it_was_trained_with(given_):
 
 
 def test_a_caption_of_the_published_kind_has_no_warning():
-    assert caption_warnings(TIGER, 2) == ()
-    assert caption_warnings(with_trigger(TIGER), 2, ("tiger", "man with long hair")) == ()
+    assert caption_warnings(BOAT, 2) == ()
+    assert caption_warnings(with_trigger(BOAT), 2, ("red fishing boat", "fisherman in a yellow raincoat")) == ()
 
 
 @pytest.mark.parametrize(
     "words",
-    [
-        "the reference image",
-        "a collage",
-        "the white background",
-        "on the left half",
-        "Reference Pictures",
-        "the canvas",
-    ],
+    ["the reference image", "Reference Pictures", "a collage", "the white background", "the left half", "a canvas"],
 )
 def test_words_about_the_canvas_are_warned_of(words):
-    warnings = caption_warnings(f"{TIGER} As in {words}, they walk.", 2)
-    assert len(warnings) == (0 if words == "Reference Pictures" else 1) or "canvas" in warnings[0]
-    assert any("speaks of the canvas" in w for w in caption_warnings(f"{TIGER} As in the reference image.", 2))
+    (warning,) = caption_warnings(f"{BOAT} All as in {words}.", 2)
+    assert "speaks of the canvas" in warning
 
 
 def test_a_name_that_is_missing_is_told():
-    (warning,) = caption_warnings(TIGER, 3, ("tiger", "man", "red parrot"))
-    assert "'red parrot'" in warning and "'tiger'" not in warning
+    (warning,) = caption_warnings(BOAT, 3, ("boat", "fisherman", "red parrot"))
+    assert "'red parrot'" in warning and "'boat'" not in warning
 
 
-@pytest.mark.parametrize("name", ["tigers", "Tiger", "brown pants", "man's"])
+@pytest.mark.parametrize("name", ["boats", "Boat", "yellow raincoat", "net mended"])
 def test_names_are_found_in_other_forms(name):
-    found = caption_warnings(TIGER, 1, (name,))
-    assert bool(found) is (name == "tigers")
+    found = caption_warnings(BOAT, 1, (name,))
+    assert bool(found) is (name in ("boats", "net mended"))
 
 
 def test_fewer_things_than_references_is_told_with_what_was_found():
@@ -90,9 +82,7 @@ def test_fewer_things_than_references_is_told_with_what_was_found():
 
 
 def test_things_are_guessed():
-    assert {"tiger", "man"} <= {word for thing in things_named(TIGER) for word in thing.split()} | set(
-        things_named(TIGER)
-    )
+    assert {"boat", "fisherman", "beach", "net"} <= set(things_named(BOAT))
 
 
 def test_short_long_and_empty():
