@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from fractions import Fraction
+from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..frame_memory.plan import canvas, first_frame_prompt
@@ -13,6 +16,8 @@ from .shown import show
 
 CATEGORY = "image/first frame"
 MOST_REFERENCES = 8
+# Longest side in pixels of the pictures the editor draws.
+THUMBNAIL = 512
 REFERENCES = [f"reference_{i}" for i in range(1, MOST_REFERENCES + 1)]
 MASKS = [f"mask_{i}" for i in range(1, MOST_REFERENCES + 1)]
 FIXED, SAFE, DETECT = "4 (official)", "5 (safe)", "find the cut"
@@ -171,8 +176,24 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
         show(cls, report)
         count = sum(name != canvas.BACKGROUND for name in pictures)
         preview = ui.PreviewImage(shown, cls=cls).as_dict()
+        # For the editor in the node: where everything is, and the pictures to drag.
         preview["boxes"] = [canvas.write_boxes(layouts[0])]
+        preview["frame_memory_pictures"] = _thumbnails(pictures)
         return io.NodeOutput(images, shown, count, report, ui=preview)
+
+
+def _thumbnails(pictures: dict) -> list[dict]:
+    """The first picture of each region as a small PNG in ComfyUI's temporary folder, for the editor in the node."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, made in pictures.items():
+        small = made[0].copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = f"frame_memory_{name}_{uuid.uuid4().hex[:12]}.png"
+        small.save(folder / file)
+        files.append({"name": name, "filename": file, "subfolder": "", "type": "temp"})
+    return files
 
 
 def _numbered(inputs: dict | None) -> dict[int, object]:

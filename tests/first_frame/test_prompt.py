@@ -18,7 +18,7 @@ from frame_memory.plan.first_frame_prompt import (
 # Of the published kind: long, and about the scene alone.
 BOAT = (
     "Film quality, low evening sun. A red fishing boat with a torn sail lies on a pebble beach while small waves run "
-    "up to its keel. Beside it, the old fisherman in a yellow raincoat kneels and mends a net with slow, practised hands. "
+    "up to its keel. Beside it, the old fisherman in a yellow raincoat kneels and mends a net with slow, old hands. "
     "He looks up and smiles as wind lifts his white hair. Gulls circle far behind him, and shallow focus keeps boat "
     "and fisherman sharp."
 )
