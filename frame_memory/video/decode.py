@@ -72,18 +72,22 @@ def check_windows(windows: Sequence[Window], total: int) -> None:
             )
 
 
-def _decode_window(decode_fn: DecodeFn, latents_BCTHW: torch.Tensor, window: Window) -> torch.Tensor:
-    """Pixels of one window as float32 [T,H,W,C], with the frame count of a 4x causal VAE checked."""
-    part_BCTHW = latents_BCTHW[:, :, window.start : window.stop]
-    pixels_BTHWC = decode_fn(part_BCTHW)
-    expected = TEMPORAL_RATIO * (window.stop - window.start) - (TEMPORAL_RATIO - 1)
-    if pixels_BTHWC.ndim != 5 or pixels_BTHWC.shape[:2] != (1, expected):
+def decode_window(decode_fn: DecodeFn, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Pixels of one window `latents [1,C,t,H,W]` as float32 [4t-3,H,W,C]; DecodeError for any other frame count."""
+    pixels_BTHWC = decode_fn(latents_BCTHW)
+    check_pixels(pixels_BTHWC, latents_BCTHW.shape[2])
+    return pixels_BTHWC[0].float()
+
+
+def check_pixels(pixels_BTHWC: torch.Tensor, latent_frames: int) -> None:
+    """Raise DecodeError unless a decode has the frame count of a 4x causal VAE: [1, 4t-3, height, width, colours]."""
+    expected = TEMPORAL_RATIO * latent_frames - (TEMPORAL_RATIO - 1)
+    if pixels_BTHWC.ndim != 5 or tuple(pixels_BTHWC.shape[:2]) != (1, expected):
         raise DecodeError(
-            f"The VAE made a tensor of shape {tuple(pixels_BTHWC.shape)} from {part_BCTHW.shape[2]} latent frames; "
+            f"The VAE made a tensor of shape {tuple(pixels_BTHWC.shape)} from {latent_frames} latent frames; "
             f"expected [1, {expected}, height, width, colours], as a video VAE with 4 pixel frames per latent frame "
             "makes. Change the file in the node 'Load VAE'."
         )
-    return pixels_BTHWC[0].float()
 
 
 def decode_stream(
@@ -132,7 +136,7 @@ def _blend(
     for i, window in enumerate(windows):
         if interrupt is not None:
             interrupt()
-        pixels_THWC = _decode_window(decode_fn, latents_BCTHW, window)
+        pixels_THWC = decode_window(decode_fn, latents_BCTHW[:, :, window.start : window.stop])
         if on_window is not None:
             on_window(i + 1, len(windows))
         head = 0
