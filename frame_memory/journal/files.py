@@ -308,9 +308,7 @@ def safe_name(text: str) -> str:
     else:
         return name
     nearest = name if name.strip() else "video"
-    raise JournalError(
-        f"The project's name {reason}; expected one folder name. Nearest: {nearest!r}. Change 'project'."
-    )
+    raise JournalError(f"The project's name {reason}; expected a folder name, like {nearest!r}. Change 'project'.")
 
 
 def _tidy(text: str) -> str:

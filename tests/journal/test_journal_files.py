@@ -260,12 +260,8 @@ def test_fault_47_a_path_over_260_characters_is_written_and_read(tmp_path):
 
 def test_temporary_files_of_a_killed_process_are_swept(tmp_path):
     (tmp_path / "sections").mkdir()
-    for name in (
-        ".manifest.json.1a.part",
-        "sections/.000.safetensors.2b.part",
-        "sections/000.safetensors",
-        "x.part.mp4",
-    ):
+    torn = [".manifest.json.1a.part", "sections/.000.safetensors.2b.part"]
+    for name in (*torn, "sections/000.safetensors", "x.part.mp4"):
         (tmp_path / name).write_bytes(b"x")
     assert files.sweep(tmp_path) == torn
     assert (tmp_path / "sections/000.safetensors").exists() and (tmp_path / "x.part.mp4").exists()
