@@ -25,6 +25,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from ..plan.mark import as_fps
+from .files import put_in_place, reserve_part
 from .fragments import cut_to_finished
 
 NODE = "Save Long Video"
@@ -153,7 +154,7 @@ class VideoWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.expected_frames is not None:
                 check_disk(self.path, self.width, self.height, self.expected_frames, self.crf)
-            self._part = self._reserve_part()
+            self._part = reserve_part(self.path)
         except OSError as error:
             raise VideoWriteError(
                 f"Cannot write into {self.path.parent}: {error.strerror or error}. Nothing was written. Choose another "
@@ -170,17 +171,6 @@ class VideoWriter:
                 f"The encoder's words: {error}"
             ) from error
         return self
-
-    def _reserve_part(self) -> Path:
-        """Create the temporary file under a free name: an earlier one may be all that is left of a render."""
-        for number in range(1, 10_000):
-            part = self.path.with_name(f"{self.path.stem}.part{'' if number == 1 else number}.mp4")
-            try:
-                part.open("xb").close()
-            except FileExistsError:
-                continue
-            return part
-        raise FileExistsError(errno.EEXIST, f"9999 unfinished videos named {self.path.stem}.part*.mp4 are in the way")
 
     def _open(self) -> None:
         # negative_cts_offsets: B-frames would otherwise shift the start by two frames, since this kind of file has no
@@ -308,9 +298,7 @@ class VideoWriter:
                 f"{self._kept_words()}"
             )
         try:
-            _flush_to_disk(self._part)
-            os.replace(self._part, self.path)
-            _flush_to_disk(self.path.parent)
+            put_in_place(self._part, self.path)
         except OSError as error:
             self.kept_path = self._part if self._part.exists() else self.path
             raise VideoWriteError(
@@ -318,20 +306,3 @@ class VideoWriter:
                 f"{self._kept_words()}"
             ) from error
         self.result = WrittenVideo(self.path, self.width, self.height, self.frames, self.fps, tuple(self.black_frames))
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system has that (not on Windows)."""
-    folder = path.is_dir()
-    if folder and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Network and FUSE folders may refuse to be flushed; the file itself must not.
-        if not folder:
-            raise
-        log.debug("folder %s cannot be flushed: %s", path, error)
-    finally:
-        os.close(handle)
