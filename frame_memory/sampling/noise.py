@@ -29,3 +29,9 @@ class SectionNoise:
         noise = copy.copy(self.noise)
         noise.seed = self.noise.seed + section
         return noise.generate_noise({"samples": torch.zeros(shape)})
+
+    def with_seed(self, seed: int) -> SectionNoise:
+        """The same kind of NOISE begun anew with another seed."""
+        noise = copy.copy(self.noise)
+        noise.seed = seed
+        return SectionNoise(noise)

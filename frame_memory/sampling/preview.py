@@ -11,8 +11,6 @@ import torch
 
 from .section_loop import Moment
 
-STRIP_FRAMES = 6
-
 
 class GrowingPreview:
     """One progress bar over all steps of all sections, with a film strip of what there is of the video.
@@ -39,6 +37,6 @@ class GrowingPreview:
             return None
         estimate = moment.estimate[:1].float().cpu()
         middle = estimate.shape[2] // 2
-        finished = [self.latent_format.process_in(f) for f in moment.finished[-(STRIP_FRAMES - 1) :]]
+        finished = [self.latent_format.process_in(f) for f in moment.finished]
         strip = torch.cat([*finished, estimate[:, :, middle : middle + 1]], dim=-1)
         return self.previewer.decode_latent_to_preview_image("JPEG", strip.to(moment.estimate.device))

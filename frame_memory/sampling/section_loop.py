@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 import comfy.model_management
 import comfy.utils
@@ -20,9 +24,14 @@ from torch import Tensor
 from ..model.context import gather_context
 from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
 from ..plan import LongVideoPlan, PlanError, Section
+from .changes import SectionChange
+from .frames import LatentFrames
 from .guards import SectionError, attention_name, broken_share, with_safe_attention
+from .identity import RunIdentity
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
+
+STRIP_FRAMES = 5
 
 
 @dataclass(frozen=True)
@@ -57,55 +66,114 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where the run is, given to the watcher after every step."""
+    """Where the run is, given to the watcher after every step. finished: one frame of each of the last sections."""
 
     section: int
     sections: int
     step: int
     steps: int
     estimate: Tensor
-    finished: list[Tensor]
+    finished: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A section that is finished. seconds: wall time its sampling took, 0 where it was found."""
+
+    section: Section
+    window: Tensor
+    key: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+class Keeper(Protocol):
+    """Where finished sections are kept."""
+
+    def find(self, section: Section, key: str) -> Tensor | None:
+        """A finished section with this key, or None."""
+
+    def keep(self, made: Made) -> None:
+        """Keep a section that was just sampled; it counts as finished when this returns."""
+
+    def load(self, index: int) -> Tensor:
+        """A section found or kept before."""
 
 
 class SectionSampler:
-    """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section."""
+    """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section.
 
-    def __init__(self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None):
+    keeper: finished sections go there, and those it has are not sampled again. identity: needed with it.
+    changes: sections, by their place in the order of making, that get another seed or other words.
+    """
+
+    def __init__(
+        self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None, *,
+        keeper: Keeper | None = None, identity: RunIdentity | None = None,
+        changes: Mapping[int, SectionChange] = MappingProxyType({}),
+    ):  # fmt: skip
         self.guider, self.sampler, self.sigmas, self.timeline = guider, sampler, sigmas, timeline
         self.noise = SectionNoise(noise)
+        self.keeper, self.identity, self.changes = keeper, identity, changes
         self.notes: list[str] = []
 
-    def run(self, plan: LongVideoPlan, inputs: Inputs, watch: Callable[[Moment], None] | None = None) -> Tensor:
-        """Sample every section; returns the whole video `[B, C, total_frames, H, W]` fp32 on the intermediate device.
+    def run(
+        self,
+        plan: LongVideoPlan,
+        inputs: Inputs,
+        watch: Callable[[Moment], None] | None = None,
+        on_section: Callable[[Made, LatentFrames], None] | None = None,
+    ) -> LatentFrames:
+        """Sample every section that is not kept already; returns the frames of the whole video, fp32.
 
+        watch: after every step. on_section: after every section, found or made.
         Raises PlanError for inputs that do not fit together, SectionError for a section that stays broken.
         """
         inputs.check()
-        batch, channels, _, height, width = inputs.start.shape
-        video = torch.zeros((batch, channels, plan.total_frames, height, width))
-        first = inputs.given if inputs.given is not None else inputs.start
-        video[:, :, : first.shape[2]] = first
-        finished: list[Tensor] = []
+        first = (inputs.given if inputs.given is not None else inputs.start).float().cpu()
+        frames = LatentFrames(first.expand(inputs.start.shape[0], -1, -1, -1, -1), plan.total_frames)
+        frames.load = None if self.keeper is None else self.keeper.load
+        strip: deque[Tensor] = deque(maxlen=STRIP_FRAMES)
         for section in plan.sections:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            window = self._sample_section(plan, section, video, inputs, watch, finished)
-            video[:, :, section.start : section.stop] = window
-            finished.append(window[:1, :, window.shape[2] // 2 : window.shape[2] // 2 + 1])
-        return video.to(comfy.model_management.intermediate_device())
+            made = self._section(plan, section, frames, inputs, watch, strip)
+            frames.put(section.index, section.start, made.window)
+            middle = made.window.shape[2] // 2
+            strip.append(made.window[:1, :, middle : middle + 1].clone())
+            if on_section is not None:
+                on_section(made, frames)
+        return frames
 
-    def _sample_section(self, plan, section: Section, video, inputs: Inputs, watch, finished) -> Tensor:
-        guider = self._guider_for(plan, section, video, inputs)
-        shape = (*video.shape[:2], section.stop - section.start, *video.shape[3:])
-        noise = self.noise.draw(section.index, shape)
+    def _section(self, plan, section: Section, frames: LatentFrames, inputs: Inputs, watch, strip) -> Made:
+        guider, conds, context = self._guider_for(plan, section, frames, inputs)
+        shape = (*frames.first.shape[:2], section.stop - section.start, *frames.first.shape[3:])
+        # One generator runs through all sections, so it draws for those too that are found or have their own seed.
+        noise, seed = self.noise.draw(section.index, shape), self.noise.seed + section.index
+        change = self.changes.get(section.index)
+        if change is not None and change.seed is not None:
+            noise, seed = self.noise.with_seed(change.seed).draw(0, shape), change.seed
         begin = torch.zeros(shape)
         if inputs.initial is not None:
             begin = begin + inputs.initial[:, :, section.start : section.stop]
+        key = ""
+        if self.keeper is not None:
+            key = self.identity.section_key(section, conds, context, noise, begin, seed)
+            found = self.keeper.find(section, key)
+            if found is not None:
+                return Made(section, found, key, 0.0, ())
 
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             if watch is not None:
-                watch(Moment(section.index, len(plan.sections), step + 1, total, x0, finished))
+                watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
-        seed = self.noise.seed + section.index
+        began, told = time.monotonic(), len(self.notes)
+        window = self._sample(guider, section, noise, begin, callback, seed)
+        made = Made(section, window, key, time.monotonic() - began, tuple(self.notes[told:]))
+        if self.keeper is not None:
+            self.keeper.keep(made)
+        return made
+
+    def _sample(self, guider, section: Section, noise, begin, callback, seed: int) -> Tensor:
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
             made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made))
@@ -127,22 +195,28 @@ class SectionSampler:
             raise SectionError(
                 f"Section {section.index + 1} holds NaN or infinite values, also with plain PyTorch attention "
                 f"(first try: {name}; weights: {dtype}). The finished sections before it are fine, this one is not "
-                "saved. Try weight_dtype 'default' in 'Load FramePack Model', or take out the last LoRA."
+                "kept. Try weight_dtype 'default' in 'Load FramePack Model', or take out the last LoRA."
             )
         return made
 
-    def _guider_for(self, plan: LongVideoPlan, section: Section, video: Tensor, inputs: Inputs):
-        blank = unscaled_blank(self.guider.model_patcher.model, (1, video.shape[1], 1, 1, 1))
+    def _guider_for(self, plan: LongVideoPlan, section: Section, frames: LatentFrames, inputs: Inputs):
+        """A copy of the guider that sees this section's prompts and context, the prompts alone, and the context."""
+        first = frames.first
+        blank = unscaled_blank(self.guider.model_patcher.model, (1, first.shape[1], 1, 1, 1))
         end = inputs.end
         if end is not None:
-            end = comfy.utils.repeat_to_batch_size(end, video.shape[0])
-        context = gather_context(section, video, inputs.start, end, blank)
-        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
-        guider = copy.copy(self.guider)
-        conds = {k: [{**c, **carried} for c in v] for k, v in self.guider.original_conds.items()}
+            end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
+        context = gather_context(section, frames.frame, inputs.start, end, blank)
+        conds = dict(self.guider.original_conds)
         if self.timeline is not None and "positive" in conds:
             start_s, _ = plan.span_seconds(section)
             section_s = 4 * plan.schedule.window / plan.fps
             conds["positive"] = with_text(conds["positive"], *section_text(self.timeline, start_s, section_s))
-        guider.original_conds = conds
-        return guider
+        change = self.changes.get(section.index)
+        if change is not None and change.positive is not None:
+            text, extra = change.positive[0]
+            conds["positive"] = with_text(conds["positive"], text, extra.get("pooled_output"))
+        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
+        guider = copy.copy(self.guider)
+        guider.original_conds = {k: [{**c, **carried} for c in v] for k, v in conds.items()}
+        return guider, conds, context

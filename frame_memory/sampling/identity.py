@@ -1,0 +1,151 @@
+"""What decides a section: fingerprints of the model, its patches, the sampler, and all that one section saw.
+
+Weights are fingerprinted by name, shape, dtype and a few dozen of their numbers, spread evenly: another checkpoint or
+LoRA differs in nearly every tensor, and reading 13 GB anew would cost more than the section that is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ..journal.fingerprint import fingerprint
+from ..plan import Section
+
+SAMPLES = 64
+SHOWN = 8
+DEPTH = 6
+# Drawn anew at every queue, or how a run is watched: not what is sampled.
+_IGNORED = {"uuid", "patches_uuid", "callbacks", "wrappers_cache", "sample_sigmas", "sigmas", "cond_or_uncond", "uuids"}
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
+
+
+def short(value) -> str:
+    """The first hex digits of a fingerprint, for people."""
+    return fingerprint(value)[:SHOWN]
+
+
+def spread(tensor: Tensor) -> tuple:
+    """Shape, dtype and evenly spread numbers of a tensor of any kind, quantised ones by their stored values."""
+    stored = getattr(tensor, "_qdata", tensor)
+    flat = stored.detach().reshape(-1)
+    step = max(flat.numel() // SAMPLES, 1)
+    numbers = flat[::step][:SAMPLES].contiguous().cpu()
+    return tuple(tensor.shape), str(stored.dtype), numbers.view(torch.uint8) if numbers.dtype.itemsize == 1 else numbers
+
+
+def outline(value, depth: int = DEPTH):
+    """A value as plain data: tensors by `spread`, functions by name, objects by class and plain attributes.
+
+    Objects of other packs hang together with all of ComfyUI; what lies deeper than `depth` is left out.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return spread(value)
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        kept = {str(k): v for k, v in value.items() if str(k) not in _IGNORED}
+        return {k: outline(v, depth - 1) for k, v in kept.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [outline(v, depth - 1) for v in value]
+        return sorted(items, key=fingerprint) if isinstance(value, (set, frozenset)) else items
+    if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, type)):
+        return _outline_of_function(value, depth)
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, nn.Module):
+        return [name, {k: spread(v) for k, v in value.state_dict().items()}]
+    attributes = vars(value) if hasattr(value, "__dict__") else {}
+    deep = is_dataclass(value) or not type(value).__module__.startswith(("comfy.model_patcher", "comfy.sd"))
+    return [name, outline(attributes, depth - 1) if deep else None]
+
+
+def _outline_of_function(function, depth: int):
+    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    closure = getattr(function, "__closure__", None) or ()
+    held = [outline(c.cell_contents, depth - 1) for c in closure if c.cell_contents is not function]
+    owner = getattr(function, "__self__", None)
+    own = None if owner is None or isinstance(owner, type(torch)) else outline(owner, depth - 1)
+    return [name, held, own]
+
+
+def model_fields(patcher) -> dict[str, str]:
+    """Readable identity of a MODEL: its weights, what is patched onto them, and its options."""
+    network = patcher.model.diffusion_model
+    backup = {k.removeprefix("diffusion_model."): v.weight for k, v in patcher.backup.items()}
+    # Where a LoRA is merged into the weights in memory, core keeps the originals aside.
+    weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
+    patches = {k: outline(v) for k, v in patcher.patches.items()}
+    hooks = {k: v for k, v in getattr(patcher, "hook_patches", {}).items() if v}
+    options = {k: v for k, v in patcher.model_options.items() if v}
+    dtype = str(patcher.model_dtype()).removeprefix("torch.")
+    changed = f"{len(patches)} patched tensors ({short([patches, outline(list(hooks.values()))])})"
+    return {
+        "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
+        "LoRA and patches": changed if patches or hooks else "none",
+        "model options": short([outline(options), outline(patcher.object_patches)]),
+    }
+
+
+def guider_fields(guider, sampler, sigmas: Tensor) -> dict[str, str]:
+    """Readable identity of a GUIDER without its model and prompts, of the SAMPLER and of the SIGMAS."""
+    skipped = {"model_patcher", "original_conds", "conds", "model_options", "inner_model", "loaded_models"}
+    settings = {k: v for k, v in vars(guider).items() if k not in skipped}
+    cfg = getattr(guider, "cfg", None)
+    named = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+    return {
+        "guidance": f"{type(guider).__name__} cfg {cfg:g} ({short(outline(settings))})"
+        if isinstance(cfg, (int, float))
+        else f"{type(guider).__name__} ({short(outline(settings))})",
+        "sampler": f"{named.removeprefix('sample_')} ({short(outline(sampler))})",
+        "sigmas": f"{sigmas.shape[0] - 1} steps ({short(sigmas)})",
+    }
+
+
+def prompt_field(conds: Mapping) -> str:
+    """Short identity of a guider's prompts; exact numbers, not samples of them."""
+    return short(_exact(conds))
+
+
+def _exact(value, depth: int = DEPTH):
+    """Plain data as `outline` makes it, but with tensors whole."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {str(k): _exact(v, depth) for k, v in value.items() if str(k) not in _IGNORED}
+    if isinstance(value, (list, tuple)):
+        return [_exact(v, depth) for v in value]
+    if depth and type(value).__name__ == "Output" and hasattr(value, "__dict__"):
+        return _exact(vars(value), depth - 1)
+    return outline(value)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Everything that all sections of a run share, in words: one field a cause of change."""
+
+    fields: Mapping[str, str]
+
+    def section_key(self, section: Section, conds: Mapping, context, noise: Tensor, begin: Tensor, seed: int) -> str:
+        """Fingerprint of all that decides one section: the run, the prompts, history and noise it saw.
+
+        conds: the guider's entries without the context. context: a PackedContext. noise, begin: `[B, C, T, H, W]`.
+        The place in the video is no part of it: the same window of two plans is the same work.
+        """
+        return fingerprint(
+            {
+                "run": dict(self.fields),
+                "positions": section.positions,
+                "groups": context.layout.groups,
+                "conds": _exact(conds),
+                "context": [c.detach().float().cpu() for c in context.latents],
+                "noise": noise.detach().cpu(),
+                "begin": begin.detach().cpu(),
+                "seed": seed,
+            }
+        )
