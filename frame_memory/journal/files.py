@@ -89,7 +89,7 @@ class _Sink(io.RawIOBase):
         return self._hash.hexdigest()
 
 
-def write_durable(path: Path, write: Callable[[BinaryIO], None]) -> tuple[int, str]:
+def write_durable(path: Path, write: Callable[[BinaryIO], object]) -> tuple[int, str]:
     """Write a file that appears at `path` only when it is complete and on the disk; returns (bytes, sha256).
 
     `write` gets an unbuffered binary file (no seeking). The folder must exist: a vanished one is never made anew, it
