@@ -284,7 +284,7 @@ def extended(path: Path) -> Path:
     return Path(extended_windows(path)) if isinstance(path, PureWindowsPath) else path
 
 
-def extended_windows(path: PurePath, reserve: int = 80) -> str:
+def extended_windows(path: PurePath, reserve: int = 140) -> str:
     r"""An absolute Windows path, with `\\?\` before it where fewer than `reserve` of 260 characters are left."""
     text = str(PureWindowsPath(path))
     if len(text) + reserve < 260 or text.startswith("\\\\?\\"):

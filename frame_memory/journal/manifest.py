@@ -17,6 +17,10 @@ SHOWN = 60
 """Characters of a value that a difference shows."""
 
 
+class UnreadableManifest(JournalError):
+    """A manifest that is missing, damaged, or of another format."""
+
+
 @dataclass(frozen=True)
 class SectionRecord:
     """A finished section. index: order of making; start, stop: its latent frames; key: fingerprint of what decides it.
@@ -67,13 +71,13 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a project's folder.
 
-    Raises JournalError where it is missing or damaged, or was written in another format; nothing is changed then.
+    Raises UnreadableManifest where it is missing or damaged, or was written in another format; nothing is changed then.
     """
     path = folder / NAME
     try:
         text = patiently(path.read_bytes).decode("utf-8")
     except FileNotFoundError as error:
-        raise JournalError(
+        raise UnreadableManifest(
             f"There is no project in {folder}: it has no {NAME}. Check the name in 'project'."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -86,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         advice = "Update Frame Memory" if newer else "Open it with the version that wrote it"
-        raise JournalError(
+        raise UnreadableManifest(
             f"{path} has format {found!r}, written by {data.get('written_by', 'an unknown version')}; this Frame "
             f"Memory reads and writes format {FORMAT}. Nothing was changed. {advice}, or choose another name for "
             "'project'."
@@ -167,8 +171,8 @@ def _strings(data: Mapping) -> dict[str, str]:
     return {str(k): str(v) for k, v in data.items()}
 
 
-def _damaged(path: Path, why: str) -> JournalError:
-    return JournalError(
+def _damaged(path: Path, why: str) -> UnreadableManifest:
+    return UnreadableManifest(
         f"{path} is damaged ({why}). Nothing was changed; finished sections are still in {path.parent / 'sections'}. "
         "Put a copy of the file back, or choose another name for 'project' to start anew."
     )

@@ -25,7 +25,7 @@ HOST += ("latent_preview", "nodes", "protocol", "app")
 BELOW = {
     "frame_memory.plan": set(),
     "kernels": {"frame_memory.plan"},
-    "frame_memory.journal": {"frame_memory.plan"},
+    "frame_memory.journal": {"frame_memory.plan", "frame_memory.model"},
     "frame_memory.video": {"frame_memory.plan", "frame_memory.model", "kernels"},
     "frame_memory.model": {"frame_memory.plan", "kernels"},
     "frame_memory.sampling": {"frame_memory.plan", "frame_memory.model", "kernels"},
