@@ -18,7 +18,7 @@ from frame_memory.model.selftest import text_features, vision_features
 from frame_memory.plan import PRESETS, Section, parse_schedule, plan_sections
 
 from .codec import LinearCodec
-from .world import Scene, random_scene, render
+from .world import TIDY_RADIUS, Scene, random_scene, render
 
 SECTIONS = 8
 WINDOW = 9
@@ -42,11 +42,11 @@ def fit_codec(seed: int = 0, scenes: int = 400) -> LinearCodec:
     return LinearCodec.fit(torch.cat([blocks(v).flatten(0, 2)[::3] for v in videos]))
 
 
-def _make(job: tuple[int, bool, LinearCodec]) -> tuple[np.ndarray, np.ndarray, str]:
-    seed, eased, codec = job
+def _make(job: tuple[int, LinearCodec]) -> tuple[np.ndarray, np.ndarray, str]:
+    seed, codec = job
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    scene = random_scene(rng, eased=eased and rng.random() < 0.5, tidy=True)
+    scene = random_scene(rng, tidy=True)
     video = video_of(scene)
     return codec.encode(video).numpy().astype(np.float16), video[0].numpy().astype(np.float16), scene.caption
 
@@ -60,14 +60,14 @@ class ClipSet:
     captions: list[str]
 
     @classmethod
-    def make(cls, folder: Path, codec: LinearCodec, count: int, *, eased: bool, seed: int, workers: int = 2) -> ClipSet:
+    def make(cls, folder: Path, codec: LinearCodec, count: int, *, seed: int, workers: int = 2) -> ClipSet:
         """Render and encode `count` videos, or read them back where they were made before."""
-        name = f"tidy-{'eased' if eased else 'steady'}-{count}-{seed}"
+        name = f"tidy{TIDY_RADIUS:g}-{count}-{seed}"
         paths = [folder / f"{name}.{part}.npy" for part in ("latents", "first", "captions")]
         if not all(p.exists() for p in paths):
             folder.mkdir(parents=True, exist_ok=True)
             with Pool(workers) as pool:
-                jobs = [(seed * 1_000_003 + i, eased, codec) for i in range(count)]
+                jobs = [(seed * 1_000_003 + i, codec) for i in range(count)]
                 made = list(pool.imap(_make, jobs, chunksize=32))
             for path, column in zip(paths, zip(*made, strict=True), strict=True):
                 np.save(path, np.array(column))

@@ -136,22 +136,34 @@ def forward_table(networks: Networks, name: str, quick: bool) -> bool:
 
 
 def rollout_table(quick: bool, published=None) -> bool:
-    """Print the error of each section of a rollout; returns whether the bound held."""
-    from benchmarks import parity_rollout
+    """Print the error of each section of a rollout; returns whether the bound held.
 
-    theirs = "the published code in fp32" if published else "plain fp64 loops"
+    The published sampler is run in fp64, and once more in fp32 as it was published, which no bound is set to: its own
+    rounding shows there (see `Published.sample`).
+    """
+    theirs = "the published network in fp32, its sampler in fp64" if published else "plain fp64 loops"
     print(
         f"\nRollout of 3 sections: ours against {theirs}, relative RMS in the order of making (bound {ROLLOUT_BOUND:g})"
     )
     passed = True
     for kind, schedule in KINDS.items():
         for steps in (8,) if quick else (8, 25):
-            began = time.perf_counter()
-            errors = parity_rollout.compare(kind, schedule, steps=steps, published=published)
-            verdict = "" if max(errors) <= ROLLOUT_BOUND else "   MISSED"
-            cells, took = " ".join(f"{e:9.2e}" for e in errors), time.perf_counter() - began
-            print(f"{kind:<4} {steps:>3} steps  {cells}{verdict}   {took:5.1f} s", flush=True)
-            passed &= not verdict
+            passed &= _rollout_line(kind, schedule, steps, published, torch.float64)
+            if published:
+                _rollout_line(kind, schedule, steps, published, torch.float32)
+    return passed
+
+
+def _rollout_line(kind: str, schedule: str, steps: int, published, arithmetic: torch.dtype) -> bool:
+    from benchmarks import parity_rollout
+
+    began = time.perf_counter()
+    errors = parity_rollout.compare(kind, schedule, steps=steps, published=published, arithmetic=arithmetic)
+    as_published = arithmetic == torch.float32
+    passed = max(errors) <= ROLLOUT_BOUND
+    verdict = "   sampler in fp32, no bound" if as_published else "" if passed else "   MISSED"
+    cells, took = " ".join(f"{e:9.2e}" for e in errors), time.perf_counter() - began
+    print(f"{kind:<4} {steps:>3} steps  {cells}{verdict}   {took:5.1f} s", flush=True)
     return passed
 
 

@@ -75,15 +75,32 @@ class Published:
             return_dict=False,
         )[0]
 
-    def sample(self, x0_of, noise: torch.Tensor, steps: int) -> torch.Tensor:
-        """Its sigmas and its UniPC around `x0_of(x, sigma)`, in fp32."""
+    def sample(self, x0_of, noise: torch.Tensor, steps: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Its sigmas and its UniPC around `x0_of(x, sigma)`; the network itself stays in fp32.
+
+        dtype: of the sampler's own arithmetic. As published that is fp32, in which its `expm1(h) / h - 1` over short
+        steps loses digits: by itself it is some 4e-5 away from fp64 at 25 steps.
+        """
         tokens = noise.shape[2] * noise.shape[3] * noise.shape[4] // 4
         sigmas = self.pipeline.get_flux_sigmas_from_mu(steps, self.pipeline.calculate_flux_mu(tokens))
 
         def model(x, sigma, **_):
-            return x0_of(x, float(sigma[0]))
+            with _default_dtype(torch.float32):
+                return x0_of(x.float(), float(sigma[0])).to(dtype)
 
-        return self.sampler.sample_unipc(model, noise, sigmas, extra_args={}, disable=True)
+        with _default_dtype(dtype):
+            return self.sampler.sample_unipc(model, noise.to(dtype), sigmas.to(dtype), extra_args={}, disable=True)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype):
+    """What `torch.tensor([...])` makes, which is how the published sampler keeps its coefficients."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load(path: str) -> Published:

@@ -28,17 +28,20 @@ SECTIONS, HEIGHT, WIDTH, SEED, GUIDANCE = 3, 12, 18, 11, 10.0
 ORACLES = {"F0": oracle.inverted, "F1": oracle.forward}
 
 
-def compare(kind: str, schedule: str, *, steps: int, published=None, sections: int = SECTIONS) -> list[float]:
+def compare(
+    kind: str, schedule: str, *, steps: int, published=None, sections: int = SECTIONS, arithmetic=torch.float64
+) -> list[float]:
     """Relative RMS of every section in the order of making, in model space.
 
-    kind: "F0" or "F1". schedule: a preset's name. published: a loaded checkout in place of diffusers in fp64.
+    kind: "F0" or "F1". schedule: a preset's name. published: a loaded checkout in place of diffusers in fp64;
+    arithmetic: what its sampler computes in.
     """
     reference = pm.make_reference(seed=5, **CONFIG)
     # One forward pass's worth of conditioning; the loops bring their own windows and positions.
     given = pm.make_inputs(HEIGHT, WIDTH, (0,), ((1, (0,)),), text_lengths=(13,), image_tokens=25, text_features=64)
     start_scaled = given.context[0]
     ours = run_ours(reference, given, start_scaled, schedule, steps, sections)
-    theirs = run_theirs(reference, given, start_scaled, kind, steps, sections, published)
+    theirs = run_theirs(reference, given, start_scaled, kind, steps, sections, published, arithmetic)
     return [pm.relative_rms(a, b) for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -64,7 +67,10 @@ def run_ours(reference, given: pm.Inputs, start_scaled: torch.Tensor, schedule: 
     return [video[:, :, s.start : s.stop].clone() for s in plan.sections]
 
 
-def run_theirs(reference, given: pm.Inputs, start: torch.Tensor, kind: str, steps: int, sections: int, published=None):
+def run_theirs(
+    reference, given: pm.Inputs, start: torch.Tensor, kind: str, steps: int, sections: int, published=None,
+    arithmetic=torch.float64,
+):  # fmt: skip
     """Windows in the order of making, by the plain loops around diffusers in fp64, or the published code in fp32."""
     if published is None:
         network, dtype, sampler = reference.double(), torch.float64, oracle.unipc
@@ -73,7 +79,7 @@ def run_theirs(reference, given: pm.Inputs, start: torch.Tensor, kind: str, step
         network, dtype, run = published.make(reference), torch.float32, published.run
 
         def sampler(x0_of, noise, sigma):
-            return published.sample(x0_of, noise.float(), len(sigma) - 1)
+            return published.sample(x0_of, noise, len(sigma) - 1, arithmetic)
 
     def velocity(x, sigma, window_index, clean, clean_index, two, two_index, four, four_index):
         inputs = pm.Inputs(

@@ -1,7 +1,7 @@
 """Pack trained self-test weights as the files that ship: `python scripts/run.py -m benchmarks.ship_selftest`.
 
 Video models become bf16 files in core's layout, the autoencoder one that the stock VAE loader reads; all say what they
-are in their metadata. Together they must stay under 24 MB with all that the pack ships.
+are in their metadata. Together they must stay under 24 MB with all that the pack ships. Draws the start picture anew.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from PIL import Image
 
 from frame_memory.model import checkpoint
 
 from .quality import AUTOENCODER, FILES, MODELS
+from .world import Scene, render, tidied
 
 METADATA = {
     "frame_memory.base": "selftest",
@@ -22,6 +25,9 @@ METADATA = {
     "modelspec.license": "GPL-3.0-or-later",
     "modelspec.description": "Frame Memory self-test model: 64x64 sprites of a procedural world, no real-world data",
 }
+
+# What the demo and workflows/selftest.json start from, and ask for.
+START = tidied(Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -49,6 +55,9 @@ def main() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(args.autoencoder).items()}
         safetensors.torch.save_file(native, target, {**METADATA, "format": "pt"})
+    picture = render(START, np.arange(1))[0]
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / "start.png")
+    print(f"start.png shows: {START.caption}")
     for file in sorted(MODELS.rglob("*.safetensors")):
         print(f"{file.relative_to(MODELS)}: {file.stat().st_size / 1e6:.2f} MB")
 

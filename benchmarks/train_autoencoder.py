@@ -98,7 +98,7 @@ def report(model: WanVAE, codec: LinearCodec, seed: int = 99, scenes: int = 12) 
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(scenes):
-        video = video_of(random_scene(rng), 17)
+        video = video_of(random_scene(rng, tidy=True), 17)
         latent = codec.encode(video)[None]
         pixels = (video * 2 - 1).permute(3, 0, 1, 2)[None]
 
@@ -131,7 +131,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     codec = fit_codec()
     rng = np.random.default_rng(7)
-    videos = torch.stack([video_of(random_scene(rng), 41).half() for _ in range(400)])
+    videos = torch.stack([video_of(random_scene(rng, tidy=i % 2 == 0), 41).half() for i in range(400)])
     model = build()
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))

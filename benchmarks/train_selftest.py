@@ -152,12 +152,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     codec = fit_codec()
-    steady = ClipSet.make(args.work, codec, args.clips, eased=False, seed=1)
-    kinds = {"F1": steady}
-    if args.stage != "F1":
-        kinds["F0"] = ClipSet.make(args.work, codec, args.clips, eased=True, seed=2)
-    if args.stage == "F0":
-        del kinds["F1"]
+    clips = ClipSet.make(args.work, codec, args.clips, seed=1)
+    kinds = dict.fromkeys(("F0", "F1") if args.stage == "both" else (args.stage,), clips)
     model = build()
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))

@@ -39,7 +39,7 @@ DIRECTIONS = {
 }
 SPEEDS = {"slowly": 0.35, "quickly": 0.8}
 TIDY_SPEEDS = {"slowly": 0.25, "quickly": 0.5}
-TIDY_RADIUS, TIDY_STEP = 9.0, 4
+TIDY_RADIUS, TIDY_STEP = 12.0, 4
 GROUND_PERIOD = 128
 
 
@@ -59,9 +59,6 @@ class Scene:
     y: float = 32.0
     phase: float = 0.0
     away: float = 0.0
-    ease_x: float = 0.0
-    ease_y: float = 0.0
-    ease_frames: int = 0
     tidy: bool = False
 
     @property
@@ -81,7 +78,8 @@ class Scene:
 def tidied(scene: Scene) -> Scene:
     """The nearest scene on a grid: one size, places 4 pixels apart, whole pixels a latent frame, a still camera.
 
-    A small network learns this world in an hour on a CPU, since a sprite meets a codec block in few ways only.
+    A small network learns this world in an hour on a CPU: a sprite meets a codec block in few ways only, and is
+    large enough for its shape to survive the autoencoder.
     """
     low = TIDY_RADIUS + 1
     spots = int((SIZE - 2 * low) // TIDY_STEP)
@@ -101,8 +99,8 @@ def tidied(scene: Scene) -> Scene:
     )
 
 
-def random_scene(rng: np.random.Generator, *, away: bool = False, eased: bool = False, tidy: bool = False) -> Scene:
-    """Draw a scene. `eased` starts the sprite off its track and lets it glide on within 1 to 4 s; see `tidied`."""
+def random_scene(rng: np.random.Generator, *, away: bool = False, tidy: bool = False) -> Scene:
+    """Draw a scene. away: the sprite leaves the picture and comes back. tidy: see `tidied`."""
     radius = float(rng.uniform(8.0, 10.0))
     direction = str(rng.choice(list(DIRECTIONS)))
     ground = str(rng.choice(GROUNDS))
@@ -121,17 +119,7 @@ def random_scene(rng: np.random.Generator, *, away: bool = False, eased: bool = 
         phase=float(rng.uniform(0, GROUND_PERIOD)),
         away=float(rng.uniform(20, 60)) if away else 0.0,
     )
-    if tidy:
-        scene = tidied(scene)
-    if not eased:
-        return scene
-    target = rng.uniform(low, high, size=2)
-    return replace(
-        scene,
-        ease_x=float(target[0] - scene.x),
-        ease_y=float(target[1] - scene.y),
-        ease_frames=int(rng.integers(36, 120)),
-    )
+    return tidied(scene) if tidy else scene
 
 
 def _turning(start: float, travelled: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -149,12 +137,6 @@ def positions(scene: Scene, frames: np.ndarray) -> np.ndarray:
     low, high = scene.radius + 1 - scene.away, SIZE - scene.radius - 1 + scene.away
     x = _turning(scene.x, dx * speed * frames, low, high) if dx else np.full_like(frames, scene.x)
     y = _turning(scene.y, dy * speed * frames, low, high) if dy else np.full_like(frames, scene.y)
-    if scene.ease_frames:
-        t = np.clip(frames / scene.ease_frames, 0, 1)
-        remaining = 1 - t * t * (3 - 2 * t)
-        inner = scene.radius + 1
-        x = np.clip(x + scene.ease_x * remaining, inner, SIZE - inner)
-        y = np.clip(y + scene.ease_y * remaining, inner, SIZE - inner)
     return np.stack([x, y], axis=-1)
 
 

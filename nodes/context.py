@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from comfy_api.latest import io, ui
 
 from ..frame_memory.plan import (
     PRESETS,
+    check_size,
     parse_schedule,
     parse_timeline,
     schedule_tokens,
     timeline_table,
 )
+from ..frame_memory.plan.errors import PACKER
 from ..frame_memory.plan.layout import packing_picture
-from ..frame_memory.sampling.prompts import EncodedTimeline
+from ..frame_memory.sampling.prompts import EncodedTimeline, tokenise
 from ..frame_memory.video.pictures import draw
 from .shown import show
 from .sockets import FrameContext, FrameContextSocket, TimelineSocket
@@ -97,6 +101,7 @@ class FrameMemoryContextPacker(io.ComfyNode):
     @classmethod
     def execute(cls, preset, schedule="", width=640, height=608) -> io.NodeOutput:
         parsed = parse_schedule(schedule if preset == FREE else PRESETS[preset])
+        check_size(width, height, PACKER)
         count = schedule_tokens(parsed, height // 8, width // 8, text_tokens=120)
         picture = draw(packing_picture(parsed, latent_height=height // 8, latent_width=width // 8))
         return io.NodeOutput(FrameContext(parsed), picture, count.total, ui=ui.PreviewImage(picture, cls=cls))
@@ -125,7 +130,8 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
                     tooltip=(
                         "One prompt a line: '0-3.6: text' (seconds), '3.6-: text' (to the end), '3.6: text' (from "
                         "then on), or '[0s-2s: text]'. Overlaps and times past the end of the video are refused. A "
-                        "prompt takes effect with the next section (1.2 s each): multiples of 1.2 are exact."
+                        "prompt takes effect with the next section (1.2 s each): multiples of 1.2 are exact. Only 256 "
+                        "tokens of each are read (about 180 words of English); the node says what is cut."
                     ),
                 ),
                 io.Int.Input(
@@ -138,7 +144,9 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
             ],
             outputs=[
                 TimelineSocket.Output(display_name="timeline", tooltip="Prompts over time, for Anti-Drift Sampler."),
-                io.String.Output(display_name="table", tooltip="What was understood: from, to, prompt and why."),
+                io.String.Output(
+                    display_name="table", tooltip="What was understood: from, to, prompt and why; and warnings."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -146,8 +154,10 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, blend_sections) -> io.NodeOutput:
         timeline = parse_timeline(text, blend_sections)
-        encoded = tuple(clip.encode_from_tokens_scheduled(clip.tokenize(entry.text)) for entry in timeline.entries)
-        shown = timeline_table(timeline)
+        tokens, warnings = zip(*(tokenise(clip, entry.text) for entry in timeline.entries))
+        encoded = tuple(clip.encode_from_tokens_scheduled(t) for t in tokens)
+        said = dict.fromkeys(chain.from_iterable(warnings))
+        shown = "\n".join([timeline_table(timeline), *(f"Warning: {warning}" for warning in said)])
         show(cls, shown)
         return io.NodeOutput(EncodedTimeline(timeline, encoded), shown, ui=ui.PreviewText(shown))
 

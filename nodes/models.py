@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
+from ..frame_memory.model.sources import LOAD_LORA
 from .shown import show
 from .sockets import MODEL_OPTION
 
@@ -40,8 +41,8 @@ def _checkpoint_inputs() -> list[io.Input]:
             default=AUTO,
             tooltip=(
                 "Which FramePack this is. F0 makes the video from its end to its start, F1 from start to end. "
-                "The weights do not say; 'from the file' reads the file's name or metadata and refuses to "
-                "guess. The wrong kind makes a plausible but wrong video."
+                "The weights do not say; 'from the file' reads the file's metadata or its name in the model "
+                "folder, and refuses to guess. The wrong kind makes a plausible but wrong video."
             ),
         ),
         io.Combo.Input(
@@ -88,7 +89,10 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Kind, layout, number formats, tensors and bytes of the checkpoint, and what was saved.",
+                    tooltip=(
+                        "Kind and who says so, layout, number formats, tensors and bytes of the checkpoint, and what "
+                        "was saved."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -97,7 +101,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, kind, weight_dtype="default", save_converted=False) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(DIFFUSION_MODELS, model_name)
-        info = checkpoint.inspect(path)
+        info = checkpoint.inspect(path, model_name)
         known = KINDS.get(kind) or info.kind
         if known is None:
             raise ValueError(
@@ -111,8 +115,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
             MODEL_OPTION: {"kind": known, "base": metadata.get("frame_memory.base", "HunyuanVideo")},
         }
         lines = [
-            f"{model_name}: FramePack {known}"
-            + ("" if KINDS.get(kind) in (None, info.kind) or info.kind is None else f" (the file says {info.kind}!)"),
+            f"{model_name}: FramePack {known}, {_kind_source(kind, info)}",
             f"{info.layout} layout, {info.tensors} tensors in {len(info.shards)} file(s), {info.bytes / 2**30:.2f} GiB",
             "numbers: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in info.dtypes),
         ]
@@ -121,6 +124,15 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
         report = "\n".join(lines)
         show(cls, report)
         return io.NodeOutput(model, report, ui=ui.PreviewText(report))
+
+
+def _kind_source(kind: str, info) -> str:
+    """Who says which kind it is, and whether the file says otherwise."""
+    source = f"the file's {info.kind_from}"
+    if kind not in KINDS:
+        return f"as {source} says"
+    contradicted = info.kind is not None and info.kind != KINDS[kind]
+    return "as the widget says" + (f" ({source} says {info.kind}!)" if contradicted else "")
 
 
 def _save_converted(path: str, info, kind: str) -> str:
@@ -157,7 +169,10 @@ class FrameMemoryLoraLoader(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="File in models/loras (safetensors only). A file of which nothing fits is refused.",
+                    tooltip=(
+                        "File in models/loras (safetensors only). A file of which nothing fits is refused, unless "
+                        "allow_no_match is on."
+                    ),
                 ),
                 io.Float.Input(
                     "strength",
@@ -166,6 +181,16 @@ class FrameMemoryLoraLoader(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     tooltip="How strongly the LoRA acts: 0 is off, 1 as trained. Negative values turn it round.",
+                ),
+                io.Boolean.Input(
+                    "allow_no_match",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What to do with a file of which nothing fits (0 % matched). Off stops with an error. On warns "
+                        "and hands the model on unchanged, for graphs that try many files."
+                    ),
                 ),
             ],
             outputs=[
@@ -179,9 +204,9 @@ class FrameMemoryLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, allow_no_match=False) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        patched, match = lora.apply_lora(model, tensor_file.read(path), strength)
+        patched, match = lora.apply_lora(model, tensor_file.read(path, LOAD_LORA), strength, allow_no_match)
         report = f"{lora_name}\n{match.report()}"
         show(cls, report)
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))

@@ -19,6 +19,65 @@ from .sockets import FrameContextSocket, TimelineSocket
 CATEGORY = "model/sampling/framepack"
 
 
+def _picture_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("positive", tooltip="Prompt from CLIP Text Encode; FluxGuidance 10 fits."),
+        io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+        io.Image.Input("image", tooltip="Start picture, any size. A batch makes one video for each picture."),
+        io.Int.Input(
+            "size",
+            default=640,
+            min=64,
+            max=2048,
+            step=16,
+            tooltip=(
+                "Side in pixels of a square with the video's area; width and height follow the picture's shape "
+                "on FramePack's list of sizes (multiples of 16). Trained at 640; smaller is faster."
+            ),
+        ),
+    ]
+
+
+def _optional_picture_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="Negative prompt, for CFG above 1 (CFGGuider). Not needed at CFG 1.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="sigclip_vision_patch14_384. FramePack expects it; without it the picture weighs less.",
+        ),
+        io.Image.Input(
+            "end_image",
+            optional=True,
+            tooltip="Last picture of the video; only F0 can aim at one. Fitted to the start picture's size.",
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip=(
+                "Transparency of 'image', 1 where it is transparent: the MASK of Load Image, which takes the "
+                "alpha out of the picture. Those parts show 'background'."
+            ),
+        ),
+        io.Mask.Input(
+            "end_mask",
+            optional=True,
+            tooltip="Transparency of 'end_image', in the same way.",
+        ),
+        io.Combo.Input(
+            "background",
+            options=list(BACKGROUNDS),
+            default="white",
+            advanced=True,
+            tooltip="Colour laid under the transparent parts of pictures: their alpha, or 'mask' and 'end_mask'.",
+        ),
+    ]
+
+
 class FrameMemoryFramePackImage(io.ComfyNode):
     """The start picture, and the end picture where the model can aim at one."""
 
@@ -33,46 +92,7 @@ class FrameMemoryFramePackImage(io.ComfyNode):
                 "to the prompts."
             ),
             search_aliases=["framepack start frame", "i2v", "bucket resize", "end frame"],
-            inputs=[
-                io.Conditioning.Input(
-                    "positive", tooltip="Prompt from CLIP Text Encode; FluxGuidance 10 fits."
-                ),
-                io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
-                io.Image.Input("image", tooltip="Start picture, any size. A batch makes one video for each picture."),
-                io.Int.Input(
-                    "size",
-                    default=640,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    tooltip=(
-                        "Side in pixels of a square with the video's area; width and height follow the picture's shape "
-                        "on FramePack's list of sizes (multiples of 16). Trained at 640; smaller is faster."
-                    ),
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt, for CFG above 1 (CFGGuider). Not needed at CFG 1.",
-                ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="sigclip_vision_patch14_384. FramePack expects it; without it the picture weighs less.",
-                ),
-                io.Image.Input(
-                    "end_image",
-                    optional=True,
-                    tooltip="Last picture of the video; only F0 can aim at one. Fitted to the start picture's size.",
-                ),
-                io.Combo.Input(
-                    "background",
-                    options=list(BACKGROUNDS),
-                    default="white",
-                    advanced=True,
-                    tooltip="Colour laid under transparent parts of a picture with alpha.",
-                ),
-            ],
+            inputs=[*_picture_inputs(), *_optional_picture_inputs()],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt with the vision features."),
                 io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the same features."),
@@ -85,9 +105,10 @@ class FrameMemoryFramePackImage(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, background="white"
-    ) -> io.NodeOutput:
-        made = prepare(vae, clip_vision, image, end_image, size, background)
+        cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, mask=None, end_mask=None,
+        background="white",
+    ) -> io.NodeOutput:  # fmt: skip
+        made = prepare(vae, clip_vision, image, end_image, size, background, mask, end_mask)
         values = {} if made.vision is None else {"clip_vision_output": made.vision}
         positive = node_helpers.conditioning_set_values(positive, values)
         negative = None if negative is None else node_helpers.conditioning_set_values(negative, values)
@@ -188,7 +209,13 @@ def _run_inputs() -> list[io.Input]:
         io.Sampler.Input("sampler", tooltip="FramePack UniPC, or any stock sampler. Used for each section."),
         io.Sigmas.Input("sigmas", tooltip="FramePack Sigmas, or any scheduler's. Used for each section."),
         FrameContextSocket.Input("frame_context", tooltip="How the history is packed: Frame Context Packer."),
-        io.Latent.Input("start", tooltip="Start latent from FramePack Image; its first frame is used."),
+        io.Latent.Input(
+            "start",
+            tooltip=(
+                "Start latent from FramePack Image; its first frame begins the video. With 'history' connected only "
+                "its size and batch count: the last frames of the history stand in its place."
+            ),
+        ),
         io.Float.Input(
             "seconds",
             default=4.8,
@@ -221,7 +248,10 @@ def _optional_inputs() -> list[io.Input]:
         io.Latent.Input(
             "history",
             optional=True,
-            tooltip="Latents of an existing video to go on from; they stay in front of the result, unchanged.",
+            tooltip=(
+                "Latents of an existing video to go on from; they stay in front of the result, unchanged, and take the "
+                "place of the start picture."
+            ),
         ),
         io.Latent.Input(
             "initial",

@@ -121,6 +121,11 @@ def say(text: str) -> None:
 # --- an existing ComfyUI ---
 
 
+def in_ci() -> bool:
+    """Whether this run may not skip anything: CI is set to something other than no."""
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
 def existing_host(path: Path) -> Host:
     """The ComfyUI that COMFYUI_PATH names. Nothing is installed into it. Raises HostError when it cannot be used."""
     path = path.expanduser().absolute()

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if sys.version_info < (3, 10):
     sys.exit("Frame Memory needs Python 3.10 or newer; this is %d.%d." % sys.version_info[:2])
 
-import os
 import subprocess
 import time
 
@@ -26,11 +25,6 @@ STEPS = (
     ("ruff", ["-m", "ruff", "check", "--quiet", "--no-cache", str(host.REPO)]),
     ("comfy-test's hazard scan", [str(host.REPO / "scripts" / "hazards.py"), str(host.REPO)]),
 )
-
-
-def in_ci() -> bool:
-    """Whether this run may not skip anything."""
-    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +44,7 @@ def main(arguments: list[str]) -> int:
             "\n*** NO CHROMIUM FOUND: the tests that open the graphs in the real frontend are NOT run. ***\n"
             "*** Install Chromium, Chrome or Edge, or name one in FRAME_MEMORY_CHROMIUM.             ***\n"
         )
-        if in_ci():
+        if host.in_ci():
             return 1
     if not arguments:
         for name, line in STEPS:

@@ -27,6 +27,8 @@ COMFYUI = put_on_path()
 import pytest
 from hypothesis import HealthCheck, settings
 
+from scripts.host import in_ci
+
 if COMFYUI:
     from comfy.cli_args import args
 
@@ -39,7 +41,7 @@ settings.register_profile(
     "frame_memory",
     deadline=None,
     database=None,
-    derandomize=bool(os.environ.get("CI")),
+    derandomize=in_ci(),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("frame_memory")
@@ -100,7 +102,7 @@ def editor(server, tmp_path_factory):
 
     found = chromium.find()
     if not found:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up = pytest.fail if in_ci() else pytest.skip
         give_up("There is no Chromium here; install one, or name one in FRAME_MEMORY_CHROMIUM.")
     opened = Editor(server.address, found, tmp_path_factory.mktemp("profile"))
     yield opened

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import comfy.memory_management
 import comfy.model_base
+import comfy.model_detection
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -34,14 +36,17 @@ from .key_map import (
     layer_of,
     swap_halves,
 )
+from .sources import LOAD_MODEL
 from .tensor_file import FileError, StoredTensor, real
+from .transformer import FramePackTransformer
 
 FORMAT = "framepack-native-1"
 KIND_KEY, FORMAT_KEY, SOURCE_KEY = "frame_memory.kind", "frame_memory.format", "frame_memory.source"
 KINDS = ("F0", "F1")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ext>\.safetensors)$")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-CHOOSE = "Choose a FramePack checkpoint in 'Load FramePack Model'."
+PACKED = (torch.uint8, torch.int8)
+CHOOSE = f"Choose a FramePack checkpoint in '{LOAD_MODEL}'."
 SHARDS_SHOWN = 4
 
 
@@ -53,12 +58,13 @@ class CheckpointError(ValueError):
 class CheckpointInfo:
     """What is known from the headers alone.
 
-    kind: "F0", "F1" or None where neither the metadata nor the name says. layout: "diffusers" or "native".
-    dtypes: dtype name and count of numbers, most first. quantised: layers with scales.
+    kind: "F0", "F1" or None where neither the metadata nor the name says; kind_from: "metadata", "name" or "".
+    layout: "diffusers" or "native". dtypes: dtype name and count of numbers, most first. quantised: layers with scales.
     shards: full paths of all files. bytes: of all files together.
     """
 
     kind: str | None
+    kind_from: str
     layout: str
     dtypes: tuple[tuple[str, int], ...]
     quantised: int
@@ -67,16 +73,21 @@ class CheckpointInfo:
     bytes: int
 
 
-def kind_from_name(path: str) -> str | None:
-    """F0 or F1 as the file's name tells it, else its folders' names (nearest first, four levels), else None.
+def kind_from_name(name: str) -> str | None:
+    """F0 or F1 as the file's name tells it, else its folders' names (nearest first), else None.
 
+    name: path inside the model folder. Of an absolute path only the file's own name is judged: where ComfyUI lies
+    says nothing about a file. A folder that is called FramePack and no more names the family, not the kind.
     The files of both kinds have the same keys and shapes (reference/framepack.md section 1).
     """
-    parts = [p for p in re.split(r"[\\/]", path) if p][-5:]
-    for part in reversed(parts):
+    parts = [p for p in re.split(r"[\\/]", name) if p]
+    if re.match(r"[\\/]|[A-Za-z]:", name):
+        parts = parts[-1:]
+    for place, part in enumerate(reversed(parts)):
         if re.search(r"(?<![a-z0-9])f1(?![a-z0-9])|frame[-_ ]?packf1", part.lower()):
             return "F1"
-        if re.search(r"frame[-_ ]?pack|(?<![a-z0-9])f0(?![a-z0-9])", part.lower()):
+        family_only = place > 0 and re.fullmatch(r"frame[-_ ]?pack", part.lower())
+        if re.search(r"frame[-_ ]?pack|(?<![a-z0-9])f0(?![a-z0-9])", part.lower()) and not family_only:
             return "F0"
     return None
 
@@ -156,15 +167,21 @@ def _open(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[str, Stored
     return files, stored, metadata, prefix
 
 
-def inspect(paths: str | Sequence[str]) -> CheckpointInfo:
-    """Read only the headers; raises the same errors as loading does for bad, missing and foreign files."""
+def inspect(paths: str | Sequence[str], name: str = "") -> CheckpointInfo:
+    """Read only the headers; raises the same errors as loading does for bad, missing and foreign files.
+
+    name: the checkpoint's path inside the model folder, from which the kind is guessed; without it, the file's name.
+    """
     files, stored, metadata, prefix = _open(paths)
     sizes: Counter = Counter()
     for key, value in stored.items():
         if not is_quant_key(key):
             sizes[tensor_file.NAMES[value.dtype]] += value.numel()
+    said = metadata.get(KIND_KEY) if metadata.get(KIND_KEY) in KINDS else None
+    guess = kind_from_name(name or os.path.basename(files[0]))
     return CheckpointInfo(
-        kind=metadata[KIND_KEY] if metadata.get(KIND_KEY) in KINDS else kind_from_name(files[0]),
+        kind=said or guess,
+        kind_from="metadata" if said else "name" if guess else "",
         layout="diffusers" if is_diffusers(stored) else "native",
         dtypes=tuple(sizes.most_common()),
         quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
@@ -195,7 +212,12 @@ def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor 
         return out, metadata
     native: dict[str, Tensor] = {}
     for row in table:
+        packed = any(stored[f"{source}.weight"].dtype in PACKED for source in row.sources)
+        if not packed:
+            _check_parts(files[0], row, stored)
         quantised = scaled_fp8.convert_row(row, stored, settings)
+        if packed:  # their widths only mean something once it is known that they have no unknown format
+            _check_parts(files[0], row, stored)
         native.update(quantised or {})
         for param in row.params:
             if f"{row.target}.{param}" not in native:
@@ -203,11 +225,39 @@ def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor 
     return native, metadata
 
 
+def _check_parts(path: str, row: Row, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless the tensors that become one have one width."""
+    for param in row.params:
+        shapes = {f"{source}.{param}": list(stored[f"{source}.{param}"].shape) for source in row.sources}
+        if any(not s for s in shapes.values()) or len({tuple(s[1:]) for s in shapes.values()}) > 1:
+            found = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+            raise CheckpointError(f"{path}: these tensors belong to one matrix but do not fit: {found}. {CHOOSE}")
+
+
+def _check_shapes(path: str, stored: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a tensor has another shape than in the network core builds for the file.
+
+    The network is built without memory. Formats that pack several numbers into one byte have shapes of their own.
+    """
+    try:
+        config = comfy.model_detection.detect_unet_config(stored, "")
+        network = FramePackTransformer(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    except (ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the shapes of its tensors describe no network ({error}). {CHOOSE}") from error
+    wrong = []
+    for key, value in network.state_dict().items():
+        given = stored[key]
+        if given.shape != value.shape and given.dtype not in PACKED:
+            wrong.append(f"{key} is {list(given.shape)}, expected {list(value.shape)}")
+    if wrong:
+        more = f" ({len(wrong) - 1} more do not fit either)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{path}: {wrong[0]} as in the rest of the network{more}. The file mixes parts of two models. {CHOOSE}"
+        )
+
+
 def _fuse(row: Row, param: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     parts = [stored[f"{s}.{param}"] for s in row.sources]
-    if len({tuple(p.shape[1:]) for p in parts}) > 1:
-        shapes = ", ".join(f"{s}.{param} {tuple(p.shape)}" for s, p in zip(row.sources, parts, strict=True))
-        raise CheckpointError(f"These tensors belong to one matrix but do not fit: {shapes}. {CHOOSE}")
     if len(parts) == 1 and not row.swap_halves:
         return parts[0]
     shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
@@ -246,6 +296,7 @@ def load_framepack(paths, model_options=None, disable_dynamic=False):
     if quantised and model_options.get("dtype") in FP8:
         del model_options["dtype"]  # it has fp8 where fp8 is wanted; core would round everything else to it as well
     own_formats = quantised or "custom_operations" in model_options
+    _check_shapes(find_files(paths)[0], stored)
     disk_backed = comfy.memory_management.aimdo_enabled
     sd = _tensors_to_keep(paths, stored, disk_backed) if own_formats or disk_backed else stored
     model = comfy.sd.load_diffusion_model_state_dict(

@@ -13,7 +13,7 @@ import torch
 from comfy import model_base
 
 from .packing import ContextLayout
-from .transformer import FramePackTransformer
+from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
@@ -33,8 +33,13 @@ class FramePack(model_base.HunyuanVideo):
         """Core's conditioning plus `context_latents`, `context_layout` and `clip_fea`.
 
         Reads `kwargs["frame_context"]`: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`,
-        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`).
+        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`). Raises ValueError for
+        conditioning of other models that core would drop here without a word.
         """
+        refuse_foreign(
+            concat_latent_image=(kwargs.get("concat_latent_image"), FROM_IMAGE_NODE),
+            conditioning_byt5small=(kwargs.get("conditioning_byt5small"), FROM_TEXT_ENCODER),
+        )
         kwargs.setdefault("guidance", DEFAULT_GUIDANCE)
         out = super().extra_conds(**kwargs)
         vision = kwargs.get("clip_vision_output")
@@ -92,7 +97,12 @@ def register() -> None:
 
 def is_framepack(model_patcher) -> bool:
     """Whether a MODEL holds a network with packed-context weights (by structure, so copies count too)."""
-    return hasattr(getattr(model_patcher.model, "diffusion_model", None), "clean_x_embedder")
+    return has_context_weights(model_patcher.model)
+
+
+def has_context_weights(model) -> bool:
+    """The same of a base model without its patcher."""
+    return hasattr(getattr(model, "diffusion_model", None), "clean_x_embedder")
 
 
 def unscaled_blank(model: model_base.BaseModel, shape: tuple[int, ...]) -> torch.Tensor:

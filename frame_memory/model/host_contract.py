@@ -82,6 +82,8 @@ retain_index_list
 
 CHECKPOINTS = _needs("""
     comfy.sd.load_diffusion_model_state_dict sd model_options metadata
+    comfy.model_detection.detect_unet_config state_dict key_prefix
+    comfy.ops.disable_weight_init
     comfy.lora.load_lora lora to_load log_missing
     comfy.utils.get_attr obj attr
     comfy.utils.load_torch_file ckpt

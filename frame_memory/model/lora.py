@@ -17,9 +17,11 @@ import comfy.lora
 import comfy.utils
 from torch import Tensor
 
+from .framepack import has_context_weights
 from .key_map import Row, rows, slices, swap_halves
+from .sources import LOAD_LORA
 
-LOADER = "'Load FramePack LoRA'"
+LOADER = f"'{LOAD_LORA}'"
 FEW = 0.5  # below this share of matched modules the report warns
 NAMED = 3
 MODEL_PREFIX = "diffusion_model."
@@ -109,11 +111,17 @@ class LoraMatch:
         return "\n".join([head, *left, *self.warnings])
 
 
-def match_lora(lora_sd: Mapping[str, Tensor], model) -> LoraMatch:
+def match_lora(lora_sd: Mapping[str, Tensor], model, allow_none: bool = False) -> LoraMatch:
     """Fit a LoRA's tensors to a FramePack base model; neither is changed.
 
-    Raises LoraError, naming three keys and the family they look like, where not one module fits.
+    Raises LoraError for a model of another family, and, naming three keys and the family they look like, where not
+    one module fits. allow_none makes the second a warning of a match without patches.
     """
+    if not has_context_weights(model):
+        raise LoraError(
+            f"The model is a {type(model).__name__}, expected a FramePack model from 'Load FramePack Model'. For other "
+            f"models use ComfyUI's own LoRA nodes in place of {LOADER}."
+        )
     modules, text_parts = _modules(lora_sd)
     names = _names(model)
     found: dict[str, tuple[Target, str]] = {}
@@ -134,14 +142,17 @@ def match_lora(lora_sd: Mapping[str, Tensor], model) -> LoraMatch:
     styles = Counter(style for module, (_, style) in found.items() if module not in failed)
     matched = len(modules) - len(unmatched)
     if matched == 0:
-        raise LoraError(_nothing_matched(lora_sd, modules, failed))
+        said = _nothing_matched(lora_sd, modules, failed)
+        if not allow_none:
+            raise LoraError(said)
+        return LoraMatch({}, 0, len(modules), unmatched, "no known names", (f"Warning: {said}",))
     warnings = _warnings(matched, len(modules), found, text_parts)
     return LoraMatch(patches, matched, len(modules), unmatched, styles.most_common(1)[0][0], warnings)
 
 
-def apply_lora(model_patcher, lora_sd: Mapping[str, Tensor], strength: float = 1.0):
+def apply_lora(model_patcher, lora_sd: Mapping[str, Tensor], strength: float = 1.0, allow_none: bool = False):
     """(a clone of the MODEL with the LoRA, what matched). Raises LoraError as `match_lora` does."""
-    match = match_lora(lora_sd, model_patcher.model)
+    match = match_lora(lora_sd, model_patcher.model, allow_none)
     clone = model_patcher.clone()
     taken = set(clone.add_patches(match.patches, strength))
     lost = [key for key in match.patches if key not in taken]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .sources import LOAD_MODEL, get_it_again, page_of
+
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 SAFETENSORS = (".safetensors", ".sft")
 DTYPES = {
@@ -27,7 +29,6 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-GET_IT_AGAIN = "Download it again and choose it again in the loader node."
 
 
 class FileError(ValueError):
@@ -92,51 +93,52 @@ def real(value: Tensor) -> Tensor:
     return value.load() if isinstance(value, StoredTensor) else value
 
 
-def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Every tensor's place, and the file's metadata.
+def read_header(path: str, node: str = LOAD_MODEL) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Every tensor's place, and the file's metadata. node: display name of the node that the file was chosen in.
 
     Raises FileError, in plain words, for anything that is not a complete safetensors file: an empty or cut-off
     file, a Git-LFS pointer, a web page, a pickle under any name, a GGUF file.
     """
+    again = get_it_again(path, node)
     if not os.path.isfile(path):
-        raise FileError(f"There is no file at {path}. {GET_IT_AGAIN}")
+        raise FileError(f"There is no file at {path}. {again}")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(512)
-        _refuse_foreign(path, size, head)
+        _refuse_foreign(path, size, head, node)
         length = int.from_bytes(head[:8], "little")
         if length > MAX_HEADER or length < 2:
             raise FileError(
                 f"{path} is not a safetensors file: its first 8 bytes say that the header is {length} bytes long "
-                f"(at most {MAX_HEADER}). It may be a .ckpt or .pt file with a changed name. {GET_IT_AGAIN}"
+                f"(at most {MAX_HEADER}). It may be a .ckpt or .pt file with a changed name. {again}"
             )
         if 8 + length > size:
-            raise _truncated(path, size, 8 + length)
+            raise _truncated(path, size, 8 + length, again)
         file.seek(8)
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"))
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        entries = {name: _entry(path, info, 8 + length) for name, info in header.items()}
+        entries = {name: _entry(path, info, 8 + length, again) for name, info in header.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{path} has a damaged safetensors header ({error}). {GET_IT_AGAIN}") from error
+        raise FileError(f"{path} has a damaged safetensors header ({error}). {again}") from error
     end = max((e.stop for e in entries.values()), default=8 + length)
     if end > size:
-        raise _truncated(path, size, end)
+        raise _truncated(path, size, end, again)
     return entries, metadata
 
 
-def read(path: str) -> dict[str, Tensor]:
+def read(path: str, node: str = LOAD_MODEL) -> dict[str, Tensor]:
     """All tensors of a file, in RAM. Raises FileError as `read_header` does; nothing is ever unpickled."""
-    return {name: entry.read() for name, entry in read_header(path)[0].items()}
+    return {name: entry.read() for name, entry in read_header(path, node)[0].items()}
 
 
-def _entry(path: str, info: Mapping, base: int) -> Entry:
+def _entry(path: str, info: Mapping, base: int, again: str) -> Entry:
     if info["dtype"] not in DTYPES:
         known = ", ".join(DTYPES)
-        raise FileError(f"{path} holds numbers of the type {info['dtype']}, which is not one of {known}.")
+        raise FileError(f"{path} holds numbers of the type {info['dtype']}, which is not one of {known}. {again}")
     dtype, shape = DTYPES[info["dtype"]], tuple(int(n) for n in info["shape"])
     start, stop = (int(n) for n in info["data_offsets"])
     if min(shape, default=0) < 0 or not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
@@ -144,39 +146,40 @@ def _entry(path: str, info: Mapping, base: int) -> Entry:
     return Entry(path, dtype, shape, base + start, base + stop)
 
 
-def _truncated(path: str, size: int, expected: int) -> FileError:
+def _truncated(path: str, size: int, expected: int, again: str) -> FileError:
     return FileError(
-        f"{path} is {size} bytes, expected {expected}: it looks like an interrupted download or copy. {GET_IT_AGAIN}"
+        f"{path} is {size} bytes, expected {expected}: it looks like an interrupted download or copy. {again}"
     )
 
 
-def _refuse_foreign(path: str, size: int, head: bytes) -> None:
+def _refuse_foreign(path: str, size: int, head: bytes, node: str) -> None:
     """Say what a file really is by its first bytes, without opening it as that."""
+    again, page = get_it_again(path, node), page_of(path)
     if size == 0:
-        raise FileError(f"{path} is empty (0 bytes): the download or copy failed. {GET_IT_AGAIN}")
+        raise FileError(f"{path} is empty (0 bytes): the download or copy failed. {again}")
     if head.startswith(b"version https://git-lfs"):
         wanted = next((line.split()[1].decode() for line in head.splitlines() if line.startswith(b"size ")), "more")
         raise FileError(
             f"{path} is {size} bytes, expected {wanted}: it is a Git-LFS pointer, a note that stands for the real "
-            "file. Run 'git lfs pull' in the folder it came from, or download the file itself."
+            f"file. Run 'git lfs pull' in the folder it came from. Or: {again}"
         )
     if head.startswith(b"GGUF"):
         raise FileError(
-            f"{path} is a GGUF file. Use a GGUF loader node: it reads FramePack files in the native layout, which "
-            "'Load FramePack Model' can save."
+            f"{path} is a GGUF file, which '{node}' does not read. Use a GGUF loader node: it reads FramePack files in "
+            f"the native layout, which '{LOAD_MODEL}' can save."
         )
     if head.lstrip()[:1] == b"<":
-        raise FileError(f"{path} is a web page, not a model: the download was refused or redirected. {GET_IT_AGAIN}")
+        raise FileError(f"{path} is a web page, not a model: the download was refused or redirected. {again}")
     zip_file, pickled = head.startswith(b"PK\x03\x04"), head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"
     if zip_file or pickled or not path.lower().endswith(SAFETENSORS):
         what = "a PyTorch pickle (.ckpt, .pt, .bin)" if zip_file or pickled else "not a .safetensors file"
         raise FileError(
             f"{path} is {what}. Such files can run programs when they are opened, so this one was not opened. "
-            "Use its .safetensors version, or convert it in a place you trust: load it with "
-            "torch.load(path, weights_only=True) and write it with safetensors.torch.save_file."
+            f"Choose its .safetensors version{f' from {page}' if page else ''} in '{node}'. Or convert it in a place "
+            "you trust: load it with torch.load(path, weights_only=True), write it with safetensors.torch.save_file."
         )
     if size < 8:
-        raise _truncated(path, size, 8)
+        raise _truncated(path, size, 8, again)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -16,6 +16,11 @@ from torch import Tensor
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
 
 IMAGE_FEATURES = 1152
+FROM_IMAGE_NODE = (
+    "Take out the node 'HunyuanImageToVideo': FramePack gets its start picture from 'FramePack Image', as the 'start' "
+    "of 'Anti-Drift Sampler'."
+)
+FROM_TEXT_ENCODER = "Set 'type' in 'DualCLIPLoader' to hunyuan_video, with clip_l and llava_llama3."
 
 
 class FramePackTransformer(HunyuanVideo):
@@ -50,8 +55,10 @@ class FramePackTransformer(HunyuanVideo):
 
         timestep: sigma * 1000, `[B]`. context: text `[B, L, ·]`; clip_fea: CLIP-vision tokens `[B, ·, 1152]`.
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
-        Raises ValueError without a context, or where context and window do not belong together.
+        Raises ValueError without a context, where context and window do not belong together, or for conditioning of
+        other models.
         """
+        _check_stock(txt_byt5, guiding_frame_index, ref_latent)
         self._check_context(x, context_latents, context_layout)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
@@ -153,6 +160,21 @@ class FramePackTransformer(HunyuanVideo):
                     f"A context frame is {tuple(c.shape[-2:])} latent pixels but the window is {tuple(x.shape[-2:])}. "
                     "Start, end and history must come from 'FramePack Image' nodes of one size."
                 )
+
+
+def refuse_foreign(**given: tuple[object, str]) -> None:
+    """Raise ValueError for conditioning that FramePack has no input for: `name=(value or None, what to change)`."""
+    for name, (value, remedy) in given.items():
+        if value is not None:
+            raise ValueError(f"The prompt carries '{name}', which FramePack was not trained with. {remedy}")
+
+
+def _check_stock(txt_byt5, guiding_frame_index, ref_latent) -> None:
+    refuse_foreign(
+        ref_latent=(ref_latent, FROM_IMAGE_NODE),
+        guiding_frame_index=(guiding_frame_index, FROM_IMAGE_NODE),
+        txt_byt5=(txt_byt5, FROM_TEXT_ENCODER),
+    )
 
 
 def _valid_lengths(attention_mask: Tensor | None) -> list[int] | None:

@@ -1,6 +1,6 @@
 """Plans: schedule grammar, section plans, decode windows, token counts, buckets, timelines, layout. Pure Python."""
 
-from .buckets import BUCKETS, check_size, nearest_bucket, nearest_valid
+from .buckets import BUCKETS, check_size, nearest_bucket, nearest_valid, off_grid
 from .decode import OVERLAP, DecodeWindow, decode_windows, overlap_frames
 from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
@@ -77,6 +77,7 @@ __all__ = [
     "natural_order",
     "nearest_bucket",
     "nearest_valid",
+    "off_grid",
     "overlap_frames",
     "packing_picture",
     "paddings",

@@ -53,15 +53,17 @@ def nearest_valid(width: int, height: int, multiple: int = MULTIPLE) -> tuple[in
     return wide, tall
 
 
-def check_size(width: int, height: int, multiple: int = MULTIPLE, node: str = IMAGE) -> None:
-    """Raise PlanError with the nearest valid pair unless both sides are positive multiples of `multiple`."""
-    nearest = nearest_valid(width, height, multiple)
-    if (width, height) != nearest:
-        raise PlanError(
-            refusal(
-                f"width x height {width}x{height}",
-                f"both sides multiples of {multiple}",
-                f"{nearest[0]}x{nearest[1]}",
-                node,
-            )
-        )
+def off_grid(width: int, height: int, node: str = IMAGE) -> str | None:
+    """What is wrong with a size, with the nearest valid pair; None where both sides are positive multiples of 16."""
+    nearest = nearest_valid(width, height)
+    if (width, height) == nearest:
+        return None
+    expected = f"both sides multiples of {MULTIPLE}"
+    return refusal(f"width x height {width}x{height}", expected, f"{nearest[0]}x{nearest[1]}", node)
+
+
+def check_size(width: int, height: int, node: str = IMAGE) -> None:
+    """Raise PlanError with the nearest valid pair unless both sides are positive multiples of 16 (fault 23)."""
+    wrong = off_grid(width, height, node)
+    if wrong is not None:
+        raise PlanError(wrong)

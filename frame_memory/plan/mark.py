@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 KEY = "frame_memory"
+SELFTEST_BASE = "selftest"
+"""The family of the shipped models: HunyuanVideo's latent format, other numbers in it."""
 DEFAULT_FPS = 30.0
 """What FramePack checkpoints were trained at (reference framepack.md section 6)."""
 NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))

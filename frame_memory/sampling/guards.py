@@ -17,6 +17,22 @@ def broken_share(latent: Tensor) -> float:
     return float((~torch.isfinite(latent)).float().mean())
 
 
+class BrokenStep:
+    """Which step of a section first gave a value that is not finite; `step` is None as long as all were."""
+
+    def __init__(self):
+        self.step: int | None = None
+
+    def see(self, step: int, estimate: Tensor) -> None:
+        """step: from 1. estimate: the step's x0."""
+        if self.step is None and not bool(torch.isfinite(estimate).all()):
+            self.step = step
+
+    def describe(self, steps: int) -> str:
+        """A phrase for messages."""
+        return "after the last step" if self.step is None else f"at step {self.step} of {steps}"
+
+
 def _plain_attention(func, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 

@@ -20,15 +20,16 @@ from ..plan import (
     check_kind,
     latent_bytes,
     natural_order,
+    off_grid,
     pixel_frames,
     plan_sections,
     section_count,
     unused_entries,
     validate_timeline,
 )
-from ..plan.mark import DEFAULT_FPS, KEY, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
 from .preview import GrowingPreview
-from .prompts import EncodedTimeline
+from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
 
 ORDER_AUTO = "from frame context"
@@ -36,7 +37,10 @@ MODEL_OPTION = "frame_memory"
 
 
 def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
-    """A LATENT's samples as `[B, C, T, H, W]`; raises PlanError for one that is no video latent or is empty."""
+    """A LATENT's samples as `[B, C, T, H, W]` fp32 on the CPU, copied only where they are not that already.
+
+    Raises PlanError for one that is no video latent or is empty.
+    """
     if latent is None:
         return None
     samples = latent["samples"]
@@ -47,7 +51,8 @@ def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
             "frames, height/8, width/8] with at least one frame. Feed it from 'FramePack Image', from VAE Encode with "
             "a video VAE, or from another Anti-Drift Sampler."
         )
-    return samples
+    # Other packs and --gpu-only, --fp16-intermediates give other devices and types; the loop works in fp32 on the CPU.
+    return samples.to("cpu", torch.float32)
 
 
 def check_model(guider, schedule: Schedule) -> list[str]:
@@ -70,17 +75,26 @@ def check_model(guider, schedule: Schedule) -> list[str]:
     return [note]
 
 
-def check_base(guider, start: Mapping) -> str:
-    """The family of latents that model and start picture share; raises PlanError where they differ (fault 22)."""
+def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
+    """The family of latents that the model and all inputs share; raises PlanError where one differs (fault 22).
+
+    latents: by socket. A model from a stock or GGUF loader only says its latent format; that is the family then, or
+    the self-test's, which has the same format: whichever the first input says.
+    """
+    form = type(guider.model_patcher.model.latent_format).__name__
     said = guider.model_patcher.model_options.get(MODEL_OPTION, {}).get("base", "")
-    mark = read_mark(start)
-    base = mark.base if mark is not None else ""
-    if said and base and said != base:
-        raise PlanError(
-            f"The start latent was made with a {base} VAE, the model works on {said} latents: same shape, other "
-            "meaning. Change the file in 'Load VAE' to the VAE that belongs to the model."
-        )
-    return said or base or type(guider.model_patcher.model.latent_format).__name__
+    allowed = (said,) if said else (form, SELFTEST_BASE)
+    for name, latent in latents.items():
+        mark = None if latent is None else read_mark(latent)
+        base = "" if mark is None else mark.base or mark.latent_format
+        if base and base not in allowed:
+            raise PlanError(
+                f"'{name}' of Anti-Drift Sampler was made with a {base} VAE, the model and the other inputs work on "
+                f"{allowed[0]} latents: same shape, other meaning. Change the file in the 'Load VAE' behind '{name}' "
+                "to the VAE that belongs to the model."
+            )
+        allowed = (base,) if base else allowed
+    return allowed[0]
 
 
 def make_plan(schedule: Schedule, order: str, seconds: float, inputs: Inputs) -> LongVideoPlan:
@@ -95,19 +109,41 @@ def make_plan(schedule: Schedule, order: str, seconds: float, inputs: Inputs) ->
         has_end=inputs.end is not None,
     )
     if inputs.initial is not None and inputs.initial.shape[2] < plan.total_frames:
-        held = 4 * inputs.initial.shape[2] - 3
-        raise PlanError(
-            f"'initial' holds {held} frames ({held / DEFAULT_FPS:.2f} s), the plan makes {plan.pixel_frames} "
-            f"({plan.seconds:.2f} s). Expected at least as many; set 'seconds' in Anti-Drift Sampler to "
-            f"{max((inputs.initial.shape[2] - 1) // schedule.window, 1) * 4 * schedule.window / DEFAULT_FPS:g}."
-        )
+        raise PlanError(_too_short(inputs.initial.shape[2], plan))
     return plan
 
 
-def check_timeline(timeline: EncodedTimeline | None, plan: LongVideoPlan, seconds: float) -> list[str]:
-    """Refuse prompts past the end; warn of prompts so short that no section shows them."""
+def _too_short(held: int, plan: LongVideoPlan) -> str:
+    """Refusal of `held` latent frames of 'initial', with the longest video they are enough for."""
+    window, first = plan.schedule.window, plan.given_frames or 1
+    pictures = pixel_frames(held)
+    text = (
+        f"'initial' of Anti-Drift Sampler holds {held} latent frames ({pictures} pictures, "
+        f"{pictures / plan.fps:.2f} s), the plan makes {plan.total_frames} ({plan.pixel_frames} pictures, "
+        f"{plan.seconds:.2f} s). "
+    )
+    sections = (held - first) // window
+    if sections >= 1:
+        return text + (
+            "Expected at least as many; feed a longer video into 'initial', or set 'seconds' in Anti-Drift Sampler to "
+            f"{sections * 4 * window / plan.fps:g}."
+        )
+    text += f"Expected at least {first + window} latent frames ({pixel_frames(first + window)} pictures)"
+    if plan.given_frames:
+        text += f", of which the first {plan.given_frames} stand for the frames of 'history'"
+    return text + "; feed a longer video into 'initial'."
+
+
+def check_timeline(timeline: EncodedTimeline | None, guider, plan: LongVideoPlan, seconds: float) -> list[str]:
+    """Refuse prompts past the end, or without a place in the guider; warn of prompts that no section shows."""
     if timeline is None:
         return []
+    if "positive" not in guider.original_conds:
+        raise PlanError(
+            f"'guider' of Anti-Drift Sampler is a {type(guider).__name__} without a prompt called positive, whose text "
+            "'timeline' could replace. Use BasicGuider or CFGGuider, or take 'timeline' out and give the guider its "
+            "prompts."
+        )
     validate_timeline(timeline.timeline, plan.seconds, asked_seconds=seconds)
     starts = tuple(plan.span_seconds(s)[0] for s in plan.sections)
     return [
@@ -132,17 +168,64 @@ def memory_needs(plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: in
     }
 
 
-def describe_needs(needs: Mapping[str, int], free: int) -> tuple[str, str | None]:
-    """A line with the bytes of each part, and a warning where they are more than is free (fault 46)."""
-    line = "RAM: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in needs.items())
+def weights_to_come(patcher) -> int:
+    """Bytes of a MODEL's weights that are not in memory yet.
+
+    Core reads weights into memory when a MODEL is made, except those it pages in from disk as they are used.
+    """
+    if not patcher.is_dynamic():
+        return 0
+    return max(patcher.model_size() - patcher.loaded_size() - patcher.loaded_ram_size(), 0)
+
+
+def describe_needs(needs: Mapping[str, int], free: int, to_come: int) -> tuple[str, str | None]:
+    """A line with the bytes of each part, and a warning where they are more than is free (fault 46).
+
+    to_come: of the weights, bytes that are not in memory yet; what is there is not free any more.
+    """
+    notes = {"weights": " (in memory already)"} if to_come == 0 else {}
+    line = "RAM: " + ", ".join(f"{name} {size / 2**30:.2f} GiB{notes.get(name, '')}" for name, size in needs.items())
     line += f"; {free / 2**30:.2f} GiB free. Decode and file are streamed, whatever the length."
-    missing = sum(needs.values()) - free
+    missing = sum(needs.values()) - needs["weights"] + to_come - free
     if missing <= 0:
         return line, None
     return line, (
         f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or "
         "weight_dtype fp8_e4m3fn in 'Load FramePack Model', a smaller 'size' in 'FramePack Image', or close programs."
     )
+
+
+def _say_all(say: Callable[[str], None], described: str, warnings: list[str]) -> str:
+    """Show the plan with its warnings in one text, since each text on the node replaces the one before."""
+    text = "\n".join([described, *(f"Warning: {w}" for w in warnings)])
+    say(text)
+    return text
+
+
+def _read(start: Mapping, end: Mapping | None, history: Mapping | None, initial: Mapping | None) -> Inputs:
+    inputs = Inputs(
+        start=latent_of("start", start)[:, :, :1], end=latent_of("end", end), given=latent_of("history", history),
+        initial=latent_of("initial", initial),
+    )  # fmt: skip
+    inputs.check()
+    return inputs
+
+
+def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[str]]:
+    """What is shown before the first step, and warnings about size and memory."""
+    lines, warnings = [plan.describe()], []
+    if inputs.given is not None:
+        lines.append("The given video takes the place of the start picture; 'start' only gives the size and the batch.")
+    height, width = inputs.start.shape[-2:]
+    off = off_grid(width * 8, height * 8)
+    if off is not None:
+        warnings.append(f"The edge of the picture is padded for the model and cut off again. {off}")
+    weights = guider.model_patcher.model_size()
+    needs = memory_needs(plan, inputs.start.shape, weights)
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    memory, shortage = describe_needs(needs, free, weights_to_come(guider.model_patcher))
+    lines.append(memory)
+    return "\n".join(lines), warnings + ([shortage] if shortage else [])
 
 
 def sample_long_video(
@@ -155,28 +238,22 @@ def sample_long_video(
     say: shown on the node while it runs. Raises PlanError before any sampling for input that cannot work.
     """
     warnings = check_model(guider, schedule)
-    base = check_base(guider, start)
-    given = latent_of("history", history)
-    inputs = Inputs(
-        start=latent_of("start", start)[:, :, :1], end=latent_of("end", end), given=given,
-        initial=latent_of("initial", initial),
-    )  # fmt: skip
-    inputs.check()
+    base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
+    inputs = _read(start, end, history, initial)
     if sigmas.shape[0] < 2:
         raise PlanError(
             f"'sigmas' holds {sigmas.shape[0]} values; expected at least 2 (one step). See 'FramePack Sigmas'."
         )
     plan = make_plan(schedule, order, seconds, inputs)
-    warnings += check_timeline(timeline, plan, seconds)
-    weights = 0 if guider.model_patcher.loaded_size() else guider.model_patcher.model_size()
-    needs = memory_needs(plan, inputs.start.shape, weights)
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    memory, shortage = describe_needs(needs, free)
-    warnings += [shortage] if shortage else []
-    described = f"{plan.describe()}\n{memory}"
-    say(described)
+    warnings += check_timeline(timeline, guider, plan, seconds)
+    warnings += too_long(guider.original_conds.get("positive", [])) if timeline is None else []
+    described, more = _describe(guider, plan, inputs)
+    warnings += more
+    for warning in warnings:
+        logging.warning("Anti-Drift Sampler: %s", warning)
+    _say_all(say, described, warnings)
     runner = SectionSampler(guider, noise, sampler, sigmas, timeline)
-    preview = GrowingPreview(guider.model_patcher, len(plan.sections), sigmas.shape[0] - 1, say)
+    preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say)
     video = runner.run(plan, inputs, preview)
     mark = {
         "latent_format": type(guider.model_patcher.model.latent_format).__name__,
@@ -185,6 +262,5 @@ def sample_long_video(
         "window": schedule.window,
         "fps": plan.fps,
     }
-    report = "\n".join([described, *(f"Warning: {w}" for w in [*warnings, *runner.notes])])
-    say(report)
+    report = _say_all(say, described, [*warnings, *runner.notes])
     return {"samples": video, KEY: mark}, report

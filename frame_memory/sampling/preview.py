@@ -9,6 +9,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ..plan import LongVideoPlan
 from .section_loop import Moment
 
 
@@ -18,17 +19,19 @@ class GrowingPreview:
     The strip shows the newest finished sections in order of making and, last, the section at work.
     """
 
-    def __init__(self, model_patcher, sections: int, steps: int, say=None):
+    def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None):
         self.latent_format = model_patcher.model.latent_format
         self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
-        self.bar = comfy.utils.ProgressBar(sections * steps)
-        self.sections, self.steps, self.say = sections, steps, say
+        self.sections, self.steps, self.say = len(plan.sections), steps, say
+        self.bar = comfy.utils.ProgressBar(self.sections * steps)
+        # Each line takes the plan's place on the node, so each must say the exact length (faults.md 24).
+        self.length = f"{plan.pixel_frames} frames = {plan.seconds:.2f} s"
         self.named = -1
 
     def __call__(self, moment: Moment) -> None:
         if self.say is not None and moment.section != self.named:
             self.named = moment.section
-            self.say(f"section {moment.section + 1} of {moment.sections}")
+            self.say(f"section {moment.section + 1} of {moment.sections} · {self.length}")
         value = moment.section * self.steps + min(moment.step, self.steps)
         self.bar.update_absolute(value, self.sections * self.steps, self._picture(moment))
 

@@ -6,12 +6,24 @@ Shape legend: B batch, L text tokens, D text features.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..plan import Timeline, weights_for
+
+# Tokens of the user's text that FramePack reads: 351 in all, 95 of them the template's (reference/framepack.md 5).
+USER_TOKENS = 256
+LLAMA = "llama"  # core's name for the tokens of HunyuanVideo's language model
+BLANK_LINE = 271  # the language model's token for the two line ends that stand before every prompt
+TEXT_SHOWN = 40
+SPACES_LOST = (
+    "The text encoder's tokenizer loses the spaces between words: a fault of the Python package transformers from "
+    "version 5 on, in every node that reads a HunyuanVideo prompt. The video will follow the prompt badly. Install "
+    "'transformers>=4.50.3,<5' with the Python that runs ComfyUI."
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,46 @@ class EncodedTimeline:
 
     timeline: Timeline
     conditionings: tuple[list, ...]
+
+
+def tokenise(clip, text: str) -> tuple[dict, tuple[str, ...]]:
+    """The tokens of a prompt for `clip`, at most 256 of them the user's, and warnings.
+
+    What the cut leaves gives the very features that the published code makes of a long prompt. Encoders without a
+    language model of this kind get their tokens as they are.
+    """
+    tokens = clip.tokenize(text)
+    rows = tokens.get(LLAMA) if isinstance(tokens, Mapping) else None
+    if not rows:
+        return tokens, ()
+    row, template = rows[0], clip.tokenize("")[LLAMA][0]
+    warnings = () if BLANK_LINE in (t[0] for t in template if isinstance(t[0], int)) else (SPACES_LOST,)
+    given = len(row) - len(template)
+    if given < USER_TOKENS:
+        return tokens, warnings
+    begin = 0
+    while begin < len(template) and isinstance(row[begin][0], int) and row[begin][0] == template[begin][0]:
+        begin += 1
+    kept = row[: begin + USER_TOKENS]
+    if given > USER_TOKENS:
+        start = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
+        warnings += (
+            f"The prompt '{start}' has {given} tokens; FramePack reads {USER_TOKENS}, so its last "
+            f"{given - USER_TOKENS} are left out. Shorten it in 'Prompt Timeline'.",
+        )
+    # The end mark is cut off as well. Core drops the last token of a text without one: here, a copy of the last.
+    return {**tokens, LLAMA: [[*kept, kept[-1]]]}, warnings
+
+
+def too_long(positive: list[dict]) -> list[str]:
+    """A warning where a guider's text has more tokens than FramePack was trained to read; the end mark is one."""
+    most = max((c["cross_attn"].shape[1] for c in positive if c.get("cross_attn") is not None), default=0)
+    if most <= USER_TOKENS + 1:
+        return []
+    return [
+        f"The positive prompt has about {most - 1} tokens; FramePack was trained with {USER_TOKENS} at most. Shorten "
+        "it in 'CLIP Text Encode', or use 'Prompt Timeline', which leaves out the rest."
+    ]
 
 
 def blend_text(a_BLD: Tensor, b_BLD: Tensor, weight_b: float) -> Tensor:

@@ -26,7 +26,7 @@ from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
 from ..plan import LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .frames import LatentFrames
-from .guards import SectionError, attention_name, broken_share, with_safe_attention
+from .guards import BrokenStep, SectionError, attention_name, broken_share, with_safe_attention
 from .identity import RunIdentity
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
@@ -162,29 +162,32 @@ class SectionSampler:
             if found is not None:
                 return Made(section, found, key, 0.0, ())
 
+        broken = BrokenStep()
+
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            broken.see(step + 1, x0)
             if watch is not None:
                 watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
         began, told = time.monotonic(), len(self.notes)
-        window = self._sample(guider, section, noise, begin, callback, seed)
+        window = self._sample(guider, section, noise, begin, callback, seed, broken)
         made = Made(section, window, key, time.monotonic() - began, tuple(self.notes[told:]))
         if self.keeper is not None:
             self.keeper.keep(made)
         return made
 
-    def _sample(self, guider, section: Section, noise, begin, callback, seed: int) -> Tensor:
+    def _sample(self, guider, section: Section, noise, begin, callback, seed: int, broken: BrokenStep) -> Tensor:
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
-            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made))
+            where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
+            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made), where)
         return made.float().cpu()
 
-    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float) -> Tensor:
+    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float, where: str) -> Tensor:
         """Once more with plain attention; a backend that overflows is the usual cause (faults.md 13)."""
-        name = attention_name()
         note = (
             f"Section {section.index + 1} came out with {share:.1%} NaN or infinite values "
-            f"(attention: {name}); it was made again with plain PyTorch attention."
+            f"(first {where}); it was made again with plain PyTorch attention."
         )
         logging.warning(note)
         self.notes.append(note)
@@ -192,10 +195,11 @@ class SectionSampler:
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
+            kept = "is kept, and the project goes on from there" if self.keeper is not None else "was only in memory"
             raise SectionError(
-                f"Section {section.index + 1} holds NaN or infinite values, also with plain PyTorch attention "
-                f"(first try: {name}; weights: {dtype}). The finished sections before it are fine, this one is not "
-                "kept. Try weight_dtype 'default' in 'Load FramePack Model', or take out the last LoRA."
+                f"Section {section.index + 1} holds NaN or infinite values, first {where}, and again with plain "
+                f"PyTorch attention (weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
+                "'default' in 'Load FramePack Model', or take out the last LoRA."
             )
         return made
 

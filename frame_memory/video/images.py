@@ -9,15 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..plan.buckets import nearest_valid
+from ..plan import check_size
 
-GRID = 16
-"""Video sides are multiples of this: 8 in the VAE times 2 in the model's patches (reference framepack.md 1.1)."""
 BACKGROUNDS = {"white": 255, "black": 0}
 
 
 class ImageError(ValueError):
-    """A picture or size that cannot be used. The message names the socket or the nearest valid size."""
+    """A picture that cannot be used. The message names the socket."""
 
 
 def check_image(image: torch.Tensor, socket: str = "image") -> None:
@@ -35,14 +33,34 @@ def check_image(image: torch.Tensor, socket: str = "image") -> None:
         raise ImageError(f"The image at the socket '{socket}' holds NaN or Inf; look at the node that made it.")
 
 
-def check_grid(width: int, height: int, node: str = "FramePack Image") -> None:
-    """Raise ImageError with the nearest valid pair unless both sides are positive multiples of 16 (fault 23)."""
-    if width < GRID or height < GRID or width % GRID or height % GRID:
-        nearest = nearest_valid(width, height, multiple=GRID)
+def with_mask(image_BHWC: torch.Tensor, mask_BHW: torch.Tensor | None, socket: str = "mask") -> torch.Tensor:
+    """`image` as RGBA that is transparent where `mask` is 1, as Load Image means it; neither input is changed.
+
+    A mask of nothing but 0 leaves the image as it is: Load Image gives one of 64x64 for a picture without alpha. A mask
+    of another size is scaled to the picture's. Raises ImageError naming `socket` for what is no mask of this batch.
+    """
+    if mask_BHW is None:
+        return image_BHWC
+    mask_BHW = mask_BHW.unsqueeze(0) if mask_BHW.ndim == 2 else mask_BHW
+    if mask_BHW.ndim != 3 or 0 in mask_BHW.shape or not bool(torch.isfinite(mask_BHW).all()):
         raise ImageError(
-            f"The size is {width}x{height}, but both sides must be multiples of {GRID}. "
-            f"Nearest: {nearest[0]}x{nearest[1]}. Change it in the node '{node}'."
+            f"The socket '{socket}' got a tensor of shape {tuple(mask_BHW.shape)}, expected a MASK [pictures, height, "
+            "width] of finite numbers, such as the one of Load Image."
         )
+    if not bool(mask_BHW.any()):
+        return image_BHWC
+    count, height, width = image_BHWC.shape[:3]
+    if mask_BHW.shape[0] not in (1, count):
+        raise ImageError(
+            f"The socket '{socket}' got {mask_BHW.shape[0]} masks for a batch of {count}; expected 1 or {count}."
+        )
+    mask_B1HW = mask_BHW.to(image_BHWC).unsqueeze(1)
+    if mask_B1HW.shape[-2:] != (height, width):
+        mask_B1HW = torch.nn.functional.interpolate(mask_B1HW, (height, width), mode="bilinear")
+    alpha_BHW1 = (1.0 - mask_B1HW.clamp(0.0, 1.0)).movedim(1, -1).expand(count, -1, -1, -1)
+    if image_BHWC.shape[-1] == 4:
+        alpha_BHW1 = alpha_BHW1 * image_BHWC[..., 3:]
+    return torch.cat([image_BHWC[..., :3].expand(-1, -1, -1, 3), alpha_BHW1], dim=-1)
 
 
 def _composite(image_HWC: torch.Tensor, background: str) -> np.ndarray:
@@ -109,11 +127,11 @@ def to_bucket(
 
     As FramePack prepares its start image: 8-bit, scaled by max(width/w, height/h) with LANCZOS, centre crop
     (reference framepack.md section 5). RGBA is composited over `background` ("white" or "black"), never dropped
-    (fault 27). Raises ImageError for an empty batch or wrong shape, naming `socket` (fault 28), and for sizes off the
-    grid of 16 with the nearest pair, naming `node` (fault 23). The input is not changed.
+    (fault 27). Raises ImageError for an empty batch or wrong shape, naming `socket` (fault 28), and PlanError for sizes
+    off the grid of 16 with the nearest pair, naming `node` (fault 23). The input is not changed.
     """
     check_image(image_BHWC, socket)
-    check_grid(width, height, node)
+    check_size(width, height, node)
     if background not in BACKGROUNDS:
         raise ImageError(f'The background is "{background}", expected one of: {", ".join(BACKGROUNDS)}.')
     pictures = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import nearest_bucket
 from ..plan.mark import KEY
-from .images import check_image, to_bucket
+from .images import ImageError, check_image, to_bucket, with_mask
 from .vae import identify_vae
 
 
@@ -42,17 +42,25 @@ def mean_vision(a: comfy.clip_vision.Output, b: comfy.clip_vision.Output) -> com
     return out
 
 
-def prepare(vae, clip_vision, image: Tensor, end_image: Tensor | None, base: int, background: str) -> StartImage:
+def prepare(
+    vae, clip_vision, image: Tensor, end_image: Tensor | None, base: int, background: str,
+    mask: Tensor | None = None, end_mask: Tensor | None = None,
+) -> StartImage:  # fmt: skip
     """Fit, encode and look at the start image, and the end image where there is one.
 
-    base: side of the square the bucket is taken from, pixels. Raises ImageError (empty batch, wrong shape).
+    base: side of the square the bucket is taken from, pixels. mask, end_mask: 1 where their picture is transparent.
+    Raises ImageError (empty batch, wrong shape, a mask without its picture).
     """
     check_image(image, "image")
+    if end_mask is not None and end_image is None:
+        raise ImageError("The socket 'end_mask' is connected and 'end_image' is not; connect both or neither.")
     height, width = nearest_bucket(image.shape[1], image.shape[2], base)
-    start_picture, report = to_bucket(image, width, height, background=background)
+    start_picture, report = to_bucket(with_mask(image, mask, "mask"), width, height, background=background)
     vision = clip_vision.encode_image(start_picture, crop=False) if clip_vision is not None else None
     start, end = encode_pictures(vae, start_picture), None
     if end_image is not None:
+        check_image(end_image, "end_image")
+        end_image = with_mask(end_image, end_mask, "end_mask")
         end_picture, end_report = to_bucket(end_image, width, height, background=background, socket="end_image")
         report = f"Start: {report}\nEnd: {end_report}"
         end = encode_pictures(vae, end_picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from benchmarks import parity_models as pm
 from frame_memory.model import key_map
 
+REPO = Path(__file__).resolve().parents[2]
 TINY = {"heads": 1, "double": 1, "single": 2, "text_features": 64}
 F8 = torch.float8_e4m3fn
 

@@ -293,6 +293,11 @@ def _bad(path, content: bytes):
     return str(path)
 
 
+def assert_says_what_to_do(error, place, node="Load FramePack Model"):
+    """Every message about a damaged file says where to get it and the node to choose it in."""
+    assert place in str(error) and f"'{node}'" in str(error), str(error)
+
+
 @pytest.mark.parametrize(
     "content,words",
     [
@@ -304,10 +309,15 @@ def _bad(path, content: bytes):
     ],
 )  # fmt: skip
 def test_fault_33_truncated_pointer_and_empty_files(tmp_path, content, words):
-    path = _bad(tmp_path / "model.safetensors", content)
+    path = _bad(tmp_path / "FramePackI2V_HY_bf16.safetensors", content)
     with pytest.raises(tensor_file.FileError, match=words) as raised:
         checkpoint.inspect(path)
     assert path in str(raised.value)
+    assert_says_what_to_do(raised.value, "https://huggingface.co/Kijai/HunyuanVideo_comfy")
+    unknown = _bad(tmp_path / "model.safetensors", content)
+    with pytest.raises(tensor_file.FileError, match=words) as raised:
+        tensor_file.read(unknown, "Load FramePack LoRA")
+    assert_says_what_to_do(raised.value, "where it came from", "Load FramePack LoRA")
 
 
 def test_fault_33_cut_off_in_the_tensors(tmp_path, reference):
@@ -315,8 +325,28 @@ def test_fault_33_cut_off_in_the_tensors(tmp_path, reference):
     size = os.path.getsize(path)
     with open(path, "r+b") as file:
         file.truncate(size - 1000)
-    with pytest.raises(tensor_file.FileError, match=rf"is {size - 1000} bytes, expected {size}: .*interrupted"):
+    with pytest.raises(
+        tensor_file.FileError, match=rf"is {size - 1000} bytes, expected {size}: .*interrupted"
+    ) as raised:
         checkpoint.load_framepack(path)
+    assert_says_what_to_do(raised.value, "where it came from")
+
+
+@pytest.mark.parametrize(
+    "path,page",
+    [
+        ("/m/FramePackI2V_HY_fp8_e4m3fn.safetensors", "Kijai/HunyuanVideo_comfy"),
+        ("FramePack_F1_I2V_HY_20250503_fp8_e4m3fn.safetensors", "Kijai/HunyuanVideo_comfy"),
+        ("C:\\m\\FramePackI2V_HY\\diffusion_pytorch_model-00001-of-00003.safetensors", "lllyasviel/FramePackI2V_HY"),
+        ("FramePack_F1_I2V_HY_20250503/a-00001-of-00003.safetensors", "lllyasviel/FramePack_F1_I2V_HY_20250503"),
+    ],
+)
+def test_fault_33_published_files_name_their_model_page(path, page):
+    """Pages as in the README, whose links are tested against the example graphs."""
+    from frame_memory.model.sources import page_of
+
+    assert page_of(path) == f"https://huggingface.co/{page}"
+    assert page in (cf.REPO / "README.md").read_text(encoding="utf-8")
 
 
 def test_fault_34_header_too_large_and_renamed_checkpoints(tmp_path):
@@ -324,13 +354,17 @@ def test_fault_34_header_too_large_and_renamed_checkpoints(tmp_path):
     renamed = [_bad(tmp_path / "zip.safetensors", (tmp_path / "zip.ckpt").read_bytes())]
     renamed.append(_bad(tmp_path / "old.safetensors", pickle.dumps({"a": 1})))
     for path in renamed:
-        with pytest.raises(tensor_file.FileError, match="PyTorch pickle"):
+        with pytest.raises(tensor_file.FileError, match="PyTorch pickle.*'Load FramePack Model'"):
             checkpoint.inspect(path)
-    with pytest.raises(tensor_file.FileError, match="not a safetensors file: its first 8 bytes"):
+        with pytest.raises(tensor_file.FileError, match="PyTorch pickle.*'Load FramePack LoRA'"):
+            tensor_file.read(path, "Load FramePack LoRA")
+    with pytest.raises(tensor_file.FileError, match="its first 8 bytes.*where it came from.*'Load FramePack Model'"):
         checkpoint.inspect(_bad(tmp_path / "x.safetensors", b"\xff" * 600))
     with pytest.raises(tensor_file.FileError, match="GGUF loader"):
         checkpoint.inspect(_bad(tmp_path / "x.gguf", b"GGUF" + b"\0" * 600))
-    with pytest.raises(tensor_file.FileError, match="damaged safetensors header"):
+    with pytest.raises(
+        tensor_file.FileError, match="damaged safetensors header.*where it came from.*Load FramePack Model"
+    ):
         checkpoint.inspect(
             _bad(tmp_path / "y.safetensors", (20).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}' + b" " * 90)
         )
@@ -350,7 +384,7 @@ def test_fault_34_header_too_large_and_renamed_checkpoints(tmp_path):
 def test_fault_34_headers_that_lie(tmp_path, info):
     text = json.dumps({"a": info}).encode()
     path = _bad(tmp_path / "a.safetensors", len(text).to_bytes(8, "little") + text + bytes(16))
-    with pytest.raises(tensor_file.FileError, match=r"a\.safetensors"):
+    with pytest.raises(tensor_file.FileError, match=r"a\.safetensors.*'Load FramePack Model'"):
         checkpoint.inspect(path)
 
 
@@ -390,23 +424,42 @@ def test_fault_35_incomplete_checkpoints_are_never_filled_up(tmp_path, reference
     [
         ("FramePackI2V_HY_fp8_e4m3fn.safetensors", "F0"),
         ("FramePack_F1_I2V_HY_20250503_fp8_e4m3fn.safetensors", "F1"),
-        ("/m/models--x--FramePack_F1_I2V_HY/snapshots/ab/diffusion_pytorch_model-00001-of-00003.safetensors", "F1"),
-        ("C:\\models\\FramePackI2V_HY\\diffusion_pytorch_model-00001-of-00003.safetensors", "F0"),
+        ("models--x--FramePack_F1_I2V_HY/snapshots/ab/diffusion_pytorch_model-00001-of-00003.safetensors", "F1"),
+        ("FramePackI2V_HY\\diffusion_pytorch_model-00001-of-00003.safetensors", "F0"),
         ("framepackf1.safetensors", "F1"),
         ("my-f1-tune.safetensors", "F1"),
         ("FramePack_F1/FramePackI2V_HY.safetensors", "F0"),
+        ("FramePack/model.safetensors", None),
+        ("FramePack/f1/model.safetensors", "F1"),
         ("something.safetensors", None),
         ("f16_model.safetensors", None),
+        ("/mnt/u/FramePack/ComfyUI/models/diffusion_models/model.safetensors", None),
+        ("D:\\FramePack_F1\\ComfyUI\\models\\diffusion_models\\model.safetensors", None),
+        ("D:\\FramePack_F1\\ComfyUI\\models\\diffusion_models\\FramePackI2V_HY.safetensors", "F0"),
     ],
 )  # fmt: skip
 def test_fault_36_kind_by_name(path, kind):
     assert checkpoint.kind_from_name(path) == kind
 
 
+def test_fault_36_where_comfyui_lies_says_nothing_about_the_kind(tmp_path, native):
+    folder = tmp_path / "FramePack_F1" / "ComfyUI" / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    path = cf.write_file(folder / "model.safetensors", native)
+    for name in ("", "model.safetensors"):
+        info = checkpoint.inspect(path, name)
+        assert (info.kind, info.kind_from) == (None, "")
+    (folder / "FramePackI2V_HY").mkdir()
+    shards = cf.write_shards(folder / "FramePackI2V_HY", cf.tiny_reference())
+    info = checkpoint.inspect(shards[0], os.path.join("FramePackI2V_HY", os.path.basename(shards[0])))
+    assert (info.kind, info.kind_from) == ("F0", "name")
+
+
 def test_fault_36_kind_by_metadata_wins_over_the_name(tmp_path, native):
     path = str(tmp_path / "FramePackI2V_HY.safetensors")
     checkpoint.save_native(native, path, {}, kind="F1", source=str(tmp_path / "folder" / "FramePack_F1.safetensors"))
-    assert checkpoint.inspect(path).kind == "F1"
+    info = checkpoint.inspect(path, "FramePackI2V_HY.safetensors")
+    assert (info.kind, info.kind_from) == ("F1", "metadata")
     _, metadata = tensor_file.read_header(path)
     assert metadata["frame_memory.source"] == "FramePack_F1.safetensors"  # a name, never a path of this machine
     assert metadata["frame_memory.format"] == checkpoint.FORMAT
@@ -429,8 +482,10 @@ def test_fault_40_a_pickle_is_never_opened(tmp_path, name, wrap):
     else:
         path.write_bytes(pickle.dumps({"a": _Payload(target)}))
     for read in (checkpoint.inspect, checkpoint.load_framepack):
-        with pytest.raises(tensor_file.FileError, match="was not opened"):
+        with pytest.raises(tensor_file.FileError, match="was not opened.*in 'Load FramePack Model'"):
             read(str(path))
+    with pytest.raises(tensor_file.FileError, match="was not opened.*in 'Load FramePack LoRA'"):
+        tensor_file.read(str(path), "Load FramePack LoRA")
     assert not target.exists()
 
 

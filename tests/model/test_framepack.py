@@ -258,7 +258,7 @@ def test_context_windows_keep_history_whole_and_move_positions(patcher):
     assert patcher.model.resize_cond_for_context_window("context_latents", latents, Window(), None, "cpu") is latents
 
 
-def test_fault_42_wrappers_of_other_packs_fire_at_every_level(patcher):
+def test_fault_48_wrappers_of_other_packs_fire_at_every_level(patcher):
     from comfy.patcher_extension import WrappersMP
 
     fired = []

@@ -1,7 +1,9 @@
 """LoRAs of all styles, exact against merging them into the file before conversion."""
 
 import comfy.lora
+import comfy.model_base
 import comfy.sd
+import comfy.supported_models
 import pytest
 import torch
 
@@ -267,6 +269,19 @@ def test_fault_38_nothing_matched_is_an_error_with_three_keys(patcher):
 
 
 @pytest.mark.parametrize(
+    "file", [{}, {"lora_unet_zzz_0.lora_down.weight": torch.zeros(2, 2)}], ids=["empty", "strange"]
+)
+def test_fault_38_the_opt_out_hands_the_model_on_unchanged(patcher, native, file):
+    clone, match = lora.apply_lora(patcher, file, allow_none=True)
+    assert (match.matched, match.total, match.share, match.patches) == (0, len(file), 0.0, {})
+    report = match.report()
+    assert f"0 of {len(file)}" in report and "Warning" in report and "'Load FramePack LoRA'" in report
+    assert clone is not patcher and not clone.patches
+    got = patched_weights(clone)
+    assert all(torch.equal(got[k], native[k]) for k in native)
+
+
+@pytest.mark.parametrize(
     "module,family",
     [
         ("diffusion_model.blocks.0.cross_attn.k", "Wan"),
@@ -317,3 +332,15 @@ def test_text_encoder_parts_are_left_out_and_said(patcher, reference):
 def test_a_file_that_is_no_lora(patcher):
     with pytest.raises(lora.LoraError, match="no LoRA"):
         lora.match_lora({}, patcher.model)
+
+
+def test_fault_39_a_model_of_another_family_is_refused_by_its_class(native, reference):
+    """Plain HunyuanVideo has the same blocks; Stable Diffusion not even a count of them."""
+    plain = {k: v for k, v in native.items() if not k.startswith(("clean_x_embedder.", "image_projection."))}
+    hunyuan = comfy.sd.load_diffusion_model_state_dict(plain)
+    config = comfy.supported_models.SD15({"disable_unet_model_creation": True})
+    diffusion = comfy.model_base.BaseModel(config, device="cpu")
+    file, _ = make_lora(reference, matrices(reference, "proj_mlp"), kohya("lora_unet_"), KOHYA)
+    for model, name in ((hunyuan.model, "HunyuanVideo"), (diffusion, "BaseModel")):
+        with pytest.raises(lora.LoraError, match=f"is a {name}, .*'Load FramePack Model'.*'Load FramePack LoRA'"):
+            lora.match_lora(file, model)

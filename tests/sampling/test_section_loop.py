@@ -54,13 +54,30 @@ def test_noise_is_one_generator_carried_on(model):
     assert len(drawn) == 3
 
 
-def test_fault_19_batch_of_two_is_two_videos(model):
-    """Batch 2, each with its own start, at an odd latent size (padded and cropped)."""
+class NoiseOfItsOwn:
+    """A NOISE whose draw for each video of a batch depends on that video alone; `first` is the number of the first."""
+
+    def __init__(self, seed: int, first: int = 0):
+        self.seed, self.first = seed, first
+
+    def generate_noise(self, latent):
+        shape = latent["samples"].shape
+        seeds = [1000 * self.seed + self.first + i for i in range(shape[0])]
+        return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("F0", "F0 inverted"), ("F1", "F1 forward")])
+def test_fault_19_each_video_of_a_batch_equals_its_single_run(model, kind, preset):
+    """Batch 2, each with its own start and noise, at an odd latent size (padded and cropped)."""
     start = start_latent(batch=2, height=7, width=9)
-    latent, _ = run(model, start=start, seconds=2.4)
+    settings = {"kind": kind, "preset": preset, "seconds": 2.4}
+    latent, _ = run(model, start=start, noise=NoiseOfItsOwn(3), **settings)
     assert latent["samples"].shape == (2, 16, 19, 7, 9)
     assert torch.equal(latent["samples"][:, :, :1], start["samples"])
-    assert not torch.allclose(latent["samples"][0], latent["samples"][1])
+    for i in range(2):
+        alone, _ = run(model, start={"samples": start["samples"][i : i + 1]}, noise=NoiseOfItsOwn(3, i), **settings)
+        assert torch.allclose(latent["samples"][i], alone["samples"][0], atol=1e-4), i
+    assert not torch.allclose(latent["samples"][0], latent["samples"][1], atol=0.1)
 
 
 def test_inputs_are_not_changed(model):
@@ -134,10 +151,18 @@ def test_timeline_changes_only_its_own_sections(model):
     assert not torch.allclose(same["samples"][:, :, 19:], changed["samples"][:, :, 19:])
 
 
-def test_fault_20_first_section_sees_blank_history_as_trained(model):
-    """F1's first section: 16 + 2 blank frames are still fed, as zeros in model space; the others are the start."""
+# Of the first section made of two: frames of each group, which groups are blank, places of the window.
+BLANK_SLOTS = {
+    ("F1", "F1 forward"): ([16, 2, 1, 1], [True, True, False, False], tuple(range(20, 29))),
+    ("F0", "F0 inverted"): ([16, 2, 1, 1], [True, True, False, True], tuple(range(10, 19))),
+}
+
+
+@pytest.mark.parametrize(("kind", "preset"), list(BLANK_SLOTS))
+def test_fault_20_first_section_sees_blank_history_as_trained(model, kind, preset):
+    """What is not made yet is still fed, as zeros in model space; the other places hold the start frame."""
     seen = []
-    clone = of_kind(model, "F1")
+    clone = of_kind(model, kind)
 
     def spy(executor, x, timestep, *args, **kwargs):
         seen.append((kwargs["context_latents"], kwargs["context_layout"]))
@@ -147,13 +172,14 @@ def test_fault_20_first_section_sees_blank_history_as_trained(model):
 
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "spy", spy)
     start = start_latent()
-    run(model, guider=guider_for(clone), start=start, seconds=1.2, steps=1)
+    run(model, guider=guider_for(clone), preset=preset, start=start, seconds=2.4, steps=1)
     latents, layout = seen[0]
-    assert [c.shape[2] for c in latents] == [16, 2, 1, 1]
-    assert (latents[0] == 0).all() and (latents[1] == 0).all()
+    frames, blank, positions = BLANK_SLOTS[kind, preset]
+    assert [c.shape[2] for c in latents] == frames
     scaled = start["samples"] * 0.476986
-    assert all(torch.allclose(c, scaled, atol=1e-6) for c in latents[2:])
-    assert layout.positions == tuple(range(20, 29))
+    for group, is_blank in zip(latents, blank, strict=True):
+        assert (group == 0).all() if is_blank else torch.allclose(group, scaled, atol=1e-6)
+    assert layout.positions == positions
 
 
 def test_sizes_that_do_not_belong_together_name_both_inputs(model):

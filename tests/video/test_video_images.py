@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from frame_memory.video.images import ImageError, check_grid, to_bucket
+from frame_memory.plan import PlanError
+from frame_memory.video.images import ImageError, to_bucket, with_mask
 
 
 def picture(width, height, channels=3, batch=1, seed=0):
@@ -92,6 +93,38 @@ def test_fault_27_a_transparent_picture_is_only_background():
         to_bucket(image, 32, 32, background="pink")
 
 
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_fault_27_a_mask_is_the_alpha_that_load_image_took_away(background):
+    """Core's mask is 1 where the picture is transparent; RGB and mask must give what RGBA gives."""
+    rgba = picture(120, 90, channels=4, batch=2)
+    rgb, mask = rgba[..., :3].contiguous(), 1 - rgba[..., 3]
+    kept = rgb.clone(), mask.clone()
+    together, report = to_bucket(with_mask(rgb, mask), 64, 64, background=background)
+    assert torch.equal(together, to_bucket(rgba, 64, 64, background=background)[0])
+    assert f"Transparency laid over {background}" in report
+    assert torch.equal(rgb, kept[0]) and torch.equal(mask, kept[1])
+    both = with_mask(torch.cat([rgb, torch.full_like(rgb[..., :1], 0.5)], dim=-1), mask)
+    assert torch.allclose(both[..., 3], rgba[..., 3] * 0.5)
+
+
+def test_a_mask_of_nothing_changes_nothing_and_other_sizes_are_scaled():
+    """Load Image gives a mask of 64x64 zeros for a picture without alpha."""
+    rgb = picture(96, 48, batch=2)
+    assert with_mask(rgb, torch.zeros(1, 64, 64)) is rgb and with_mask(rgb, None) is rgb
+    half = torch.zeros(1, 4, 2)
+    half[..., 1] = 1
+    alpha = with_mask(rgb, half)[..., 3]
+    assert alpha.shape == (2, 48, 96) and bool((alpha[..., :20] == 1).all()) and bool((alpha[..., 76:] == 0).all())
+    grey = with_mask(picture(32, 32, channels=1), torch.ones(32, 32))
+    assert grey.shape == (1, 32, 32, 4) and bool((grey[..., 3] == 0).all())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 8, 8), torch.ones(0, 8, 8), torch.ones(1, 8, 8, 3) * float("nan")])
+def test_fault_28_a_mask_that_belongs_to_no_picture_names_its_socket(mask):
+    with pytest.raises(ImageError, match="'end_mask'"):
+        with_mask(picture(32, 32, batch=2), mask, "end_mask")
+
+
 def test_grey_becomes_three_colours():
     result, report = to_bucket(picture(64, 64, channels=1), 32, 32)
     assert result.shape[-1] == 3 and torch.equal(result[..., 0], result[..., 2]) and "Grey" in report
@@ -110,8 +143,6 @@ def test_fault_28_empty_and_odd_batches_name_the_socket():
 
 @pytest.mark.parametrize(("size", "nearest"), [((100, 64), "96x64"), ((641, 479), "640x480"), ((3, 64), "16x64")])
 def test_fault_23_sizes_off_the_grid_show_the_nearest_pair(size, nearest):
-    with pytest.raises(ImageError) as error:
-        check_grid(*size)
-    assert f"Nearest: {nearest}" in str(error.value) and "FramePack Image" in str(error.value)
-    with pytest.raises(ImageError, match="multiples of 16"):
+    with pytest.raises(PlanError, match="multiples of 16") as error:
         to_bucket(picture(64, 64), *size)
+    assert f"Nearest valid: {nearest}" in str(error.value) and "FramePack Image" in str(error.value)

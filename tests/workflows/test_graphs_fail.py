@@ -96,6 +96,13 @@ def test_a_schedule_that_does_not_parse_names_the_place(server, smallest, works_
     assert text.startswith("FrameMemoryContextPacker") and "character 12" in text and "^" in text
 
 
+def test_fault_23_a_size_off_the_grid_shows_the_nearest_pair(server, smallest, works_afterwards):
+    """The editor's widgets keep to the grid, the API does not."""
+    text = refused(server, set_inputs(smallest, PACKER, {"width": 100, "height": 72}))
+    assert text.startswith("FrameMemoryContextPacker") and "100x72" in text
+    assert "Nearest valid: 96x80" in text and "Frame Context Packer" in text
+
+
 def test_zero_seconds_and_unknown_files_are_refused_by_validation(server, smallest):
     text = refused(server, set_inputs(smallest, SAMPLER, {"seconds": 0.0}))
     assert "FrameMemoryAntiDriftSampler" in text and "seconds" in text

@@ -7,7 +7,7 @@ from PIL import Image
 
 from scripts import workflow
 
-from .tiny import GRAPHS, REPO, START_PICTURE, during, frames_of, one, progress_texts, shrink, ui_graph
+from .tiny import FILES, GRAPHS, REPO, START_PICTURE, during, frames_of, one, progress_texts, shrink, ui_graph
 
 SECONDS, STEPS = 3.6, 2
 SECTIONS = 3
@@ -92,7 +92,31 @@ def test_fault_24_exact_frames_and_seconds_are_shown_before_the_first_step(made)
     assert shown[0] < first_step
     assert f"{frames} frames = {frames / 30:.2f} s at 30 fps" in shown[1]
     named = [text for _, node, text in progress_texts(messages) if node == sampler]
-    assert [t for t in named if t.startswith("section ")] == [f"section {k + 1} of {SECTIONS}" for k in range(SECTIONS)]
+    length = f"{frames} frames = {frames / 30:.2f} s"
+    progress = [text for text in named if text.startswith("section ")]
+    assert progress == [f"section {k + 1} of {SECTIONS} · {length}" for k in range(SECTIONS)]
+
+
+def test_fault_27_a_transparent_end_picture_of_another_shape_through_f0(server, api, tmp_path):
+    """Load Image splits alpha off as a MASK; wired to end_mask it is laid over the background."""
+    pixels = np.random.default_rng(5).integers(0, 256, (120, 80, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "end.png")
+    prompt = shrink(api(REPO / "workflows" / "framepack_i2v.json"), seconds=2.4, steps=1)
+    prompt = workflow.set_inputs(prompt, "FrameMemoryLoadFramePack", {"model_name": FILES["F0"]})
+    prompt = workflow.set_inputs(prompt, "FrameMemoryContextPacker", {"preset": "F0 inverted"})
+    picture = {"image": server.client.upload_image(tmp_path / "end.png", "frame_memory_end.png")}
+    prompt["end"] = {"class_type": "LoadImage", "inputs": picture}
+    image_id, image = one(prompt, "FrameMemoryFramePackImage")
+    image["inputs"].update(end_image=["end", 0], end_mask=["end", 1])
+    one(prompt, SAMPLER)[1]["inputs"]["end"] = [image_id, 3]
+    run = server.client.queue(prompt, timeout=900)
+    shown = [text for _, node, text in progress_texts(during(run.messages, run.prompt_id)) if node == image_id]
+    start, end = shown[-1].split("End: ")
+    assert start.startswith("Start: Image") and end.startswith("Image of 80x120 scaled to")
+    assert "Centre crop to 64x64" in end and "Transparency laid over white" in end and "Transparency" not in start
+    (file,) = run.outputs[one(prompt, "FrameMemorySaveLongVideo")[0]]["images"]
+    with av.open(str(server.base / "output" / file["subfolder"] / file["filename"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == frames_of(2.4)
 
 
 @by_name

@@ -1,0 +1,59 @@
+"""Start and end picture together, with the self-test's own VAE and encoders."""
+
+from pathlib import Path
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from frame_memory.model.selftest import SelfTestVision
+from frame_memory.video.images import ImageError, to_bucket
+from frame_memory.video.start_image import prepare
+
+FILE = Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / "frame_memory_selftest_vae.safetensors"
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(FILE)))
+
+
+def pictures():
+    generator = torch.Generator().manual_seed(3)
+    start = torch.rand(1, 64, 96, 3, generator=generator)
+    end = torch.rand(1, 120, 80, 4, generator=generator)
+    return start, end
+
+
+def test_vision_is_the_mean_of_both_pictures_and_the_report_names_both(vae):
+    start, end = pictures()
+    with torch.inference_mode():
+        made = prepare(vae, SelfTestVision(), start, end, 64, "black")
+        alone = prepare(vae, SelfTestVision(), start, None, 64, "black")
+        height, width = made.picture_BHWC.shape[1:3]
+        fitted, _ = to_bucket(end, width, height, background="black")
+        seen = [SelfTestVision().encode_image(p, crop=False).last_hidden_state for p in (made.picture_BHWC, fitted)]
+    assert torch.allclose(made.vision.last_hidden_state, (seen[0] + seen[1]) / 2)
+    assert torch.equal(alone.vision.last_hidden_state, seen[0]) and not torch.allclose(seen[0], seen[1])
+    assert torch.equal(made.start["samples"], alone.start["samples"]) and alone.end is None
+    assert made.end["samples"].shape == made.start["samples"].shape == (1, 16, 1, height // 8, width // 8)
+    assert made.end["frame_memory"] == made.start["frame_memory"] == {"base": "selftest"}
+    first, second = made.report.split("\nEnd: ")
+    assert first.startswith("Start: Image of 96x64") and "Transparency" not in first
+    assert second.startswith("Image of 80x120") and "Centre crop" in second
+    assert "Transparency laid over black" in second
+    assert alone.report.startswith("Image of 96x64")
+
+
+def test_masks_act_on_their_own_pictures(vae):
+    start, end = pictures()
+    with torch.inference_mode():
+        rgba = prepare(vae, None, start, end, 64, "white")
+        masked = prepare(vae, None, start, end[..., :3], 64, "white", end_mask=1 - end[..., 3])
+        gone = prepare(vae, None, start, None, 64, "white", mask=torch.ones(1, 64, 96))
+    assert torch.equal(rgba.end["samples"], masked.end["samples"]) and rgba.report == masked.report
+    assert torch.equal(masked.start["samples"], rgba.start["samples"])
+    assert bool((gone.picture_BHWC == 1).all()) and "Transparency laid over white" in gone.report
+    with pytest.raises(ImageError, match="'end_mask'.*'end_image'"):
+        prepare(vae, None, start, None, 64, "white", end_mask=torch.ones(1, 8, 8))
