@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
+import folder_paths
 import node_helpers
 import torch
 from comfy_api.latest import io, ui
 
+from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
 from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
+from ..frame_memory.sampling.project_run import FOLDER as PROJECTS
+from ..frame_memory.sampling.project_run import ProjectRequest
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
 from .shown import show
-from .sockets import FrameContextSocket, TimelineSocket
+from .sockets import FrameContextSocket, SectionChangesSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
 
@@ -227,6 +232,14 @@ def _run_inputs() -> list[io.Input]:
                 "video has one frame more: the start picture. The exact length is shown before the first step."
             ),
         ),
+        io.String.Input(
+            "project",
+            default="",
+            tooltip=(
+                "Name of the folder in output/frame_memory that keeps every finished section; queue again to go on "
+                "after a crash or Cancel. Empty: one project for each start picture and size, named by itself."
+            ),
+        ),
         io.Combo.Input(
             "order",
             options=[ORDER_AUTO, *ORDERS],
@@ -235,6 +248,17 @@ def _run_inputs() -> list[io.Input]:
             tooltip=(
                 "Which section is made first. The schedule says it; choose another only to experiment. inverted: from "
                 "the end to the start. forward: from the start on. both ends first: the last section, then forward."
+            ),
+        ),
+        io.Combo.Input(
+            "if_changed",
+            options=list(IF_CHANGED),
+            default=IF_CHANGED[0],
+            advanced=True,
+            tooltip=(
+                "When the project was made with other settings. reuse what fits: sections that the change does not "
+                "touch are kept, replaced ones become takes. fork: go on in a copy beside it. refuse: say what "
+                "differs. Another size or model is always refused, or forked."
             ),
         ),
     ]
@@ -261,6 +285,9 @@ def _optional_inputs() -> list[io.Input]:
         TimelineSocket.Input(
             "timeline", optional=True, tooltip="Prompts over time; takes the place of the guider's positive text."
         ),
+        SectionChangesSocket.Input(
+            "changes", optional=True, tooltip="Sections to make anew with another seed or prompt: Pick Section."
+        ),
     ]
 
 
@@ -286,7 +313,10 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="The plan: frames, seconds and context of each section, and warnings.",
+                    tooltip="The plan: frames, seconds and context of each section, what was reused, and warnings.",
+                ),
+                io.String.Output(
+                    display_name="project", tooltip="Name of the project that holds the sections."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -294,15 +324,16 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, noise, guider, sampler, sigmas, frame_context, start, seconds, order=ORDER_AUTO,
-        end=None, history=None, initial=None, timeline=None,
+        cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
+        if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(),
     ) -> io.NodeOutput:  # fmt: skip
-        latent, report = sample_long_video(
+        root = Path(folder_paths.get_output_directory()) / PROJECTS
+        done = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
             seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
-            say=partial(show, cls),
+            changes=changes, project=ProjectRequest(root, project, if_changed), say=partial(show, cls),
         )  # fmt: skip
-        return io.NodeOutput(latent, report)
+        return io.NodeOutput(done.latent, done.report, done.project)
 
 
 NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]

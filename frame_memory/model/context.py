@@ -41,7 +41,8 @@ def gather_context(
     """Pick a section's context out of a video.
 
     video: `[B, C, T, H, W]` with the frames made so far at their video positions, or what gives one frame
-    `[B, C, 1, H, W]` by its position. blank: a tensor `[1, C, 1, 1, 1]` or a number for frames that do not exist (zero in model space).
+    `[B, C, 1, H, W]` by its position. blank: a tensor `[1, C, 1, 1, 1]` or a number for frames that do not exist
+    (zero in model space).
     """
     zero = torch.zeros_like(start_BC1HW) + blank
 

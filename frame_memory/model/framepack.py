@@ -17,6 +17,7 @@ from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransforme
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
+MODEL_OPTION = "frame_memory"
 
 
 class FramePack(model_base.HunyuanVideo):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,11 +62,13 @@ class LatentFrames:
         """Frames `[start, stop)` as one tensor."""
         return torch.cat([self.frame(place) for place in range(start, stop)], dim=2)
 
+    def spans_in_time(self) -> dict[tuple[int, int], Callable[[], Tensor]]:
+        """`(start, stop)` of the frames in front and of every section, in the order of time, with what reads them."""
+        spans: dict[tuple[int, int], Callable[[], Tensor]] = {(0, self.first.shape[2]): lambda: self.first}
+        for index, span in sorted(self._spans.items(), key=lambda item: item[1]):
+            spans[span] = partial(self.window_of, index)
+        return spans
+
     def whole(self) -> Tensor:
         """The video `[B, C, total, H, W]`, in memory."""
-        first = self.first
-        video = torch.zeros((*first.shape[:2], self.total, *first.shape[3:]))
-        video[:, :, : first.shape[2]] = first
-        for index, (start, stop) in self._spans.items():
-            video[:, :, start:stop] = self.window_of(index)
-        return video
+        return torch.cat([load() for load in self.spans_in_time().values()], dim=2)

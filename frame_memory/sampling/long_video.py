@@ -5,14 +5,16 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..model.framepack import is_framepack
+from ..model.framepack import MODEL_OPTION, is_framepack
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -28,12 +30,13 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
+from .changes import SectionChange, by_index
 from .preview import GrowingPreview
+from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
 
 ORDER_AUTO = "from frame context"
-MODEL_OPTION = "frame_memory"
 
 
 def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
@@ -228,14 +231,26 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
     return "\n".join(lines), warnings + ([shortage] if shortage else [])
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a run gives back. project: the name of the project that holds its sections, "" without one."""
+
+    latent: dict
+    report: str
+    project: str = ""
+
+
 def sample_long_video(
     *, noise, guider, sampler, sigmas: Tensor, schedule: Schedule, start: Mapping, seconds: float,
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
-    initial: Mapping | None = None, timeline: EncodedTimeline | None = None, say: Callable[[str], None] = logging.info,
-) -> tuple[dict, str]:  # fmt: skip
-    """Plan, check, sample; returns `(LATENT, report)`.
+    initial: Mapping | None = None, timeline: EncodedTimeline | None = None,
+    changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None,
+    say: Callable[[str], None] = logging.info,
+) -> Finished:  # fmt: skip
+    """Plan, check, sample.
 
-    say: shown on the node while it runs. Raises PlanError before any sampling for input that cannot work.
+    project: where finished sections are kept and found again; without one they are in memory only.
+    say: shown on the node while it runs. Raises PlanError or JournalError before any sampling for what cannot work.
     """
     warnings = check_model(guider, schedule)
     base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
@@ -251,10 +266,6 @@ def sample_long_video(
     warnings += more
     for warning in warnings:
         logging.warning("Anti-Drift Sampler: %s", warning)
-    _say_all(say, described, warnings)
-    runner = SectionSampler(guider, noise, sampler, sigmas, timeline)
-    preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say)
-    video = runner.run(plan, inputs, preview)
     mark = {
         "latent_format": type(guider.model_patcher.model.latent_format).__name__,
         "base": base,
@@ -262,5 +273,19 @@ def sample_long_video(
         "window": schedule.window,
         "fps": plan.fps,
     }
-    report = _say_all(say, described, [*warnings, *runner.notes])
-    return {"samples": video, KEY: mark}, report
+    runner = SectionSampler(guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan))
+    with contextlib.ExitStack() as stack:
+        opened = None if project is None else open_project(project, runner, plan, inputs, mark, base, changes)
+        if opened is not None:
+            stack.enter_context(opened)
+            described = f"{described}\n{opened.status()}"
+        keeper = attach(runner, opened)
+        _say_all(say, described, [*warnings, *(opened.notes if opened else ())])
+        preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say)
+        frames = runner.run(plan, inputs, preview)
+        video = frames.whole() if opened is None else on_disk(opened, frames)
+        notes = [*warnings, *runner.notes, *(opened.notes if opened else ())]
+        kept = "" if opened is None else f"\n{keeper.summary(plan)}\n{opened.status()}"
+        report = _say_all(say, described + kept, notes)
+    video = video.to(comfy.model_management.intermediate_device())
+    return Finished({"samples": video, KEY: mark}, report, opened.name if opened else "")

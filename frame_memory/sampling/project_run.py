@@ -5,19 +5,30 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, in
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..journal.files import write_durable
 from ..journal.project import IF_CHANGED, Project
+from ..model import tensor_file
+from ..model.framepack import MODEL_OPTION
+from ..model.tensor_file import StoredTensor
 from ..plan import LongVideoPlan, Section, latent_bytes
+from .frames import LatentFrames
 from .identity import RunIdentity, guider_fields, model_fields, prompt_field, short
 from .section_loop import Inputs, Made
 
 FOLDER = "frame_memory"
 AUTOMATIC = "video"
+WHOLE = "latent-{}.safetensors"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ def shape_fields(patcher, kind: str | None, base: str, plan: LongVideoPlan, inpu
 
 def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[dict[str, str], RunIdentity]:
     """Everything else of a run, a line for each cause of change, and the part that every section depends on."""
-    shared = {**model_fields(runner.guider.model_patcher), **guider_fields(runner.guider, runner.sampler, runner.sigmas)}
+    shared = model_fields(runner.guider.model_patcher)
+    shared |= guider_fields(runner.guider, runner.sampler, runner.sigmas)
     timeline = runner.timeline
     words = [] if timeline is None else [timeline.timeline, prompt_field({"timeline": list(timeline.conditionings)})]
     fields = {
@@ -85,10 +97,14 @@ def plan_record(plan: LongVideoPlan, mark: Mapping) -> dict:
 
 
 def open_project(
-    request: ProjectRequest, plan: LongVideoPlan, inputs: Inputs, shape: Mapping, fields: Mapping, mark: Mapping
+    request: ProjectRequest, runner, plan: LongVideoPlan, inputs: Inputs, mark: Mapping, base: str, changes
 ) -> Project:
     """Open or create the project. Raises JournalError before any sampling: locked, conflicting, full, not writable."""
-    name = request.name.strip() or f"{AUTOMATIC}-{short([dict(shape), inputs.start, fields['existing video']])}"
+    patcher = runner.guider.model_patcher
+    kind = patcher.model_options.get(MODEL_OPTION, {}).get("kind")
+    shape = shape_fields(patcher, kind, base, plan, inputs)
+    fields, runner.identity = run_fields(runner, plan, inputs, changes)
+    name = request.name.strip() or f"{AUTOMATIC}-{short([shape, inputs.start, fields['existing video']])}"
     batch, channels, _, height, width = inputs.start.shape
     return Project.open(
         request.root,
@@ -98,8 +114,14 @@ def open_project(
         plan=plan_record(plan, mark),
         if_changed=request.if_changed,
         section_bytes=batch * latent_bytes(plan.schedule.window, height, width, channels),
-        sections=len(plan.sections),
+        sections=2 * len(plan.sections),  # the sections and, once all are there, the whole video beside them
     )
+
+
+def attach(runner, project: Project | None) -> JournalKeeper | None:
+    """Let a runner keep its sections in a project."""
+    runner.keeper = None if project is None else JournalKeeper(project)
+    return runner.keeper
 
 
 class JournalKeeper:
@@ -107,24 +129,64 @@ class JournalKeeper:
 
     def __init__(self, project: Project):
         self.project = project
-        self.reused: list[int] = []
+        self.reused: list[Section] = []
 
     def find(self, section: Section, key: str) -> Tensor | None:
         """A finished section with this key from this project, its takes, or a sibling project."""
         found = self.project.find(key)
         if found is None:
             return None
-        self.project.adopt(section.index, section.start, section.stop, key)
-        self.reused.append(section.index)
+        self.project.adopt(key, index=section.index, start=section.start, stop=section.stop)
+        self.reused.append(section)
         return found
 
     def keep(self, made: Made) -> None:
         """Write the section; it is finished when this returns."""
         section = made.section
         self.project.save(
-            section.index, section.start, section.stop, made.key, made.window, seconds=made.seconds, notes=made.notes
-        )
+            index=section.index, start=section.start, stop=section.stop, key=made.key, samples=made.window,
+            seconds=made.seconds, notes=made.notes,
+        )  # fmt: skip
+        log.info("%s: section %d is finished", self.project.name, section.index + 1)
 
     def load(self, index: int) -> Tensor:
         """A finished section, read again."""
         return self.project.load(index)
+
+    def summary(self, plan: LongVideoPlan) -> str:
+        """Which sections were there already, by their time in the video."""
+        if not self.reused:
+            return f"All {len(plan.sections)} sections were made now."
+        spans = [plan.span_seconds(s) for s in sorted(self.reused, key=lambda s: s.start)]
+        words = ", ".join(f"{a:.1f}-{b:.1f} s" for a, b in spans)
+        return f"{len(self.reused)} of {len(plan.sections)} sections were finished before and reused: {words}."
+
+
+def on_disk(project: Project, frames: LatentFrames) -> Tensor:
+    """The whole video `[B, C, T, H, W]`, fp32, in a file of the project that the system maps into memory as it is read.
+
+    The file is derived from the sections and may be deleted. Writing to the tensor changes a private copy of its pages.
+    """
+    keys = [record.key for record in project.manifest.finished]
+    path = project.folder / WHOLE.format(short([keys, frames.first]))
+    spans = frames.spans_in_time()
+    names = [f"latent_frames_{start:06d}_TBCHW" for start, _ in spans]
+
+    def stored(load, start: int, stop: int) -> StoredTensor:
+        shape = (stop - start, *frames.first.shape[:2], *frames.first.shape[3:])
+        return StoredTensor(lambda: load().permute(2, 0, 1, 3, 4).contiguous(), shape, torch.float32)
+
+    # One tensor a section, in the order of time: their bytes lie behind one another and are one long tensor as well.
+    parts = {name: stored(load, *span) for name, (span, load) in zip(names, spans.items(), strict=True)}
+    if not path.exists():
+        write_durable(path, lambda file: tensor_file.write_to(file, parts, {"format": "Frame Memory whole latent"}))
+        for old in project.folder.glob(WHOLE.format("*")):
+            if old != path:
+                with contextlib.suppress(OSError):  # Windows keeps what an earlier run's LATENT still maps
+                    old.unlink()
+    with path.open("rb") as file:
+        offset = 8 + int.from_bytes(file.read(8), "little")
+    shape = (frames.total, *frames.first.shape[:2], *frames.first.shape[3:])
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.float32).set_(storage, offset // 4, shape)
+    return whole.permute(1, 2, 0, 3, 4)
