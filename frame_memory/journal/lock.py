@@ -150,14 +150,14 @@ class ProjectLock:
         A lock file that somebody removed is made again, unless the folder is gone: that raises JournalError.
         """
         try:
-            owner = _parse(patiently(self._path.read_bytes))
-        except FileNotFoundError:
-            self._drop()
-            self.__enter__()
-            return
+            removed = self.folder.is_dir() and not self._path.exists()
+            owner = None if removed else _parse(patiently(self._path.read_bytes))
         except OSError as error:
             raise explained(error, self._path) from error
-        if self._file is None or owner is None or owner.token != self._token:
+        if self._file is None or removed:
+            self._drop()
+            self.__enter__()
+        elif owner is None or owner.token != self._token:
             raise ProjectLocked(self._refusal(owner))
         with contextlib.suppress(OSError):
             os.utime(self._path)

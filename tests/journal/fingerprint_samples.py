@@ -110,8 +110,8 @@ def ring(order):
     return {name: {"a": a, "b": b}[name] for name in order}
 
 
-def different_values():
-    """Values of which no two may share a fingerprint."""
+def tensors_and_arrays():
+    """Numbers in bulk."""
     base = torch.arange(6, dtype=torch.float32)
     tensors = [base, base.view(2, 3), base.view(3, 2), base.double(), base.half(), base.bfloat16(), base.int()]
     tensors += [
@@ -135,9 +135,14 @@ def different_values():
         np.zeros(2, [("a", "<i4"), ("b", "<f4")]),
         np.datetime64("2020-01-01"),
     ]
-    functions = [scaled, closure(1), closure(2), closure("1"), closure(closure(1)), lambda: 1, lambda: 2, lambda x=3: 1]
-    functions += [functools.partial(scaled, 1), functools.partial(scaled, x=1), doubling(scaled), tripling(scaled)]
-    functions += [
+    return tensors + arrays
+
+
+def functions():
+    """Things to call."""
+    found = [scaled, closure(1), closure(2), closure("1"), closure(closure(1)), lambda: 1, lambda: 2, lambda x=3: 1]
+    found += [functools.partial(scaled, 1), functools.partial(scaled, x=1), doubling(scaled), tripling(scaled)]
+    found += [
         Thing(a=1).method,
         Thing(a=2).method,
         Thing,
@@ -149,6 +154,11 @@ def different_values():
         np.add,
         torch.add,
     ]
+    return found
+
+
+def plain_and_nested():
+    """Values of Python, and objects."""
     plain = [None, True, False, 0, 1, -1, 10**30, 0.0, -0.0, 1.0, math.nan, math.inf, 1j, "", "1", "a", b"", b"1", "é"]
     plain += ["e\u0301", "\ud800", ..., PurePosixPath("a"), Colour.RED, Colour.BLUE, Bits.A, Bits.A | Bits.B]
     nested = [
@@ -190,7 +200,12 @@ def different_values():
         Thing(b=1),
     ]
     objects += [Slotted(1, 2), Slotted(2, 1), cycle(1), cycle(2), ring("ab"), torch.float32, torch.device("cpu"), math]
-    return plain + nested + objects + tensors + arrays + functions
+    return plain + nested + objects
+
+
+def different_values():
+    """Values of which no two may share a fingerprint."""
+    return plain_and_nested() + tensors_and_arrays() + functions()
 
 
 def all_fingerprints():

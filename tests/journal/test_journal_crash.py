@@ -63,8 +63,8 @@ def story(root, done):
     return work
 
 
-def check(root, done):
-    """The promise. Also that the story can be told to its end from there."""
+def check(root, done, to_the_end=True):
+    """The promise. Also that the story can be told to its end from there, which takes its time."""
     with opened(root) as work:
         assert not list(root.rglob("*.part")), "temporary files are swept"
         for key in done:
@@ -73,6 +73,8 @@ def check(root, done):
         for index in work.manifest.sections:
             assert any(work.load(index).equal(samples) for samples in SAMPLES.values())
         assert not any("damaged" in note for note in work.notes)
+    if not to_the_end:
+        return
     work = story(root, lambda key: None)
     assert [work.manifest.sections[i].key for i in range(3)] == [KEYS[n] for n in ("first", "second", "other")]
     assert work.manifest.run == (0, 1, 2) and work.manifest.segments == {"000.mp4": {"frames": 33}}
@@ -109,7 +111,7 @@ def test_fault_03_killed_at_any_call_to_the_system(tmp_path):
             finally:
                 os._exit(0)
         deaths += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        check(root, told.read_text().split())
+        check(root, told.read_text().split(), at % 4 == 0)
         shutil.rmtree(root)
     assert deaths == calls
 
@@ -129,7 +131,7 @@ def test_fault_06_full_at_any_call_to_the_system(tmp_path, lasting):
             assert str(root) in str(error) and "is kept" in str(error)
             assert not list(root.rglob("*.part")), "removed at once, to make room"
         assert not (root / "film" / LOCK).exists()
-        check(root, done)
+        check(root, done, at % 4 == 0)
         shutil.rmtree(root)
     assert refused > calls / 2
 

@@ -2,11 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import platform
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -16,21 +14,24 @@ from frame_memory.journal import lock as lock_module
 from frame_memory.journal.files import DiskFull, JournalError
 from frame_memory.journal.lock import NAME, Owner, ProjectLock, ProjectLocked, process_start, read_owner
 
-HOLD = """
-import sys, time, pathlib
-from frame_memory.journal.lock import ProjectLock
-with ProjectLock(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+PROCESSES = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+
+
+def hold(folder, told):
+    with ProjectLock(folder):
+        told.send("held")
+        time.sleep(60)
+
+
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 
 
 def holder(folder):
     """Another process that has the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True,
-                               cwd=os.path.join(os.path.dirname(__file__), "..", ".."))  # fmt: skip
-    assert process.stdout.readline() == "held\n"
+    heard, told = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=hold, args=(folder, told), daemon=True)
+    process.start()
+    assert heard.recv() == "held"
     return process
 
 
@@ -67,8 +68,8 @@ def test_fault_11_the_writer_of_another_process_is_named_and_its_death_frees_the
         with pytest.raises(ProjectLocked, match=f"process {process.pid} "), ProjectLock(tmp_path):
             pass
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert (tmp_path / NAME).exists()
     with ProjectLock(tmp_path) as lock:
         assert f"process {process.pid}" in lock.note and "no longer runs" in lock.note
@@ -78,7 +79,7 @@ def test_fault_11_the_writer_of_another_process_is_named_and_its_death_frees_the
 
 def test_fault_11_a_killed_owner_still_unreaped_is_gone(tmp_path):
     process = holder(tmp_path)
-    process.kill()
+    process.kill()  # and not joined
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -88,7 +89,7 @@ def test_fault_11_a_killed_owner_still_unreaped_is_gone(tmp_path):
             time.sleep(0.05)
     else:
         pytest.fail("a zombie kept the project")
-    process.wait()
+    process.join()
 
 
 def test_fault_11_a_live_owner_without_a_lock_of_the_system_is_respected(tmp_path, no_system_locks):
@@ -150,36 +151,32 @@ def test_fault_11_touch_keeps_it_and_notices_another_owner(tmp_path):
     assert read_owner(tmp_path).host == "elsewhere", "the other's lock is left alone"
 
 
-RACE = """
-import sys, time, pathlib
-from frame_memory.journal.lock import ProjectLock, ProjectLocked
-folder = pathlib.Path(sys.argv[1])
-while not (folder / "go").exists():
-    time.sleep(0.001)
-won = 0
-for _ in range(40):
-    try:
-        with ProjectLock(folder):
-            with open(folder / "inside", "x"):
-                time.sleep(0.002)
-            (folder / "inside").unlink()
-            won += 1
-    except ProjectLocked:
-        time.sleep(0.001)
-print(won)
-"""
+def race(folder, wins):
+    """Take, keep and give back, again and again; `inside` exists while somebody is in."""
+    won = 0
+    while won < 10:
+        try:
+            with ProjectLock(folder):
+                with open(folder / "inside", "x"):
+                    time.sleep(0.002)
+                (folder / "inside").unlink()
+                won += 1
+        except ProjectLocked:
+            time.sleep(0.001)
+    wins.put(won)
 
 
 def test_fault_11_never_two_at_once_in_a_race_of_takers(tmp_path):
-    """Four processes take, keep and release in turn, beginning with a dead owner's lock; one inside at a time."""
+    """Four processes, beginning with a dead owner's lock. Two at once would fail to make `inside`."""
     written(tmp_path, pid=2**22 + 1)
-    root = os.path.join(os.path.dirname(__file__), "..", "..")
-    line = [sys.executable, "-c", RACE, str(tmp_path)]
-    racers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)]
-    (tmp_path / "go").touch()
-    wins = [racer.communicate(timeout=60)[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 4
-    assert sum(map(int, wins)) > 10
+    wins = PROCESSES.Queue()
+    racers = [PROCESSES.Process(target=race, args=(tmp_path, wins), daemon=True) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(120)
+    assert [racer.exitcode for racer in racers] == [0] * 4
+    assert sum(wins.get(timeout=10) for _ in racers) == 40
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
