@@ -18,9 +18,9 @@ import torch
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from ..plan.buckets import BASE, nearest_bucket
+from ..plan.buckets import BASE, check_size, nearest_bucket
 from ..plan.frames import pixel_frames
-from .images import check_grid, fit_frame
+from .images import fit_frame
 from .source import NODE, UNSPECIFIED, HistoryError, VideoFacts, damaged_words, grid_frames, open_video, video_stream
 
 CHUNK_FRAMES = 12
@@ -59,14 +59,14 @@ def read_video(
 
     `size` is (width, height), both multiples of 16, None for the nearest bucket; filled and cut as `to_bucket` does.
     `interrupt()` is called before every chunk. Raises HistoryError, with libav's words, where the file is damaged, and
-    ImageError for a size off the grid.
+    PlanError for a size off the grid.
     """
     rate = Fraction(fps).limit_denominator(100_000)
     wanted = range(grid_frames(facts, rate)) if wanted is None else wanted
     if not wanted or wanted.step != 1 or wanted.start < 0:
         raise HistoryError(f"Frames {wanted} of {facts.path.name} were asked for, expected at least one. ({NODE})")
     width, height = bucket_size(facts) if size is None else size
-    check_grid(width, height, NODE)
+    check_size(width, height, NODE)
     return _chunks(facts, wanted, rate, width, height, chunk_frames, interrupt)
 
 

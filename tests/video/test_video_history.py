@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frame_memory.plan.errors import PlanError
 from frame_memory.video.history import bucket_size, encode_history, latent_frames_of, read_video
-from frame_memory.video.images import ImageError, to_bucket
+from frame_memory.video.images import to_bucket
 from frame_memory.video.segments import join_segments, write_segment
 from frame_memory.video.source import HistoryError, grid_frames, probe_video, select
 from frame_memory.video.stream import Piece
@@ -120,7 +121,7 @@ def test_the_resize_is_the_one_of_the_start_image(tmp_path):
     frame = next(read_video(facts, size=(64, 48)))[0]
     expected, _ = to_bucket(torch.from_numpy(numbered_frame(0, 100, 90)[None]).float() / 255, 64, 48)
     assert (expected[0].mul(255).round().to(torch.uint8).numpy() == frame).all()
-    with pytest.raises(ImageError, match="Nearest: 96x64.*Video History"):
+    with pytest.raises(PlanError, match="96x64.*Video History"):
         read_video(facts, size=(97, 64))
 
 
