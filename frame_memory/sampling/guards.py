@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
+
+from ..plan import Section
 
 
 class SectionError(RuntimeError):
@@ -51,3 +54,20 @@ def attention_name() -> str:
     from comfy.ldm.modules.attention import optimized_attention
 
     return getattr(optimized_attention, "__name__", "unknown").replace("attention_", "")
+
+
+def out_of_memory(patcher, shape: tuple[int, ...], section: Section, sections: int, kept: bool) -> str:
+    """What an artist can do when a section does not fit: needed and free memory, what is kept, cheaper settings.
+
+    shape: of the window, `[B, C, T, H, W]`.
+    """
+    device = patcher.load_device
+    needed = patcher.model_size() + patcher.model.memory_required(list(shape))
+    free = comfy.model_management.get_free_memory(device)
+    done = f"{section.index} of {sections} sections are finished and kept: queue again to go on there." if kept else ""
+    return (
+        f"Out of memory while sampling section {section.index + 1} of {sections} on {device}: model and one step may "
+        f"need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free now. {done} Cheaper: a smaller 'size' in "
+        "'FramePack Image'; an fp8 checkpoint, or weight_dtype fp8_e4m3fn in 'Load FramePack Model'; a schedule with "
+        "fewer frames at full rate in 'Frame Context Packer'."
+    )

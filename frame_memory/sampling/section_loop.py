@@ -26,7 +26,7 @@ from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
 from ..plan import LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .frames import LatentFrames
-from .guards import BrokenStep, SectionError, attention_name, broken_share, with_safe_attention
+from .guards import BrokenStep, SectionError, attention_name, broken_share, out_of_memory, with_safe_attention
 from .identity import RunIdentity
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
@@ -170,7 +170,12 @@ class SectionSampler:
                 watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
         began, told = time.monotonic(), len(self.notes)
-        window = self._sample(guider, section, noise, begin, callback, seed, broken)
+        try:
+            window = self._sample(guider, section, noise, begin, callback, seed, broken)
+        except comfy.model_management.OOM_EXCEPTION as error:
+            # The same type, so that ComfyUI frees the models and names it as what it is.
+            words = out_of_memory(guider.model_patcher, shape, section, len(plan.sections), self.keeper is not None)
+            raise type(error)(f"{words} ({error})") from error
         made = Made(section, window, key, time.monotonic() - began, tuple(self.notes[told:]))
         if self.keeper is not None:
             self.keeper.keep(made)
