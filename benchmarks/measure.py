@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import GROUND_COLOURS, SHAPES, SIZE, SPRITE_COLOURS, Scene, background, positions, shape_mask
+from .world import DIRECTIONS, GROUND_COLOURS, SHAPES, SIZE, SPRITE_COLOURS, Scene, background, positions, shape_mask
 
 FOUND_SHARE = (0.45, 1.8)
 MISSING = np.nan
+PACE_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,12 @@ class FrameMeasures:
 
     found: a sprite-coloured spot of about the right size. colour: its commonest colour is the scene's. colour_error:
     mean absolute RGB difference. shape: the best fitting shape is the scene's. overlap: intersection over union with
-    the true shape at the spot's own place. distance: pixels from where the sprite should be. background: PSNR in dB
-    of everything that is no sprite.
+    the true shape at the spot's own place. distance: pixels from where the sprite should be. across: pixels off its
+    straight track. pace: speed along the track as a share of the true one, over `PACE_FRAMES` frames. background: PSNR
+    in dB of everything that is no sprite.
+
+    F0 makes the end first and is not told how far away the start is, so where on the track its sprite is at a given
+    time is not settled by its input; that it keeps to the track at the right speed is.
     """
 
     found: np.ndarray
@@ -32,6 +37,8 @@ class FrameMeasures:
     shape: np.ndarray
     overlap: np.ndarray
     distance: np.ndarray
+    across: np.ndarray
+    pace: np.ndarray
     background: np.ndarray
 
     def means(self, part: slice) -> dict[str, float]:
@@ -65,6 +72,7 @@ def measure(video_THWC: np.ndarray, scene: Scene, first_frame: int = 0) -> Frame
     count = mask.sum(axis=(1, 2))
     found = (count > FOUND_SHARE[0] * area) & (count < FOUND_SHARE[1] * area)
     columns = np.full((5, len(video)), MISSING)
+    offsets_T2 = np.full((len(video), 2), MISSING)
     grid = np.arange(SIZE) + 0.5
     wanted = list(SPRITE_COLOURS).index(scene.colour)
     true_colour = np.array(SPRITE_COLOURS[scene.colour], dtype=np.float32)
@@ -75,14 +83,25 @@ def measure(video_THWC: np.ndarray, scene: Scene, first_frame: int = 0) -> Frame
         error = np.abs(np.median(video[t][spot], axis=0) - true_colour).mean()
         overlaps = {shape: _best_overlap(spot, shape, scene.radius) for shape in SHAPES}
         best = max(overlaps, key=overlaps.get)
+        offsets_T2[t] = centre - _centroid(scene, truth[t])
         columns[:, t] = (
             shown == wanted,
             error,
             best == scene.shape,
             overlaps[scene.shape],
-            np.hypot(*(centre - _centroid(scene, truth[t]))),
+            np.hypot(*offsets_T2[t]),
         )
-    return FrameMeasures(found.astype(float), *columns, background=_background_psnr(video, scene, frames, mask))
+    direction = np.array(DIRECTIONS[scene.direction])
+    along_T = (offsets_T2 + truth) @ direction
+    travelled_T = np.abs(along_T[PACE_FRAMES:] - along_T[:-PACE_FRAMES]) / PACE_FRAMES
+    pace_T = np.append(travelled_T / scene.pace, np.full(min(PACE_FRAMES, len(video)), MISSING))[: len(video)]
+    return FrameMeasures(
+        found.astype(float),
+        *columns,
+        across=np.abs(offsets_T2 @ direction[::-1]),
+        pace=pace_T,
+        background=_background_psnr(video, scene, frames, mask),
+    )
 
 
 def _centroid(scene: Scene, centre: np.ndarray) -> np.ndarray:

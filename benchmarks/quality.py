@@ -103,8 +103,11 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(2026)
     scenes = [random_scene(rng, tidy=True) for _ in range(args.scenes)]
-    print("| model | part | found | colour kept | colour error | shape kept | overlap | off by, px | ground, dB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | part | found | colour kept | colour error | shape kept | overlap | off by, px | off track, px | "
+        "speed | ground, dB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     figures: list[tuple[str, str, float]] = []
     for kind in args.kinds:
         for trained in (True, False):
@@ -113,7 +116,8 @@ def main() -> None:
                 figures += [(f"{label}, {part}", name, value) for name, value in m.items()]
                 print(
                     f"| {label} | {part} | {m['found']:.0%} | {m['colour']:.0%} | {m['colour_error']:.3f} | "
-                    f"{m['shape']:.0%} | {m['overlap']:.2f} | {m['distance']:.1f} | {m['background']:.1f} |",
+                    f"{m['shape']:.0%} | {m['overlap']:.2f} | {m['distance']:.1f} | "
+                    f"{m['across']:.1f} | {m['pace']:.0%} | {m['background']:.1f} |",
                     flush=True,
                 )
     if args.record:

@@ -57,10 +57,17 @@ def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tens
 
 
 class DistilLoss:
-    """Encoder against the codec's latents, decoder against pixels."""
+    """Encoder against the codec's latents, decoder against pixels; decoder_only leaves the encoder as it is.
 
-    def __init__(self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int):
+    noise: largest level of noise on the latents that the decoder draws from.
+    """
+
+    def __init__(
+        self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int, decoder_only: bool = False,
+        noise: float = 0.1,
+    ):  # fmt: skip
         self.model, self.codec, self.videos, self.batch, self.stills = model, codec, videos, batch, stills
+        self.decoder_only, self.noise = decoder_only, noise
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         loss = self._clips(generator)
@@ -79,12 +86,15 @@ class DistilLoss:
         crops = random_crops(self.videos, self.batch, generator)
         latents = torch.stack([self.codec.encode(c) for c in crops])
         pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
-        made = self.model.encode(pixels) * LATENT_SCALE
-        level = 0.1 * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
+        level = self.noise * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
         noisy = latents + level * torch.randn(latents.shape, generator=generator)
         drawn = self.model.decode(noisy / LATENT_SCALE)
         error = drawn - pixels
-        return (made - latents).square().mean() + error.abs().mean() + 4 * error.square().mean()
+        drawing = error.abs().mean() + 4 * error.square().mean()
+        if self.decoder_only:
+            return drawing
+        made = self.model.encode(pixels) * LATENT_SCALE
+        return (made - latents).square().mean() + drawing
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -123,6 +133,8 @@ def main() -> None:
     parser.add_argument("--stills", type=int, default=0, help="single pictures a step, for the encoder alone")
     parser.add_argument("--start", type=Path, help="weights to begin from")
     parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--decoder-only", action="store_true", help="video models made for its encoder stay valid")
+    parser.add_argument("--noise", type=float, default=0.1, help="largest noise level on latents to draw from")
     parser.add_argument("--name", default="autoencoder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -136,7 +148,8 @@ def main() -> None:
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))
     trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=args.rate, weight_decay=0.0, average=0.99))
-    loss = DistilLoss(model, codec, videos, args.batch, args.stills)
+    stills = 0 if args.decoder_only else args.stills
+    loss = DistilLoss(model, codec, videos, args.batch, stills, args.decoder_only, args.noise)
     for step, _ in run(trainer, loss, args.work / f"{args.name}.safetensors"):
         if step % 100 == 0:
             print(report(trainer.averaged_model(), codec), flush=True)

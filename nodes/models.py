@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
+from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.sources import LOAD_LORA
 from .shown import show
-from .sockets import MODEL_OPTION
 
 DIFFUSION_MODELS = "diffusion_models"
 AUTO = "from the file"
@@ -22,7 +22,6 @@ DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-SELFTEST_BASE = "selftest"
 
 
 def _checkpoint_inputs() -> list[io.Input]:
@@ -140,14 +139,21 @@ def _save_converted(path: str, info, kind: str) -> str:
     stem = os.path.splitext(stem)[0]
     if stem == "diffusion_pytorch_model":
         stem = os.path.basename(os.path.dirname(path))
-    target = os.path.join(folder_paths.get_folder_paths(DIFFUSION_MODELS)[0], f"{stem}_comfy.safetensors")
+    target = os.path.join(_place_for_models(), f"{stem}_comfy.safetensors")
     if info.layout == "native":
         return "not saved again: the file is in ComfyUI's layout already"
     if os.path.exists(target):
         return f"not saved again: {os.path.basename(target)} is there already"
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     stored, metadata = checkpoint.open_state_dict(path)
     checkpoint.save_native(stored, target, metadata, kind, source=path)
     return f"saved in ComfyUI's layout as {os.path.basename(target)}"
+
+
+def _place_for_models() -> str:
+    """The first folder called diffusion_models; ComfyUI itself lists its older one, models/unet, before it."""
+    folders = folder_paths.get_folder_paths(DIFFUSION_MODELS)
+    return next((f for f in folders if os.path.basename(os.path.normpath(f)) == DIFFUSION_MODELS), folders[0])
 
 
 class FrameMemoryLoraLoader(io.ComfyNode):

@@ -11,7 +11,6 @@ from ..frame_memory.plan import Schedule
 FrameContextSocket = io.Custom("FRAME_CONTEXT")
 TimelineSocket = io.Custom("TIMELINE")
 SectionChangesSocket = io.Custom("SECTION_CHANGES")
-MODEL_OPTION = "frame_memory"
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,3 @@ class FrameContext:
     """FRAME_CONTEXT: how the history is packed for each window."""
 
     schedule: Schedule
-
-
-def model_facts(model) -> dict:
-    """What 'Load FramePack Model' wrote down about a MODEL: `kind` and `base`; empty for other loaders."""
-    return dict(model.model_options.get(MODEL_OPTION, {}))

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 from scripts import host as hosts
 from scripts.client import Client
@@ -94,7 +95,7 @@ class Server:
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         if self.host.installed_by_us:
             environment["PYTHONNOUSERSITE"] = "1"
-        new_group = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
+        new_group: dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
         with open(self.log_file, "ab") as log:
             self._process = subprocess.Popen(
                 self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if sys.version_info < (3, 10):
     sys.exit("Frame Memory needs Python 3.10 or newer; this is %d.%d." % sys.version_info[:2])
 
+import shutil
 import subprocess
 import time
 
@@ -21,10 +22,22 @@ from scripts import chromium, host
 TOOLS = ("pytest", "hypothesis", "ruff", "playwright", "comfy_test")
 REQUIREMENTS = str(host.REPO / "requirements.txt")
 PIP_NAMES = ("-r", REQUIREMENTS, "pytest", "hypothesis", "ruff", "playwright", "comfy-test==0.4.15")
-STEPS = (
-    ("ruff", ["-m", "ruff", "check", "--quiet", "--no-cache", str(host.REPO)]),
-    ("comfy-test's hazard scan", [str(host.REPO / "scripts" / "hazards.py"), str(host.REPO)]),
-)
+
+
+def steps(found: host.Host) -> list[tuple[str, list[str]]]:
+    """(name, command) of the checks before the tests. pyright is among them where it would start without downloading:
+    its package is there, and Node.js to run it with."""
+    scan = [str(host.REPO / "scripts" / "hazards.py"), str(host.REPO)]
+    checks = [
+        ("ruff", host.command(found, ["-m", "ruff", "check", "--quiet", "--no-cache", str(host.REPO)])),
+        ("comfy-test's hazard scan", host.command(found, scan)),
+    ]
+    if shutil.which("node") is None or host.missing_in(found, ("pyright",)):
+        host.say("pyright: not run; it needs its Python package and Node.js.")
+        return checks
+    types = ["-m", "pyright", "--project", str(host.REPO), "--pythonpath", str(found.python)]
+    # Not by host.command: pyproject.toml leaves ComfyUI's own types out.
+    return [*checks, ("pyright", [str(found.python), *types])]
 
 
 def main(arguments: list[str]) -> int:
@@ -47,9 +60,9 @@ def main(arguments: list[str]) -> int:
         if host.in_ci():
             return 1
     if not arguments:
-        for name, line in STEPS:
+        for name, line in steps(found):
             began = time.monotonic()
-            code = subprocess.call(host.command(found, line), env=environment)
+            code = subprocess.call(line, env=None if name == "pyright" else environment)
             if code:
                 host.say(f"{name} failed; the tests were not started.")
                 return code

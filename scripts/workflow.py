@@ -72,7 +72,7 @@ def widget_values(node: dict, definition: dict) -> Iterator[tuple[str, object]]:
     """(input name, value) of a saved node's widgets."""
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
-        take = saved.get
+        take = saved.get  # pyright: ignore[reportAssignmentType]
     else:
         remaining = iter(saved)
 

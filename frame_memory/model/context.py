@@ -52,6 +52,8 @@ def gather_context(
         if ref == START:
             return start_BC1HW
         if ref == END:
+            if end_BC1HW is None:
+                raise ValueError("The plan shows an end frame, and none was given.")
             return end_BC1HW
         return video[:, :, ref : ref + 1] if isinstance(video, Tensor) else video(ref)
 

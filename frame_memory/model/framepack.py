@@ -17,6 +17,7 @@ from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransforme
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
+# In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
 MODEL_OPTION = "frame_memory"
 
 
@@ -25,9 +26,7 @@ class FramePack(model_base.HunyuanVideo):
 
     def __init__(self, model_config, model_type=model_base.ModelType.FLOW, device=None):
         # HunyuanVideo's own constructor fixes the network class; its base takes it as an argument.
-        super(model_base.HunyuanVideo, self).__init__(
-            model_config, model_type, device=device, unet_model=FramePackTransformer
-        )
+        model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=FramePackTransformer)
         self.memory_usage_factor_conds = ("context_latents",)
 
     def extra_conds(self, **kwargs):

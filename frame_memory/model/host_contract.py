@@ -147,6 +147,7 @@ SAMPLING = _needs("""
     comfy_api.latest.io.Int.Input
     comfy_api.latest.io.Latent.Input
     comfy_api.latest.io.Latent.Output
+    comfy_api.latest.io.Mask.Input
     comfy_api.latest.io.Noise.Input
     comfy_api.latest.io.Sampler.Input
     comfy_api.latest.io.Sampler.Output

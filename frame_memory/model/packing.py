@@ -67,7 +67,8 @@ class CleanEmbedder(nn.Module):
             latent_BCTHW = pool_end(latent_BCTHW, (2, 2, 2))
         step = rate if rate in KERNEL_OF_RATE else 4
         conv = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[step]
-        return conv(pad_end(latent_BCTHW, KERNEL_OF_RATE[step])).flatten(2).transpose(1, 2)
+        padded_BCTHW = pad_end(latent_BCTHW, KERNEL_OF_RATE[step])
+        return conv(padded_BCTHW).flatten(2).transpose(1, 2)  # pyright: ignore[reportCallIssue]
 
 
 class ImageProjection(nn.Module):

@@ -69,6 +69,9 @@ class StoredTensor(Tensor):
     read_into: fills a given contiguous tensor of the same shape and dtype, for a part of a larger one.
     """
 
+    load: Callable[[], Tensor]
+    read_into: Callable[[Tensor], object]
+
     @staticmethod
     def __new__(cls, load: Callable[[], Tensor], shape: Iterable[int], dtype: torch.dtype, read_into=None):
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")

@@ -1,11 +1,11 @@
 """Plans: schedule grammar, section plans, decode windows, token counts, buckets, timelines, layout. Pure Python."""
 
 from .buckets import BUCKETS, check_size, nearest_bucket, nearest_valid, off_grid
-from .decode import OVERLAP, DecodeWindow, decode_windows, overlap_frames
+from .decode import DecodeWindow, decode_windows
 from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
 from .kinds import KINDS, check_kind
-from .layout import Label, PackingPicture, Rect, packing_picture, plan_picture
+from .layout import Label, PackingPicture, Rect, packing_picture
 from .schedule import PRESETS, Group, Schedule, ScheduleError, parse_schedule
 from .sections import (
     ORDERS,
@@ -32,13 +32,11 @@ from .tokens import (
     TokenCount,
     flow_shift,
     group_tokens,
-    history_bytes,
     latent_bytes,
     mu,
     schedule_tokens,
     section_tokens,
     sigma_schedule,
-    step_flops,
 )
 
 __all__ = [
@@ -47,7 +45,6 @@ __all__ = [
     "END",
     "KINDS",
     "ORDERS",
-    "OVERLAP",
     "PRESETS",
     "START",
     "ContextGroup",
@@ -71,28 +68,24 @@ __all__ = [
     "decode_windows",
     "flow_shift",
     "group_tokens",
-    "history_bytes",
     "latent_bytes",
     "mu",
     "natural_order",
     "nearest_bucket",
     "nearest_valid",
     "off_grid",
-    "overlap_frames",
     "packing_picture",
     "paddings",
     "parse_schedule",
     "parse_timeline",
     "pixel_frames",
     "pixel_span",
-    "plan_picture",
     "plan_sections",
     "refusal",
     "schedule_tokens",
     "section_count",
     "section_tokens",
     "sigma_schedule",
-    "step_flops",
     "timeline_table",
     "unused_entries",
     "validate_timeline",

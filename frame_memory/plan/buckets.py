@@ -9,10 +9,10 @@ from __future__ import annotations
 from .errors import IMAGE, PlanError, refusal
 
 BASE = 640
-#: Sides must be multiples of this: the autoencoder halves a side three times, the patches once more.
+# Sides must be multiples of this: the autoencoder halves a side three times, the patches once more.
 MULTIPLE = 16
 
-#: (height, width) at base 640, in the published order, which decides ties.
+# (height, width) at base 640, in the published order, which decides ties.
 BUCKETS: tuple[tuple[int, int], ...] = (
     (416, 960),
     (448, 864),

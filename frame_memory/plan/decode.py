@@ -2,7 +2,7 @@
 
 Source: framepack reference 3.1 and 3.2 (soft_append). A window [start, stop) of latent frames decodes to pixel frames
 4*start to 4*(stop-1), 4n-3 of them, because its first latent frame counts as the first frame of a clip. Each window
-overlaps the one before by 4*window-3 pixel frames (33), which are blended.
+overlaps the one before by what one window decodes to, 4*window-3 pixel frames (33), which are blended.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from .errors import SAMPLER, PlanError, refusal
 from .frames import pixel_frames
 from .sections import ORDERS
-
-#: Pixel frames two consecutive windows share at window 9.
-OVERLAP = 33
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,6 @@ class DecodeWindow:
     def pixel_stop(self) -> int:
         """One past the last pixel frame this window decodes to."""
         return 4 * self.start + pixel_frames(self.stop - self.start)
-
-
-def overlap_frames(window: int = 9) -> int:
-    """Pixel frames two consecutive windows share: one window decoded alone."""
-    return pixel_frames(window)
 
 
 def decode_windows(order: str, total: int, window: int = 9) -> tuple[DecodeWindow, ...]:

@@ -17,4 +17,4 @@ def refusal(given: str, expected: str, nearest: str, node: str) -> str:
 
     `given`, `expected` and `nearest` are phrases without a final full stop; `node` is the node's display name.
     """
-    return f"Given: {given}. Expected: {expected}. Nearest valid: {nearest}. Change it in the node \"{node}\"."
+    return f'Given: {given}. Expected: {expected}. Nearest valid: {nearest}. Change it in the node "{node}".'

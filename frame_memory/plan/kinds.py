@@ -25,7 +25,7 @@ def check_kind(kind: str, schedule: Schedule | str) -> str | None:
         return None
     return (
         f"The model is set to {known}, the schedule is {schedule.text}: " + "; ".join(notes) + ". The video will look "
-        f"plausible and be wrong. Nearest valid: {PRESETS[known]}. Change the schedule in the node \"{PACKER}\", "
+        f'plausible and be wrong. Nearest valid: {PRESETS[known]}. Change the schedule in the node "{PACKER}", '
         'or the kind in the node "Load FramePack Model".'
     )
 

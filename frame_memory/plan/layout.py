@@ -1,4 +1,4 @@
-"""Geometry of two pictures: what a schedule keeps at which rate, and which frames each section of a plan reads.
+"""Geometry of a picture: what a schedule keeps at which rate.
 
 Only rectangles, texts and colours (0xRRGGBB ints) in pixels with the origin at the top left; the node draws them.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from .frames import BLANK, END, START, runs
 from .schedule import Schedule
-from .sections import LongVideoPlan, Section
 from .tokens import schedule_tokens
 
 BACKGROUND, INK, FAINT = 0x1B1D21, 0xE8E6E1, 0x6B7078
@@ -19,7 +17,6 @@ KERNEL_COLOURS = {1: 0xBFE3F5, 2: 0x6FB6E0, 4: 0x2F7FB8, 8: 0x1C4E78}
 
 _MARGIN, _LINE, _TITLE = 16, 20, 14
 _BAR = 96  # height of a full-rate frame
-_ROW, _ROW_GAP, _MOST_ROWS = 12, 3, 40
 _SKIP_UNITS = 2  # width of a skip or a tail, in frames
 
 
@@ -89,30 +86,6 @@ def packing_picture(
     return PackingPicture(width, y + _LINE + _MARGIN, BACKGROUND, tuple(rects), tuple(labels))
 
 
-def plan_picture(plan: LongVideoPlan, *, width: int = 960) -> PackingPicture:
-    """The whole video, one row a section in the order of making: its window and the frames it reads, by rate.
-
-    Left to right is the finished video; the column after it is the end frame. Empty slots are not drawn. More than 40
-    sections show the first and the last 20.
-    """
-    columns = plan.total_frames + 1
-    left = _MARGIN + 40
-    inner = width - left - _MARGIN
-    labels = [Label(_MARGIN, _MARGIN, f"{plan.order}, {plan.seconds:.2f} s, {plan.schedule.text}", _TITLE, INK)]
-    rects: list[Rect] = []
-    y = _MARGIN + _LINE
-    for section in _shown(plan.sections):
-        if section is None:
-            labels.append(Label(left, y, f"... {len(plan.sections) - _MOST_ROWS} more ...", _ROW, FAINT))
-        else:
-            labels.append(Label(_MARGIN, y, str(section.index + 1), _ROW, FAINT))
-            for start, stop, colour, kind in _spans(section, plan):
-                edge = left + inner * start // columns
-                rects.append(Rect(edge, y, max(left + inner * stop // columns - edge, 1), _ROW, colour, kind))
-        y += _ROW + _ROW_GAP
-    return PackingPicture(width, y + _MARGIN, BACKGROUND, tuple(rects), tuple(labels))
-
-
 def _parts(schedule: Schedule) -> list[tuple[str, int, int]]:
     """(kind, units of width, kernel) from left to right."""
 
@@ -156,24 +129,3 @@ def _key(schedule: Schedule, counts) -> list[tuple[str, int]]:
 
 def _frames(count: int) -> str:
     return f"{count} latent frame{'s' * (count != 1)}"
-
-
-def _shown(sections: tuple[Section, ...]) -> list[Section | None]:
-    if len(sections) <= _MOST_ROWS:
-        return list(sections)
-    half = _MOST_ROWS // 2
-    return [*sections[:half], None, *sections[-half:]]
-
-
-def _spans(section: Section, plan: LongVideoPlan) -> list[tuple[int, int, int, str]]:
-    """(first column, one past the last, colour, kind), coarse rates first so that finer ones are drawn over them."""
-    spans = []
-    if section.tail:
-        spans += [(start, stop, TAIL_COLOUR, "tail") for start, stop in runs(section.tail.frames)]
-    places = {START: (0, 1), END: (plan.total_frames, plan.total_frames + 1)}
-    for group in section.groups:
-        for start, stop in runs(group.frames):
-            if start != BLANK:
-                first, last = places.get(start, (start, stop))
-                spans.append((first, last, KERNEL_COLOURS[group.kernel], "context"))
-    return [*spans, (section.start, section.stop, WINDOW_COLOUR, "window")]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 KEY = "frame_memory"
+# The family of the shipped models: HunyuanVideo's latent format, other numbers in it.
 SELFTEST_BASE = "selftest"
-"""The family of the shipped models: HunyuanVideo's latent format, other numbers in it."""
+# What FramePack checkpoints were trained at (reference framepack.md section 6).
 DEFAULT_FPS = 30.0
-"""What FramePack checkpoints were trained at (reference framepack.md section 6)."""
 NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -34,11 +34,6 @@ class LatentMark:
     order: str = "forward"
     window: int = 9
     fps: Fraction | None = None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the LATENT says whose latents these are."""
-        return bool(self.latent_format or self.base)
 
 
 def as_fps(value: float | int | Fraction) -> Fraction:

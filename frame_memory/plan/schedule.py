@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from .errors import PACKER
 
 KERNELS = (1, 2, 4, 8)
-#: CHOICE: more frames than this in one group or window is a typing mistake, not a schedule.
+# CHOICE: more frames than this in one group or window is a typing mistake, not a schedule.
 MAX_FRAMES = 1024
 
 PRESETS: dict[str, str] = {
@@ -50,7 +50,7 @@ class ScheduleError(ValueError):
         super().__init__(
             f"The schedule does not parse at character {position + 1}: {reason}.\n"
             f"  {shown}\n  {' ' * position}^\n"
-            f"Nearest valid: {_nearest_preset(text)}. Change it in the node \"{PACKER}\"."
+            f'Nearest valid: {_nearest_preset(text)}. Change it in the node "{PACKER}".'
         )
 
 

@@ -27,9 +27,9 @@ from .frames import BLANK, END, START, pixel_frames
 from .schedule import PRESETS, Group, Schedule, frame_count, parse_schedule
 
 ORDERS = ("inverted", "forward", "both ends first")
-#: A skip is never longer than this many windows: F0 never saw more (paddings are at most 3).
+# A skip is never longer than this many windows: F0 never saw more (paddings are at most 3).
 MAX_SKIP_WINDOWS = 3
-#: CHOICE: an hour at 30 fps; more is a typing mistake and would only fill the memory with indices.
+# CHOICE: an hour at 30 fps; more is a typing mistake and would only fill the memory with indices.
 MAX_SECTIONS = 3000
 
 
@@ -331,9 +331,7 @@ def _check_count(sections: int, window: int, fps: float) -> None:
         raise PlanError(refusal(f"{sections!r} sections", "a whole number from 1", one, SAMPLER))
     if sections > MAX_SECTIONS:
         longest = MAX_SECTIONS * 4 * window / fps
-        raise PlanError(
-            refusal(f"{sections} sections", f"at most {MAX_SECTIONS} sections", f"{longest:g} s", SAMPLER)
-        )
+        raise PlanError(refusal(f"{sections} sections", f"at most {MAX_SECTIONS} sections", f"{longest:g} s", SAMPLER))
 
 
 def _check_order(schedule: Schedule, order: str) -> None:
@@ -351,7 +349,7 @@ def _check_order(schedule: Schedule, order: str) -> None:
     elif order == "both ends first" and not (schedule.anchor_after and before):
         missing, preset = "an end anchor and a group before g", "Anti-drifting, both ends first"
     if missing:
-        nearest = f"order {natural}, or schedule {PRESETS[preset]} ({preset}) in the node \"{PACKER}\""
+        nearest = f'order {natural}, or schedule {PRESETS[preset]} ({preset}) in the node "{PACKER}"'
         raise PlanError(refusal(f"order {order} with {schedule.text}", missing, nearest, SAMPLER))
 
 
@@ -366,6 +364,4 @@ def _check_end(schedule: Schedule, order: str) -> None:
         )
         raise PlanError(refusal(given, "a place for it: order inverted, or an end anchor after g", nearest, SAMPLER))
     if not any(group.kernel == 1 for group in schedule.history_after):
-        raise PlanError(
-            refusal(given, "a full-rate group (k1) after g to put it in", PRESETS["F0 inverted"], PACKER)
-        )
+        raise PlanError(refusal(given, "a full-rate group (k1) after g to put it in", PRESETS["F0 inverted"], PACKER))

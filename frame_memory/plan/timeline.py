@@ -33,9 +33,9 @@ _SUSPECT = (
         "a time needs a colon after it; a prompt that begins with a number needs a word in front",
     ),
 )
-#: Two times closer than this are the same.
+# Two times closer than this are the same.
 _SAME = 1e-6
-#: How far past the end of the video a prompt may end: rounding of typed times.
+# How far past the end of the video a prompt may end: rounding of typed times.
 _ROUNDING = 0.05
 
 
@@ -47,7 +47,7 @@ class TimelineError(ValueError):
         understood = table or "nothing"
         super().__init__(
             f"The timeline cannot be used: line {line}, column {column}: {reason}. "
-            f"Change it in the node \"{TIMELINE}\".\nWhat was understood:\n{understood}"
+            f'Change it in the node "{TIMELINE}".\nWhat was understood:\n{understood}'
         )
 
 

@@ -1,6 +1,6 @@
-"""Tokens, bytes and floating-point operations of a section, and the flow shift that follows from the tokens.
+"""Tokens and bytes of a section, and the flow shift that follows from the tokens.
 
-Sources: framepack reference 1.1 (tokens) and 4 (shift and sigmas), performance reference 2 (operations).
+Sources: framepack reference 1.1 (tokens) and 4 (shift and sigmas).
 Latent sizes are height and width of the latent, pixels / 8.
 """
 
@@ -13,9 +13,8 @@ from .errors import PACKER, PlanError, refusal
 from .schedule import Group, Schedule
 from .sections import Section
 
-#: Tokens of the SigLIP so400m image embedding at 384 pixels, patch 14.
+# Tokens of the SigLIP so400m image embedding at 384 pixels, patch 14.
 IMAGE_TOKENS = 729
-HIDDEN, BLOCKS = 3072, 60
 _MU_SLOPE = (1.15 - 0.5) / (4096 - 256)
 _MU_OFFSET = 0.5 - 256 * _MU_SLOPE
 MAX_SHIFT = 7.0
@@ -90,16 +89,6 @@ def tail_tokens(kind: str, frames: int) -> int:
 def latent_bytes(frames: int, latent_height: int, latent_width: int, channels: int = 16, itemsize: int = 4) -> int:
     """Bytes of some latent frames, fp32 unless itemsize says otherwise."""
     return frames * latent_height * latent_width * channels * itemsize
-
-
-def history_bytes(total_frames: int, latent_height: int, latent_width: int) -> int:
-    """Bytes of the history of a whole video, kept in fp32 on the CPU."""
-    return latent_bytes(total_frames, latent_height, latent_width)
-
-
-def step_flops(tokens: int, hidden: int = HIDDEN, blocks: int = BLOCKS) -> int:
-    """Floating-point operations of one forward pass: 24 D^2 a token and block, 4 L^2 D a block for attention."""
-    return blocks * (24 * hidden * hidden * tokens + 4 * tokens * tokens * hidden)
 
 
 def mu(tokens: int) -> float:

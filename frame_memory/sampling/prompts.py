@@ -34,7 +34,7 @@ class EncodedTimeline:
     conditionings: tuple[list, ...]
 
 
-def tokenise(clip, text: str) -> tuple[dict, tuple[str, ...]]:
+def tokenise(clip, text: str) -> tuple[Mapping, tuple[str, ...]]:
     """The tokens of a prompt for `clip`, at most 256 of them the user's, and warnings.
 
     What the cut leaves gives the very features that the published code makes of a long prompt. Encoders without a

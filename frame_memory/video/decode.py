@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
+# Pixel frames per latent frame, after the first latent frame which is one pixel frame.
 TEMPORAL_RATIO = 4
-"""Pixel frames per latent frame, after the first latent frame which is one pixel frame."""
 
 
 class DecodeError(ValueError):

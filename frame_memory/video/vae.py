@@ -25,13 +25,13 @@ from ..plan.mark import LatentMark
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"
 SELFTEST = "selftest"
+# `WanVAE.dim` of the published Wan 2.1 file.
 WAN_WIDTH = 96
-"""`WanVAE.dim` of the published Wan 2.1 file."""
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
 CHANNELS = 16
+# safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE.
 METADATA_BASE = "frame_memory.base"
-"""safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE."""
 
 EXPECTED_FILES = {
     HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",

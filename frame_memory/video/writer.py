@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.error
 import av.logging
 import numpy as np
 import torch
@@ -29,13 +30,13 @@ from .files import put_in_place, reserve_part
 from .fragments import cut_to_finished
 
 NODE = "Save Long Video"
+# ITU-T H.273 code for BT.709, the same number for primaries, transfer curve and matrix.
 BT709 = 1
-"""ITU-T H.273 code for BT.709, the same number for primaries, transfer curve and matrix."""
 DEFAULT_CRF = 18
+# A frame is called black when no 8-bit value in it is above this.
 BLACK_LEVEL = 2
-"""A frame is called black when no 8-bit value in it is above this."""
+# A key frame, and so a playable fragment, at least this often: one FramePack section.
 GOP_SECONDS = 1.2
-"""A key frame, and so a playable fragment, at least this often: one FramePack section."""
 DISK_MARGIN = 16 * 2**20
 
 log = logging.getLogger(__name__)

@@ -213,6 +213,21 @@ def test_every_public_thing_has_a_docstring():
     assert not missing, "\n".join(missing)
 
 
+def test_constants_are_documented_in_one_way():
+    """By a comment above or beside; never by `#:`, nor by a text below, which is no docstring."""
+    wrong = []
+    for path in runtime_files():
+        name = path.relative_to(REPO).as_posix()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        wrong += [f"{name}:{i}" for i, line in enumerate(lines, 1) if line.lstrip().startswith("#:")]
+        body = tree(path).body
+        for before, node in zip(body, body[1:]):
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if is_text and isinstance(before, (ast.Assign, ast.AnnAssign)):
+                wrong.append(f"{name}:{node.lineno}")
+    assert not wrong
+
+
 BREAKS_RULES = """
 import comfy.utils as u
 from comfy import samplers

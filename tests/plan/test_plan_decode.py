@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frame_memory.plan import ORDERS, OVERLAP, PlanError, decode_windows, overlap_frames, pixel_frames, pixel_span
+from frame_memory.plan import ORDERS, PlanError, decode_windows, pixel_frames, pixel_span
 
 
 def decoded(window):
@@ -26,7 +26,7 @@ def test_windows_cover_the_video_once_and_overlap_by_33(order, n):
     total = 9 * n + 1
     video, *others = [decoded(window) for window in decode_windows(order, total)]
     for other in others:
-        video = soft_append(video, other, OVERLAP)
+        video = soft_append(video, other, 33)
     assert video == list(range(36 * n + 1))
 
 
@@ -61,7 +61,7 @@ def test_any_length_and_window_is_covered_in_bounded_pieces(order, total, window
     assert all((w.pixel_start, w.pixel_stop) == (decoded(w)[0], decoded(w)[-1] + 1) for w in windows)
     video, *others = map(decoded, windows)
     for other in others:
-        video = soft_append(video, other, overlap_frames(window))
+        video = soft_append(video, other, pixel_frames(window))
     assert video == list(range(4 * total - 3))
 
 
@@ -69,10 +69,6 @@ def test_any_length_and_window_is_covered_in_bounded_pieces(order, total, window
 @pytest.mark.parametrize("total", range(1, 19))
 def test_up_to_two_windows_of_an_odd_length_are_decoded_at_once(order, total):
     assert [(w.start, w.stop) for w in decode_windows(order, total)] == [(0, total)]
-
-
-def test_overlap_is_one_window_decoded_alone():
-    assert overlap_frames(9) == OVERLAP == 33
 
 
 def test_pixel_frames():

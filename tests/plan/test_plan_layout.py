@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frame_memory.plan import PRESETS, packing_picture, parse_schedule, plan_picture, plan_sections
+from frame_memory.plan import PRESETS, packing_picture, parse_schedule
 
 from .test_plan_schedule import schedules
-from .test_plan_sections import plans
 
 SETTINGS = settings(deadline=None, max_examples=80, derandomize=True)
 
@@ -66,26 +65,3 @@ def test_a_huge_group_is_one_bar():
     picture = packing_picture(parse_schedule("f1024k8_g9"))
     inside(picture)
     assert len(bars(picture)) < 20
-
-
-@SETTINGS
-@given(plans(), st.integers(300, 1600))
-def test_plan_picture_is_inside_and_has_a_window_a_section(plan, width):
-    picture = plan_picture(plan, width=width)
-    inside(picture)
-    windows = [r for r in picture.rects if r.kind == "window"]
-    assert len(windows) == len(plan.sections)
-    assert [r.y for r in windows] == sorted({r.y for r in windows})
-    by_time = sorted(windows, key=lambda r: r.x)
-    assert [windows.index(r) for r in by_time] == [s.index for s in sorted(plan.sections, key=lambda s: s.start)]
-
-
-def test_a_very_long_given_video_leaves_every_mark_visible():
-    inside(plan_picture(plan_sections(PRESETS["F1 forward"], sections=2, history_frames=20000)))
-
-
-def test_a_long_plan_is_shortened():
-    picture = plan_picture(plan_sections(PRESETS["F1 forward"], sections=50))
-    inside(picture)
-    assert sum(r.kind == "window" for r in picture.rects) == 40
-    assert any("10 more" in label.text for label in picture.labels)

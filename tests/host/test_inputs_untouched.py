@@ -1,0 +1,193 @@
+"""No node changes what it is given: inputs are hashed before and after each node's execute (style rule 20)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+from safetensors.torch import save_file
+
+from frame_memory.model import checkpoint
+from frame_memory.model.host_contract import FAMILIES
+from frame_memory.model.selftest import SelfTestText, SelfTestVision
+from frame_memory.plan import PRESETS, parse_schedule, parse_timeline
+from frame_memory.sampling.prompts import EncodedTimeline
+from frame_memory.sampling.unipc import framepack_unipc
+
+from .source import REPO
+
+SELFTEST = REPO / "selftest_models"
+MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
+PACK = "frame_memory_pack_of_input_tests"
+IDS = [node for family in FAMILIES.values() for node in family.nodes]
+
+
+def parts_of(value):
+    """What is hashed of an object that is no plain container."""
+    if isinstance(value, torch.nn.Module):
+        return dict(value.state_dict())
+    if isinstance(value, comfy.model_patcher.ModelPatcher):
+        return [value.model, value.model_options, value.patches, value.wrappers, value.object_patches]
+    if isinstance(value, comfy.samplers.CFGGuider):
+        return [value.model_patcher, value.model_options, value.original_conds, value.cfg]
+    if isinstance(value, comfy.sd.VAE):
+        return value.first_stage_model
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dict(vars(value)) if hasattr(value, "__dict__") and not callable(value) else None
+
+
+def add(digest, value) -> None:
+    """Feed a value into the digest: every number of every tensor, names, order, and plain values."""
+    digest.update(type(value).__name__.encode())
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            digest.update(str(key).encode())
+            add(digest, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            add(digest, item)
+    elif isinstance(value, (set, frozenset)):
+        add(digest, sorted(map(str, value)))
+    elif value is None or isinstance(value, (str, bytes, int, float, torch.dtype)):
+        digest.update(repr(value).encode())
+    else:
+        add(digest, parts_of(value))
+
+
+def fingerprint(value) -> str:
+    digest = hashlib.sha256()
+    add(digest, value)
+    return digest.hexdigest()
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """node id -> class, imported as the host imports the pack: a package with relative imports inside."""
+    spec = importlib.util.spec_from_loader(PACK, loader=None, is_package=True)
+    package = importlib.util.module_from_spec(spec)
+    package.__path__ = [str(REPO)]
+    sys.modules[PACK] = package
+    try:
+        modules = [importlib.import_module(f"{PACK}.nodes.{name}") for name in FAMILIES]
+        yield {node.GET_SCHEMA().node_id: node for module in modules for node in module.NODES}
+    finally:
+        for key in [key for key in sys.modules if key == PACK or key.startswith(f"{PACK}.")]:
+            del sys.modules[key]
+
+
+@pytest.fixture(scope="module")
+def graph(nodes):
+    """What the nodes of a graph on the self-test models hand to each other."""
+    model = checkpoint.load_framepack(str(SELFTEST / "diffusion_models" / MODEL))
+    model.model_options["frame_memory"] = {"kind": "F1", "base": "selftest"}
+    sd, metadata = comfy.utils.load_torch_file(str(SELFTEST / "vae" / VAE), return_metadata=True)
+    text = SelfTestText()
+    positive, negative = (text.encode_from_tokens_scheduled(text.tokenize(t)) for t in ("a red circle", "a hill"))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(2.0)
+    timeline = parse_timeline("0-1.2: a\n1.2-: b", 1)
+    socket = importlib.import_module(f"{PACK}.nodes.sockets").FrameContext(parse_schedule(PRESETS["F1 forward"]))
+    return SimpleNamespace(
+        model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
+        context=socket, timeline=EncodedTimeline(timeline, (positive, negative)),
+        latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch, graph):
+    """Model folders with the self-test model and a LoRA for it, and output folders of the test's own."""
+    weight = graph.model.model.diffusion_model.double_blocks[0].img_attn.proj.weight
+    lora = {"lora_A": random(2, weight.shape[1]), "lora_B": random(weight.shape[0], 2)}
+    name = "diffusion_model.double_blocks.0.img_attn_proj"
+    save_file({f"{name}.{k}.weight": v for k, v in lora.items()}, str(tmp_path / "a.safetensors"))
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "diffusion_models", ([str(SELFTEST / "diffusion_models")], {".safetensors"}))
+    monkeypatch.setitem(known, "loras", ([str(tmp_path)], {".safetensors"}))
+    before = folder_paths.get_output_directory(), folder_paths.get_temp_directory()
+    folder_paths.set_output_directory(str(tmp_path / "output"))
+    folder_paths.set_temp_directory(str(tmp_path / "temp"))
+    yield tmp_path
+    folder_paths.set_output_directory(before[0])
+    folder_paths.set_temp_directory(before[1])
+
+
+def inputs_of(node_id: str, g) -> dict:
+    """Inputs that make a node do all that it can do."""
+    picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
+    return {
+        "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
+        "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
+        "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
+        "FrameMemoryPromptTimeline": lambda: {
+            "clip": SelfTestText(), "text": "0-1.2: a\n1.2-: b", "blend_sections": 1,
+        },
+        "FrameMemoryFramePackImage": lambda: {
+            "positive": g.positive, "negative": g.negative, "vae": g.vae, "clip_vision": SelfTestVision(), "size": 64,
+            "image": picture, "end_image": picture.flip(1), "mask": picture[..., 0], "end_mask": picture[..., 1],
+        },
+        "FrameMemorySigmas": lambda: {"latent": g.latent(1, 0), "steps": 4, "frame_context": g.context},
+        "FrameMemoryUniPC": dict,
+        "FrameMemoryAntiDriftSampler": lambda: {
+            "noise": Noise_RandomNoise(3), "guider": g.guider, "sampler": framepack_unipc(),
+            "sigmas": torch.tensor([1.0, 0.6, 0.0]), "frame_context": g.context, "start": g.latent(1, 1),
+            "seconds": 1.2, "history": g.latent(5, 2), "initial": g.latent(14, 3), "timeline": g.timeline,
+        },
+        "FrameMemorySaveLongVideo": lambda: {
+            "samples": g.latent(10, 5), "vae": g.vae, "fps": 30.0, "filename_prefix": "a",
+        },
+        "FrameMemorySelfTestEncoders": dict,
+    }[node_id]()  # fmt: skip
+
+
+@pytest.mark.parametrize("node_id", IDS)
+def test_inputs_are_the_same_before_and_after(nodes, graph, folders, node_id):
+    given = inputs_of(node_id, graph)
+    files = sorted(p for p in (*SELFTEST.rglob("*.safetensors"), *folders.glob("*.safetensors")))
+    before = fingerprint(given), [p.read_bytes() for p in files]
+    with torch.inference_mode():
+        output = nodes[node_id].execute(**given)
+    assert output.result is not None
+    assert fingerprint(given) == before[0]
+    assert [p.read_bytes() for p in files] == before[1]
+
+
+def test_the_fingerprint_sees_a_change_anywhere(graph):
+    """Of one number in a tensor, a weight, a conditioning or an option, however deep."""
+    given = inputs_of("FrameMemoryAntiDriftSampler", graph)
+    was = fingerprint(given)
+    assert fingerprint(given) == was
+    changes = [given["start"]["samples"], given["sigmas"], graph.positive[0][0], given["history"]["noise_mask"]]
+    changes.append(graph.model.model.diffusion_model.double_blocks[0].img_attn.proj.weight.data)
+    for tensor in changes:
+        flat = tensor.reshape(-1)
+        kept = flat[-1].clone()
+        flat[-1] += 1
+        assert fingerprint(given) != was
+        flat[-1] = kept
+    options = given["guider"].model_options["transformer_options"]
+    options["deep"] = {"er": 1}
+    assert fingerprint(given) != was
+    del options["deep"]
+    assert fingerprint(given) == was
