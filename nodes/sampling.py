@@ -8,17 +8,17 @@ from pathlib import Path
 import folder_paths
 import node_helpers
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
-from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
+from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
 from ..frame_memory.sampling.project_run import FOLDER as PROJECTS
 from ..frame_memory.sampling.project_run import ProjectRequest
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
-from .shown import show
+from .shown import container_metadata, saved, show, show_video
 from .sockets import FrameContextSocket, SectionChangesSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
@@ -288,6 +288,14 @@ def _optional_inputs() -> list[io.Input]:
         SectionChangesSocket.Input(
             "changes", optional=True, tooltip="Sections to make anew with another seed or prompt: Pick Section."
         ),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip=(
+                "With it every section is decoded and encoded as it finishes: the node plays what is there, Cancel "
+                "leaves an mp4, and the finished mp4 lies in the project. On a GPU, model and VAE take turns in VRAM."
+            ),
+        ),
     ]
 
 
@@ -315,25 +323,31 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                     display_name="report",
                     tooltip="The plan: frames, seconds and context of each section, what was reused, and warnings.",
                 ),
-                io.String.Output(
-                    display_name="project", tooltip="Name of the project that holds the sections."
+                io.String.Output(display_name="project", tooltip="Name of the project that holds the sections."),
+                io.Video.Output(
+                    display_name="video",
+                    tooltip="The finished mp4 (H.264, 30 fps) in the project's folder; nothing without a vae.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
     def execute(
         cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
-        if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(),
+        if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(), vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         root = Path(folder_paths.get_output_directory()) / PROJECTS
+        live = None if vae is None else Live(vae, container_metadata(cls.hidden), partial(show_video, cls))
         done = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
             seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
-            changes=changes, project=ProjectRequest(root, project, if_changed), say=partial(show, cls),
+            changes=changes, project=ProjectRequest(root, project, if_changed), live=live, say=partial(show, cls),
         )  # fmt: skip
-        return io.NodeOutput(done.latent, done.report, done.project)
+        if done.video is None:
+            return io.NodeOutput(done.latent, done.report, done.project, None)
+        shown = ui.PreviewVideo([saved(done.video)])
+        return io.NodeOutput(done.latent, done.report, done.project, InputImpl.VideoFromFile(str(done.video)), ui=shown)
 
 
 NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
 from server import PromptServer
 
 
@@ -15,3 +19,29 @@ def show(node, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
         server.send_progress_text(re.sub(r" {2,}", " | ", text), node.hidden.unique_id)
+
+
+def container_metadata(hidden) -> dict:
+    """Prompt and workflow for a video file, as core's Save Video stores them; nothing with --disable-metadata."""
+    if args.disable_metadata or hidden is None:
+        return {}
+    metadata = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        metadata["prompt"] = hidden.prompt
+    return metadata
+
+
+def saved(path: Path) -> ui.SavedResult:
+    """A file in ComfyUI's output folder, as the editor finds it."""
+    inside = path.resolve().relative_to(Path(folder_paths.get_output_directory()).resolve())
+    return ui.SavedResult(inside.name, inside.parent.as_posix(), io.FolderType.output)
+
+
+def show_video(node, path: Path) -> None:
+    """Play a video on the running node before it is done; `path` lies in the output folder."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None or node.hidden is None or node.hidden.unique_id is None:
+        return
+    output = ui.PreviewVideo([saved(path)]).as_dict()
+    message = {"node": node.hidden.unique_id, "display_node": node.hidden.unique_id, "output": output}
+    server.send_sync("executed", {**message, "prompt_id": server.last_prompt_id}, server.client_id)

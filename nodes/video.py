@@ -7,22 +7,11 @@ import os
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.video.save import MODES, WINDOWED, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
-from .shown import show
-
-
-def _container_metadata(hidden) -> dict:
-    """Prompt and workflow for the file, as core's Save Video stores them; nothing with --disable-metadata."""
-    if args.disable_metadata or hidden is None:
-        return {}
-    metadata = dict(hidden.extra_pnginfo or {})
-    if hidden.prompt is not None:
-        metadata["prompt"] = hidden.prompt
-    return metadata
+from .shown import container_metadata, show
 
 
 def _inputs() -> list[io.Input]:
@@ -138,7 +127,7 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory(), plan.width, plan.height
         )
         progress = comfy.utils.ProgressBar(len(plan.windows) * plan.videos)
-        metadata = _container_metadata(cls.hidden)
+        metadata = container_metadata(cls.hidden)
         files, reports = [], []
         for item in range(plan.videos):
             file = f"{name}_{counter + item:05}_.mp4"

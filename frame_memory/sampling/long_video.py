@@ -5,13 +5,14 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_management import intermediate_device
 from torch import Tensor
 
 from ..model.framepack import MODEL_OPTION, is_framepack
@@ -30,7 +31,9 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
+from ..video.vae import check_vae
 from .changes import SectionChange, by_index
+from .live import LiveVideo
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
@@ -233,24 +236,48 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run gives back. project: the name of the project that holds its sections, "" without one."""
+    """What a run gives back.
+
+    project: the name of the project that holds its sections, "" without one. video: the mp4 of it, None without a VAE.
+    """
 
     latent: dict
     report: str
     project: str = ""
+    video: Path | None = None
+
+
+@dataclass(frozen=True)
+class Live:
+    """How the video is written while it is made. show: gets the path of a playable mp4 of what is finished so far."""
+
+    vae: object
+    metadata: Mapping | None = None
+    show: Callable[[Path], None] = lambda _: None
+
+
+def _mark(guider, base: str, plan: LongVideoPlan) -> dict:
+    return {
+        "latent_format": type(guider.model_patcher.model.latent_format).__name__,
+        "base": base,
+        "order": plan.order,
+        "window": plan.schedule.window,
+        "fps": plan.fps,
+    }
 
 
 def sample_long_video(
     *, noise, guider, sampler, sigmas: Tensor, schedule: Schedule, start: Mapping, seconds: float,
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
     initial: Mapping | None = None, timeline: EncodedTimeline | None = None,
-    changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None,
+    changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None, live: Live | None = None,
     say: Callable[[str], None] = logging.info,
 ) -> Finished:  # fmt: skip
     """Plan, check, sample.
 
-    project: where finished sections are kept and found again; without one they are in memory only.
-    say: shown on the node while it runs. Raises PlanError or JournalError before any sampling for what cannot work.
+    project: where finished sections are kept and found again; without one they are in memory only. live: needs one.
+    say: shown on the node while it runs. Raises PlanError, VAEError or JournalError before any sampling for what
+    cannot work.
     """
     warnings = check_model(guider, schedule)
     base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
@@ -266,26 +293,41 @@ def sample_long_video(
     warnings += more
     for warning in warnings:
         logging.warning("Anti-Drift Sampler: %s", warning)
-    mark = {
-        "latent_format": type(guider.model_patcher.model.latent_format).__name__,
-        "base": base,
-        "order": plan.order,
-        "window": schedule.window,
-        "fps": plan.fps,
-    }
+    mark = _mark(guider, base, plan)
+    if live is not None:
+        check_vae(live.vae, inputs.start, read_mark({KEY: mark}))
     runner = SectionSampler(guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan))
-    with contextlib.ExitStack() as stack:
-        opened = None if project is None else open_project(project, runner, plan, inputs, mark, base, changes)
-        if opened is not None:
-            stack.enter_context(opened)
-            described = f"{described}\n{opened.status()}"
-        keeper = attach(runner, opened)
-        _say_all(say, described, [*warnings, *(opened.notes if opened else ())])
-        preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say)
-        frames = runner.run(plan, inputs, preview)
-        video = frames.whole() if opened is None else on_disk(opened, frames)
-        notes = [*warnings, *runner.notes, *(opened.notes if opened else ())]
-        kept = "" if opened is None else f"\n{keeper.summary(plan)}\n{opened.status()}"
-        report = _say_all(say, described + kept, notes)
-    video = video.to(comfy.model_management.intermediate_device())
-    return Finished({"samples": video, KEY: mark}, report, opened.name if opened else "")
+    preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say, picture=live is None)
+    if project is None:
+        _say_all(say, described, warnings)
+        video = runner.run(plan, inputs, preview).whole()
+        done = Finished({"samples": video, KEY: mark}, _say_all(say, described, [*warnings, *runner.notes]))
+    else:
+        with open_project(project, runner, plan, inputs, mark, base, changes) as opened:
+            done = _run_in(opened, runner, plan, inputs, preview, live, mark, (say, described, warnings))
+    return replace(done, latent={**done.latent, "samples": done.latent["samples"].to(intermediate_device())})
+
+
+def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live: Live | None, mark, shown) -> Finished:
+    """Run with sections kept in a project, and the video written as it grows where a VAE is there for it."""
+    say, described, warnings = shown
+    keeper = attach(runner, project)
+    _say_all(say, f"{described}\n{project.status()}", [*warnings, *project.notes])
+    writer = None
+    if live is not None:
+        writer = LiveVideo(
+            project, plan, live.vae, metadata=live.metadata, show=live.show,
+            interrupt=comfy.model_management.throw_exception_if_processing_interrupted,
+        )  # fmt: skip
+    try:
+        frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
+        path = writer.finish() if writer else None
+    except BaseException:
+        unfinished = writer.keep() if writer else None
+        if unfinished is not None:
+            say(f"Stopped. What is finished is in {unfinished}; queue again to go on.\n{project.status()}")
+        raise
+    samples = on_disk(project, frames)
+    lines = [described, keeper.summary(plan), project.status(), *([f"Video: {path}"] if path else [])]
+    notes = [*warnings, *runner.notes, *project.notes, *(writer.warnings if writer else ())]
+    return Finished({"samples": samples, KEY: mark}, _say_all(say, "\n".join(lines), notes), project.name, path)

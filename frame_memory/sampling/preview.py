@@ -19,9 +19,12 @@ class GrowingPreview:
     The strip shows the newest finished sections in order of making and, last, the section at work.
     """
 
-    def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None):
+    def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None, *, picture: bool = True):
         self.latent_format = model_patcher.model.latent_format
-        self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
+        # A picture would hide the playable video where there is one (comfyui-host.md section 1).
+        self.previewer = None
+        if picture:
+            self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
         self.sections, self.steps, self.say = len(plan.sections), steps, say
         self.bar = comfy.utils.ProgressBar(self.sections * steps)
         # Each line takes the plan's place on the node, so each must say the exact length (faults.md 24).

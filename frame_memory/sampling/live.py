@@ -1,0 +1,175 @@
+"""The video of a project on disk while its sections are still being made: decoded, encoded and joined piece by piece.
+
+Shape legend: B batch, C channels, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from ..journal.project import Project
+from ..plan import LongVideoPlan, Section
+from ..video.contact import ContactSheet, SheetSection
+from ..video.guards import GuardSection, VideoGuards
+from ..video.ladder import DecodeLadder
+from ..video.segments import Segment, join_segments, read_segment, segment_problem, write_segment
+from ..video.stream import Piece, PieceRange, StreamDecoder, plan_pieces
+from .frames import LatentFrames
+from .identity import short, spread
+from .section_loop import Made
+
+SEGMENTS = "segments"
+SHEET = "contact_sheet.png"
+PREVIEW = "preview.mp4"
+
+log = logging.getLogger(__name__)
+
+
+class LiveVideo:
+    """Watches a run: every section that is there makes more of the video final, and that is written at once.
+
+    Of a batch the first video is shown. Pieces that an earlier run has written from the same sections are kept.
+    show: gets the path of a playable mp4 of what is finished so far, after every section that was made.
+    """
+
+    def __init__(
+        self, project: Project, plan: LongVideoPlan, vae, *, crf: float = 18, metadata=None,
+        show: Callable[[Path], None] = lambda _: None, announce: Callable[[str], None] = log.warning,
+        interrupt: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        self.project, self.plan, self.crf, self.metadata = project, plan, crf, metadata
+        self.show, self.interrupt = show, interrupt
+        self.decode = DecodeLadder(vae, announce)
+        self.made_by = short([{k: spread(v) for k, v in vae.first_stage_model.state_dict().items()}, crf, plan.fps])
+        self.folder = project.folder / SEGMENTS
+        self.segments: dict[tuple[int, int], Segment] = {}
+        self.sections: dict[int, tuple[Section, str]] = {}
+        self.fed: set[int] = set()
+        self.frames: LatentFrames | None = None
+        self.decoder: StreamDecoder | None = None
+        in_time = sorted(plan.sections, key=lambda s: s.start)
+        spans = [(n, max(4 * s.start - 3, 0), 4 * s.stop - 3) for n, s in enumerate(in_time, 1)]
+        guarded = [GuardSection(*span) for span in spans]
+        self.guarded = {s.index: guard for s, guard in zip(in_time, guarded, strict=True)}
+        self.sheet = ContactSheet([SheetSection(*span) for span in spans], plan.fps)
+        self.guards = VideoGuards(guarded)
+        self.judged: set[int] = set()
+        self.warnings: list[str] = []
+
+    def on_section(self, made: Made, frames: LatentFrames) -> None:
+        """Take note of a section; write what it makes final, unless it was found: then more may be found at once."""
+        self.frames = frames
+        self.sections[made.section.index] = (made.section, made.key)
+        if made.seconds:
+            self._write()
+            self.show(self.join(self.project.folder / PREVIEW, unfinished=True))
+
+    def finish(self) -> Path:
+        """Write what is left and join the whole video; returns the path of its mp4."""
+        self._write()
+        path = self.join(self.project.folder / f"{self.project.name}.mp4")
+        (self.project.folder / PREVIEW).unlink(missing_ok=True)
+        self.sheet.save(self.project.folder / SHEET)
+        return path
+
+    def keep(self) -> Path | None:
+        """After Cancel or an error: a playable mp4 of what is finished, or None where nothing is."""
+        if self.frames is None or not (self.segments or self.decoder):
+            return None
+        return self.join(self.project.folder / f"{self.project.name}-unfinished.mp4", unfinished=True)
+
+    def join(self, path: Path, unfinished: bool = False) -> Path:
+        """Join the finished pieces; unfinished: also the last frames, which the next section will be blended over."""
+        pieces = sorted(self.segments.values(), key=lambda s: s.start_frame)
+        edge = self.decoder.edge() if unfinished and self.decoder is not None else None
+        last: list[Segment] = []
+        if edge is not None:
+            last.append(write_segment(self.folder, edge, self.plan.fps, crf=self.crf, key="not final"))
+        try:
+            ordered = sorted([*pieces, *last], key=lambda s: s.start_frame)
+            join_segments(self.folder, ordered, path, self.plan.fps, self.metadata)
+        finally:
+            for segment in last:
+                (self.folder / segment.name).unlink(missing_ok=True)
+        return path
+
+    def _write(self) -> None:
+        """Decode and encode everything that has become final."""
+        if self.decoder is None:
+            self._begin()
+        for index, (section, _) in list(self.sections.items()):
+            if index in self.fed:
+                continue
+            self.fed.add(index)
+            for piece in self.decoder.finished(section.start, section.stop):
+                self._write_piece(piece)
+                del piece
+        self._judge()
+
+    def _begin(self) -> None:
+        """Start the decoder with the pieces that are on disk already."""
+        for piece in plan_pieces(self.plan.order, self.plan.total_frames, self.plan.schedule.window):
+            segment = self._written_before(piece)
+            if segment is not None:
+                self._add(segment)
+                for first, frames in read_segment(self.folder, segment):
+                    self._look_at(first, frames)
+        plan = self.plan
+        self.decoder = StreamDecoder(
+            self.decode, plan.order, plan.total_frames, plan.schedule.window, self._latents,
+            have=tuple(self.segments), interrupt=self.interrupt,
+        )  # fmt: skip
+        for piece in self.decoder.finished(0, self.frames.first.shape[2]):
+            self._write_piece(piece)
+
+    def _latents(self, start: int, stop: int) -> Tensor:
+        return self.frames.between(start, stop)[:1]
+
+    def _written_before(self, piece: PieceRange) -> Segment | None:
+        for record in self.project.manifest.segments.values():
+            if (record["start_frame"], record["stop_frame"]) == (piece.start_frame, piece.stop_frame):
+                segment = Segment(**{**record, "black_frames": tuple(record["black_frames"])})
+                key = self._key(piece)
+                if key is not None and segment.key == key and segment_problem(self.folder, segment) is None:
+                    return segment
+        return None
+
+    def _key(self, piece: PieceRange) -> str | None:
+        """What a piece is made from; None where a section of it is not there yet."""
+        parts: list[str] = [self.made_by, short(self.frames.first)]
+        for section in self.plan.sections:
+            if section.start < piece.latent_stop and piece.latent_start < section.stop:
+                if section.index not in self.sections:
+                    return None
+                parts.append(self.sections[section.index][1])
+        return short(parts)
+
+    def _write_piece(self, piece: Piece) -> None:
+        (planned,) = (p for p in self.decoder.pieces if p.start_frame == piece.start_frame)
+        segment = write_segment(self.folder, piece, self.plan.fps, crf=self.crf, key=self._key(planned) or "")
+        self.project.set_segment(segment.name, segment.as_dict())
+        self._add(segment)
+        self._look_at(piece.start_frame, piece.frames_THWC)
+
+    def _add(self, segment: Segment) -> None:
+        self.segments[segment.start_frame, segment.stop_frame] = segment
+
+    def _look_at(self, first: int, frames_THWC) -> None:
+        self.sheet.add(first, frames_THWC)
+        self.guards.add(first, frames_THWC)
+
+    def _judge(self) -> None:
+        """Measures and warnings of sections whose pixels are all final, into the manifest."""
+        for index, guarded in self.guarded.items():
+            if index in self.judged or index not in self.sections or not self.guards.complete(guarded):
+                continue
+            self.judged.add(index)
+            warnings = self.guards.warnings(guarded)
+            self.project.annotate(index, self.guards.measures(guarded), warnings)
+            self.warnings += warnings
+            for warning in warnings:
+                log.warning("%s: %s", self.project.name, warning)
