@@ -1,4 +1,4 @@
-"""Nodes of the family "project": what to do anew in a video that is kept section by section."""
+"""Nodes of the family "journal": what to do anew in a video that is kept section by section."""
 
 from __future__ import annotations
 

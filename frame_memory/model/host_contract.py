@@ -50,10 +50,16 @@ API = _needs("""
     comfy_api.latest.io.Schema node_id display_name category description search_aliases inputs outputs hidden
     comfy_api.latest.io.NodeOutput
     comfy_api.latest.io.Custom
+    comfy.cli_args.args.disable_metadata
+    comfy_api.latest.io.FolderType.output
     comfy_api.latest.io.Hidden.unique_id
     comfy_api.latest.io.Input
     comfy_api.latest.io.Output
+    comfy_api.latest.ui.PreviewVideo
+    comfy_api.latest.ui.SavedResult
+    folder_paths.get_output_directory
     server.PromptServer.send_progress_text text node_id
+    server.PromptServer.send_sync event data sid
 """)
 
 MODEL_CLASS = _needs("""
@@ -129,13 +135,21 @@ SAMPLING = _needs("""
     comfy.ldm.modules.attention.optimized_attention
     comfy.model_management.get_free_memory dev
     comfy.model_management.intermediate_device
+    comfy.model_management.is_oom
+    comfy.model_management.OOM_EXCEPTION
+    comfy.model_management.soft_empty_cache
     comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_management.unload_all_models
     comfy.model_patcher.create_model_options_clone
+    comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview
     comfy.utils.repeat_to_batch_size tensor batch_size
     comfy_extras.nodes_custom_sampler.Noise_RandomNoise
     latent_preview.get_previewer device latent_format
     node_helpers.conditioning_set_values conditioning values
+    comfy_api.latest.InputImpl.VideoFromFile
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
     comfy_api.latest.io.ClipVision.Input
     comfy_api.latest.io.Combo.Input
     comfy_api.latest.io.Conditioning.Input
@@ -153,28 +167,33 @@ SAMPLING = _needs("""
     comfy_api.latest.io.Sampler.Output
     comfy_api.latest.io.Sigmas.Input
     comfy_api.latest.io.Sigmas.Output
+    comfy_api.latest.io.String.Input
     comfy_api.latest.io.String.Output
     comfy_api.latest.io.Vae.Input
+    comfy_api.latest.io.Video.Output
     comfy_api.latest.ui.PreviewText
 """)
 
 VIDEO = _needs("""
-    comfy.cli_args.args.disable_metadata
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.utils.ProgressBar.update_absolute value total preview
-    folder_paths.get_output_directory
     folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Combo.Input
     comfy_api.latest.io.Float.Input
-    comfy_api.latest.io.FolderType.output
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
     comfy_api.latest.io.Latent.Input
     comfy_api.latest.io.String.Input
     comfy_api.latest.io.String.Output
     comfy_api.latest.io.Vae.Input
     comfy_api.latest.io.Video.Output
-    comfy_api.latest.ui.PreviewVideo
-    comfy_api.latest.ui.SavedResult
+""")
+
+JOURNAL = _needs("""
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Int.Input
 """)
 
 SELFTEST = _needs("""
@@ -196,6 +215,7 @@ FAMILIES: dict[str, Family] = {
         ),
         API + MODEL_CLASS + VAE_FAMILIES + SAMPLING,
     ),
+    "journal": Family(("FrameMemoryPickSection",), API + JOURNAL),
     "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
