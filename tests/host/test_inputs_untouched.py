@@ -106,11 +106,12 @@ def graph(nodes):
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(2.0)
+    change = importlib.import_module(f"{PACK}.frame_memory.sampling.changes").SectionChange
     timeline = parse_timeline("0-1.2: a\n1.2-: b", 1)
     socket = importlib.import_module(f"{PACK}.nodes.sockets").FrameContext(parse_schedule(PRESETS["F1 forward"]))
     return SimpleNamespace(
         model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
-        context=socket, timeline=EncodedTimeline(timeline, (positive, negative)),
+        context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
 
@@ -153,6 +154,10 @@ def inputs_of(node_id: str, g) -> dict:
             "noise": Noise_RandomNoise(3), "guider": g.guider, "sampler": framepack_unipc(),
             "sigmas": torch.tensor([1.0, 0.6, 0.0]), "frame_context": g.context, "start": g.latent(1, 1),
             "seconds": 1.2, "history": g.latent(5, 2), "initial": g.latent(14, 3), "timeline": g.timeline,
+            "vae": g.vae, "changes": (g.change(1, 5, g.positive),),
+        },
+        "FrameMemoryPickSection": lambda: {
+            "section": 2, "seed": 5, "positive": g.positive, "changes": (g.change(1, None, g.negative),),
         },
         "FrameMemorySaveLongVideo": lambda: {
             "samples": g.latent(10, 5), "vae": g.vae, "fps": 30.0, "filename_prefix": "a",

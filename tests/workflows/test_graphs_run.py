@@ -5,9 +5,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from frame_memory.journal import read_manifest
 from scripts import workflow
 
-from .tiny import FILES, GRAPHS, REPO, START_PICTURE, during, frames_of, one, progress_texts, shrink, ui_graph
+from .tiny import (
+    FILES,
+    GRAPHS,
+    REPO,
+    SELFTEST_GRAPHS,
+    START_PICTURE,
+    during,
+    frames_of,
+    one,
+    progress_texts,
+    saver,
+    shrink,
+    ui_graph,
+)
 
 SECONDS, STEPS = 3.6, 2
 SECTIONS = 3
@@ -15,8 +29,8 @@ SAMPLER = "FrameMemoryAntiDriftSampler"
 by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 
 
-def test_the_three_graphs_are_there():
-    assert [p.stem for p in GRAPHS] == ["framepack_f1_timeline", "framepack_i2v", "selftest"]
+def test_the_four_graphs_are_there():
+    assert [p.stem for p in GRAPHS] == ["framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
 
 
 @by_name
@@ -38,8 +52,10 @@ def test_the_frontend_reads_the_file_and_would_save_the_same(editor, definitions
 def made(request, server, api):
     """(API graph, run, path of the mp4) of one example graph."""
     prompt = shrink(api(request.param), seconds=SECONDS, steps=STEPS)
+    # A seed of this module's own: sections that another run has finished would be reused, and nothing sampled.
+    prompt = workflow.set_inputs(prompt, "RandomNoise", {"noise_seed": 20261121 + GRAPHS.index(request.param)})
     run = server.client.queue(prompt, timeout=900, workflow=ui_graph(request.param))
-    (file,) = run.outputs[one(prompt, "FrameMemorySaveLongVideo")[0]]["images"]
+    (file,) = run.outputs[saver(prompt)]["images"]
     return prompt, run, server.base / "output" / file["subfolder"] / file["filename"]
 
 
@@ -71,7 +87,11 @@ def test_one_progress_bar_over_all_steps_of_all_sections(made):
 
 def test_a_preview_of_the_growing_video_arrives(made, tmp_path):
     prompt, run, _ = made
-    sampler = one(prompt, SAMPLER)[0]
+    sampler, node = one(prompt, SAMPLER)
+    if "vae" in node["inputs"]:  # it plays the video itself, longer after each section
+        shown = [d["output"]["images"] for d in run.of("executed") if d["node"] == sampler]
+        assert len(shown) == SECTIONS + 1 and all(f["filename"].endswith(".mp4") for (f,) in shown)
+        return
     pictures = [p for p in run.of("preview") if p.get("node_id") == sampler]
     assert pictures, "no preview for the sampler"
     widths = []
@@ -128,7 +148,40 @@ def test_the_saved_graph_names_only_what_ships_or_is_linked(path):
         linked = {m["name"] for m in node["properties"].get("models", [])}
         for file in files:
             if file.startswith("frame_memory_selftest_"):
-                assert path.stem == "selftest"
+                assert path.stem in SELFTEST_GRAPHS
                 assert list((REPO / "selftest_models").glob(f"*/{file}"))
             else:
                 assert file in linked, f"{node['type']} names {file} without a link"
+
+
+def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(server, api):
+    """The steps of the graph's note: run, run again with a section picked, and again without it."""
+    graph = ui_graph(REPO / "workflows" / "resume_and_reroll.json")
+    (pick,) = [n for n in graph["nodes"] if n["type"] == "FrameMemoryPickSection"]
+    assert pick["mode"] == workflow.BYPASSED, "off until the artist switches it on"
+    plain = shrink(api(REPO / "workflows" / "resume_and_reroll.json"), seconds=3.6, steps=1)
+    sampler = one(plain, SAMPLER)[0]
+    assert "changes" not in plain[sampler]["inputs"]
+    picked = workflow.set_inputs(plain, SAMPLER, {"project": "resume_and_reroll"})
+    picked["pick"] = {
+        "class_type": "FrameMemoryPickSection", "inputs": {"section": 2, "seed": 5, "new_noise": True},
+        "_meta": {"title": "Pick Section"},
+    }  # fmt: skip
+    picked[sampler]["inputs"]["changes"] = ["pick", 0]
+    folder = server.base / "output" / "frame_memory" / "resume_and_reroll"
+
+    def run(prompt) -> tuple[str, list[str]]:
+        """What the sampler said last, and the hashes of the project's sections."""
+        done = server.client.queue(prompt, timeout=900)
+        said = [text for _, node, text in progress_texts(during(done.messages, done.prompt_id)) if node == sampler]
+        return said[-1], [r.file.sha256 for _, r in sorted(read_manifest(folder).sections.items())]
+
+    said, first = run(plain)
+    assert len(first) == 3
+    said, second = run(picked)
+    assert "1 of 3 sections were finished before and reused: 0.0-1.2 s" in said
+    assert second[0] == first[0] and not set(second[1:]) & set(first)
+    said, third = run(plain)
+    assert "3 of 3 sections were finished before and reused" in said and third == first
+    names = {p.name for p in folder.iterdir()}
+    assert {"manifest.json", "sections", "takes", "segments", "contact_sheet.png", f"{folder.name}.mp4"} <= names
