@@ -27,7 +27,9 @@ METADATA = {
 }
 
 # What the demo and workflows/selftest.json start from, and ask for.
-START = tidied(Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30))
+START = tidied(
+    Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30, phase=64)
+)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -175,7 +175,7 @@ class FrameMemorySigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, steps, strength=1.0, shift=0.0, frame_context=None) -> io.NodeOutput:
-        height, width = latent_of("latent", latent).shape[-2:]
+        height, width = latent_of("latent", latent, "FramePack Sigmas").shape[-2:]
         window = 9 if frame_context is None else frame_context.schedule.window
         tokens = window * ((height + 1) // 2) * ((width + 1) // 2)
         values = sigma_schedule(steps, shift or flow_shift(tokens))

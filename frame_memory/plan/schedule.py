@@ -258,5 +258,6 @@ def _canonical(before: _Side, window: int, after: _Side) -> str:
 
 
 def _nearest_preset(text: str) -> str:
-    close = difflib.get_close_matches(text.strip().lower()[:200], PRESETS.values(), n=1, cutoff=0.0)
-    return close[0]
+    # Nothing alike, as with an empty text: a schedule that a published checkpoint was trained with.
+    close = difflib.get_close_matches(text.strip().lower()[:200], PRESETS.values(), n=1, cutoff=0.1)
+    return close[0] if close else PRESETS["F1 forward"]

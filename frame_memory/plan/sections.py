@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from .describe import describe_plan
-from .errors import PACKER, SAMPLER, PlanError, refusal
+from .errors import IMAGE, PACKER, SAMPLER, PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames
 from .schedule import PRESETS, Group, Schedule, frame_count, parse_schedule
 
@@ -358,10 +358,11 @@ def _check_end(schedule: Schedule, order: str) -> None:
         return
     given = f"an end frame with order {order} and {schedule.text}"
     if order != "inverted":
-        nearest = (
-            f"no end frame; or an F0 model with {PRESETS['F0 inverted']}; "
-            f"or {schedule.text}_x_f1k1 with a model trained for an end anchor"
+        raise PlanError(
+            f"F1 cannot aim at an end picture. Take the end picture out of '{IMAGE}' (or bypass its Load Image), or "
+            "load an F0 model with the preset 'F0 inverted'. "
+            f"Given: {given}. Nearest valid: {PRESETS['F0 inverted']}, or {schedule.text}_x_f1k1 with a model "
+            f'trained for an end anchor. Change it in the node "{IMAGE}".'
         )
-        raise PlanError(refusal(given, "a place for it: order inverted, or an end anchor after g", nearest, SAMPLER))
     if not any(group.kernel == 1 for group in schedule.history_after):
         raise PlanError(refusal(given, "a full-rate group (k1) after g to put it in", PRESETS["F0 inverted"], PACKER))

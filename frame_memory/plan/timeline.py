@@ -70,11 +70,13 @@ class TimelineEntry:
 class Timeline:
     """Entries in time order without gap or overlap, from 0 to the end of the video.
 
-    blend_sections: over how many sections a new prompt is blended in.
+    blend_sections: over how many sections a new prompt is blended in. unused_base: the prompt without a time where the
+    timed ones leave no gap for it, else empty.
     """
 
     entries: tuple[TimelineEntry, ...]
     blend_sections: int = 0
+    unused_base: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ def parse_timeline(text: str, blend_sections: int = 0) -> Timeline:
         _read_line(line, number, base, written)
     written.sort(key=lambda w: w.start)
     _refuse_overlaps(written)
-    return Timeline(tuple(_fill(written, " ".join(base) if base or not written else None)), blend_sections)
+    whole = " ".join(base) if base or not written else None
+    entries = tuple(_fill(written, whole))
+    unused = "" if any(entry.origin == "base" for entry in entries) else whole or ""
+    return Timeline(entries, blend_sections, unused)
 
 
 def table(timeline: Timeline, seconds: float | None = None) -> str:
@@ -114,7 +119,13 @@ def table(timeline: Timeline, seconds: float | None = None) -> str:
         end = last if entry.end_s is None else f"{entry.end_s:g} s"
         why = {"written": f"line {entry.line}", "base": "the base prompt", "filled": "gap: a neighbour goes on"}
         rows.append([f"{entry.start_s:g} s", end, _short(entry.text) or "(empty)", why[entry.origin]])
-    return "\n".join(align(rows))
+    lines = align(rows)
+    if timeline.unused_base:
+        lines.append(
+            f"Warning: the line without a time is never used, since the timed ones leave no gap: "
+            f"{_short(timeline.unused_base)!r}. Repeat in each timed line who and where."
+        )
+    return "\n".join(lines)
 
 
 def validate(timeline: Timeline, seconds: float, *, asked_seconds: float | None = None) -> None:

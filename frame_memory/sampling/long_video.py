@@ -30,6 +30,7 @@ from ..plan import (
     unused_entries,
     validate_timeline,
 )
+from ..plan.errors import SAMPLER
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
 from ..video.vae import check_vae
 from .changes import SectionChange, by_index
@@ -42,10 +43,10 @@ from .section_loop import Inputs, SectionSampler
 ORDER_AUTO = "from frame context"
 
 
-def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
+def latent_of(name: str, latent: Mapping | None, node: str = SAMPLER) -> Tensor | None:
     """A LATENT's samples as `[B, C, T, H, W]` fp32 on the CPU, copied only where they are not that already.
 
-    Raises PlanError for one that is no video latent or is empty.
+    node: display name of the node whose socket `name` is. Raises PlanError for one that is no video latent or is empty.
     """
     if latent is None:
         return None
@@ -53,7 +54,7 @@ def latent_of(name: str, latent: Mapping | None) -> Tensor | None:
     if getattr(samples, "is_nested", False) or samples.ndim != 5 or 0 in samples.shape:
         shape = "nested" if getattr(samples, "is_nested", False) else list(samples.shape)
         raise PlanError(
-            f"'{name}' of Anti-Drift Sampler got a latent of shape {shape}; expected a video latent [batch, channels, "
+            f"'{name}' of {node} got a latent of shape {shape}; expected a video latent [batch, channels, "
             "frames, height/8, width/8] with at least one frame. Feed it from 'FramePack Image', from VAE Encode with "
             "a video VAE, or from another Anti-Drift Sampler."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plan import nearest_bucket
 from ..plan.mark import KEY
 from .images import ImageError, check_image, to_bucket, with_mask
-from .vae import identify_vae
+from .vae import check_video_vae, identify_vae
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def prepare(
     """Fit, encode and look at the start image, and the end image where there is one.
 
     base: side of the square the bucket is taken from, pixels. mask, end_mask: 1 where their picture is transparent.
-    Raises ImageError (empty batch, wrong shape, a mask without its picture).
+    Raises ImageError (empty batch, wrong shape, a mask without its picture), VAEError (no VAE of such a model).
     """
+    check_video_vae(vae)
     check_image(image, "image")
     if end_mask is not None and end_image is None:
         raise ImageError("The socket 'end_mask' is connected and 'end_image' is not; connect both or neither.")
@@ -62,7 +63,7 @@ def prepare(
         check_image(end_image, "end_image")
         end_image = with_mask(end_image, end_mask, "end_mask")
         end_picture, end_report = to_bucket(end_image, width, height, background=background, socket="end_image")
-        report = f"Start: {report}\nEnd: {end_report}"
+        report = f"Start: {report}\nEnd: {end_report}\nFor the end picture connect 'end' to Anti-Drift Sampler."
         end = encode_pictures(vae, end_picture)
         if vision is not None:
             vision = mean_vision(vision, clip_vision.encode_image(end_picture, crop=False))

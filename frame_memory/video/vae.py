@@ -112,6 +112,30 @@ def _wanted_family(mark: LatentMark | None) -> str:
     return SELFTEST if mark.base == SELFTEST else (mark.latent_format or mark.base)
 
 
+def _check_time(found: VAEIdentity, change: str) -> None:
+    if not found.is_video or found.temporal is None:
+        raise VAEError(f"'Load VAE' gave {found}, expected a video VAE. {change}")
+
+
+def _check_ratio(found: VAEIdentity, of: str, ratio: int | None, wanted: int, change: str) -> None:
+    if ratio != wanted:
+        raise VAEError(f"'Load VAE' gave {found} with {ratio} {of}, expected {wanted}. {change}")
+
+
+def check_video_vae(vae) -> VAEIdentity:
+    """Refuse a VAE whose latents no FramePack model can read, whatever is encoded; return what it is.
+
+    Whether it belongs to this very model is known only where both meet (`check_vae`). Raises VAEError.
+    """
+    found = identify_vae(vae)
+    change = f"Change the file in the node 'Load VAE' to {EXPECTED_FILES[HUNYUAN]}."
+    _check_time(found, change)
+    _check_ratio(found, "channels", found.channels, CHANNELS, change)
+    _check_ratio(found, "pixel frames per latent frame", found.temporal, TEMPORAL_RATIO, change)
+    _check_ratio(found, "pixels per latent pixel", found.spatial, SPATIAL_RATIO, change)
+    return found
+
+
 def check_vae(vae, latents_BCTHW: torch.Tensor, mark: LatentMark | None = None) -> VAEIdentity:
     """Refuse a VAE that does not belong to a latent; return what it is.
 
@@ -123,21 +147,13 @@ def check_vae(vae, latents_BCTHW: torch.Tensor, mark: LatentMark | None = None) 
     expected = EXPECTED_FILES.get(wanted, f'the VAE of "{wanted}"') if wanted else "the video VAE of the model used"
     change = f"Change the file in the node 'Load VAE' to {expected}."
     channels = latents_BCTHW.shape[1]
-    if not found.is_video or found.temporal is None:
-        raise VAEError(f"'Load VAE' gave {found}, expected a video VAE. {change}")
+    _check_time(found, change)
     if found.channels != channels:
         raise VAEError(f"'Load VAE' gave {found} with {found.channels} channels, the latent has {channels}. {change}")
-    if found.temporal != TEMPORAL_RATIO:
-        raise VAEError(
-            f"'Load VAE' gave {found} with {found.temporal} pixel frames per latent frame, "
-            f"expected {TEMPORAL_RATIO}. {change}"
-        )
+    _check_ratio(found, "pixel frames per latent frame", found.temporal, TEMPORAL_RATIO, change)
     if not wanted:
         return found
-    if found.spatial != SPATIAL_RATIO:
-        raise VAEError(
-            f"'Load VAE' gave {found} with {found.spatial} pixels per latent pixel, expected {SPATIAL_RATIO}. {change}"
-        )
+    _check_ratio(found, "pixels per latent pixel", found.spatial, SPATIAL_RATIO, change)
     if found.family != wanted:
         raise VAEError(
             f"'Load VAE' gave {found}, but this latent was made with {expected}. Both have {channels} channels at "

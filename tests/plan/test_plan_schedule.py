@@ -164,3 +164,9 @@ def test_the_inverted_preset_reads_as_the_paper_says():
 
 def test_groups_may_be_joined_by_underscores():
     assert parse_schedule("td_f16k4_f2k2_f1k1_g9").text == PRESETS["Vanilla"]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "?"])
+def test_the_nearest_to_nothing_is_a_published_schedule(text):
+    with pytest.raises(ScheduleError, match=f"Nearest valid: {PRESETS['F1 forward']}\\."):
+        parse_schedule(text)

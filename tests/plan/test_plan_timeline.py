@@ -249,3 +249,12 @@ def test_any_text_is_understood_or_refused_with_a_place(text):
         assert 1 <= error.column <= len(lines[error.line - 1]) + 1
     else:
         assert timeline_table(timeline)
+
+
+def test_a_line_without_a_time_that_no_gap_uses_is_warned_of_in_the_table():
+    covered = parse_timeline("a girl on a hill\n0-3.6: she stands\n3.6-: she dances")
+    assert covered.unused_base == "a girl on a hill"
+    last = timeline_table(covered).splitlines()[-1]
+    assert last.startswith("Warning: ") and "never used" in last and "a girl on a hill" in last
+    for text in ("a\n0-1: b\n2-: c", "a\n1-: b", "a\n0-1: b", "a", "0: a", ""):
+        assert "Warning" not in timeline_table(parse_timeline(text)), text

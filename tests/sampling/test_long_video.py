@@ -176,3 +176,11 @@ def test_fault_23_a_latent_off_the_grid_is_padded_and_said_with_the_nearest_pair
     for text in (report, "\n".join(said[:first_progress])):
         assert "72x56" in text and re.search(r"Nearest valid: (80|64)x(64|48)", text) and "FramePack Image" in text
     assert "Nearest valid" not in run(model, seconds=1.2)[1]
+
+
+def test_a_latent_that_is_no_video_names_the_node_it_was_given_to():
+    picture = {"samples": torch.zeros(1, 4, 8, 8)}
+    with pytest.raises(PlanError, match="^'start' of Anti-Drift Sampler got"):
+        latent_of("start", picture)
+    with pytest.raises(PlanError, match="^'latent' of FramePack Sigmas got"):
+        latent_of("latent", picture, "FramePack Sigmas")

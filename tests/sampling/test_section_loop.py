@@ -107,7 +107,7 @@ def test_end_frame_acts_on_f0_and_is_refused_for_f1(model):
     plain, _ = run(model, kind="F0", preset="F0 inverted")
     aimed, _ = run(model, kind="F0", preset="F0 inverted", end=end)
     assert not torch.allclose(plain["samples"], aimed["samples"])
-    with pytest.raises(PlanError, match="Anti-Drift Sampler"):
+    with pytest.raises(PlanError, match="F1 cannot aim.*FramePack Image"):
         run(model, end=end)
 
 

@@ -10,6 +10,7 @@ import torch
 from frame_memory.model.selftest import SelfTestVision
 from frame_memory.video.images import ImageError, to_bucket
 from frame_memory.video.start_image import prepare
+from frame_memory.video.vae import VAEError
 
 FILE = Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / "frame_memory_selftest_vae.safetensors"
 
@@ -40,6 +41,7 @@ def test_vision_is_the_mean_of_both_pictures_and_the_report_names_both(vae):
     assert made.end["samples"].shape == made.start["samples"].shape == (1, 16, 1, height // 8, width // 8)
     assert made.end["frame_memory"] == made.start["frame_memory"] == {"base": "selftest"}
     first, second = made.report.split("\nEnd: ")
+    assert "connect 'end' to Anti-Drift Sampler" in second and "'end'" not in alone.report
     assert first.startswith("Start: Image of 96x64") and "Transparency" not in first
     assert second.startswith("Image of 80x120") and "Centre crop" in second
     assert "Transparency laid over black" in second
@@ -57,3 +59,9 @@ def test_masks_act_on_their_own_pictures(vae):
     assert bool((gone.picture_BHWC == 1).all()) and "Transparency laid over white" in gone.report
     with pytest.raises(ImageError, match="'end_mask'.*'end_image'"):
         prepare(vae, None, start, None, 64, "white", end_mask=torch.ones(1, 8, 8))
+
+
+def test_fault_22_a_vae_that_fits_no_such_model_is_refused_before_anything_is_encoded():
+    pixels = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    with pytest.raises(VAEError, match="'Load VAE' gave an image VAE.*expected a video VAE.*HunyuanVideo VAE"):
+        prepare(pixels, None, pictures()[0], None, 64, "white")

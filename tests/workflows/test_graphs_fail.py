@@ -68,7 +68,7 @@ def test_an_end_picture_with_f1_is_refused_before_sampling(server, smallest, wor
     before = len(server.client.messages)
     text = refused(server, prompt)
     assert "FrameMemoryAntiDriftSampler" in text and "end" in text
-    assert "Frame Context Packer" in text or "Anti-Drift Sampler" in text, "the node to change"
+    assert "F1 cannot aim at an end picture" in text and "'FramePack Image'" in text, "the node to change"
     steps = [d for n, d in server.client.messages[before:] if n == "progress" and d["node"] == sampler_id]
     assert not steps
 

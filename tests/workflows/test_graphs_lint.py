@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.world import Scene, render
+from benchmarks.ship_selftest import START
+from benchmarks.world import render
 from scripts.workflow import NOT_RUN, WIDGET_TYPES
 
 from .tiny import GRAPHS, REPO, SELFTEST_GRAPHS, START_PICTURE, ui_graph
@@ -138,8 +139,7 @@ def test_only_graphs_and_thumbnails_lie_in_the_folder():
 @pytest.mark.parametrize("name", SELFTEST_GRAPHS)
 def test_the_selftest_asks_for_what_its_picture_shows(name):
     graph = json.dumps(ui_graph(REPO / "workflows" / f"{name}.json"))
-    scene = Scene()
-    assert f'"{scene.caption}"' in graph
-    truth = render(scene, np.arange(1))[0]
+    assert f'"{START.caption}"' in graph
+    truth = render(START, np.arange(1))[0]
     shown = np.asarray(Image.open(START_PICTURE).convert("RGB"), dtype=np.float32) / 255
     assert shown.shape == truth.shape and np.abs(shown - truth).max() <= 0.51 / 255
