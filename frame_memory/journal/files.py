@@ -26,16 +26,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# End of every temporary name: `.<name>.<token>.part`.
 PART = ".part"
-"""End of every temporary name: `.<name>.<token>.part`."""
+# Seconds to keep trying while another program has a file open; on Windows that blocks renaming and deleting.
 PATIENCE = 10.0 if os.name == "nt" else 0.5
-"""Seconds to keep trying while another program has a file open; on Windows that blocks renaming and deleting."""
+# Whether a folder can be flushed. Where not, a renamed file is flushed once more under its new name.
 FOLDERS_FLUSH = os.name != "nt"
-"""Whether a folder can be flushed. Where not, a renamed file is flushed once more under its new name."""
+# Bytes asked for beyond what the files themselves need: the manifest, a temporary copy, the file system's own.
 MARGIN = 16 * 2**20
-"""Bytes asked for beyond what the files themselves need: the manifest, a temporary copy, the file system's own."""
+# Characters of a project's name, so that the longest path inside still fits where 260 is the limit.
 MAX_NAME = 64
-"""Characters of a project's name, so that the longest path inside still fits where 260 is the limit."""
 CHUNK = 8 * 2**20
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES}
 _FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..model.tensor_file import StoredTensor, real
 from .files import JournalError
 
+# CPython's flag of a class that was made while running; a compiled class without it may hide what it holds.
 HEAP_TYPE = 1 << 9
-"""CPython's flag of a class that was made while running; a compiled class without it may hide what it holds."""
 
 
 def fingerprint(value: object) -> str:

@@ -30,10 +30,10 @@ except ImportError:  # Windows
     import msvcrt
 
 NAME = "lock.json"
+# Seconds without a touch after which an owner on another machine counts as gone; a section takes far less.
 STALE_AFTER = 600.0
-"""Seconds without a touch after which an owner on another machine counts as gone; a section takes far less."""
+# Seconds to wait before reading back a taken-over lock where no lock of the system tells two takers apart.
 SETTLE = 0.3
-"""Seconds to wait before reading back a taken-over lock where no lock of the system tells two takers apart."""
 _LOCKED_BYTE = 2**30  # on Windows a locked byte cannot be read: one far behind the text
 
 log = logging.getLogger(__name__)

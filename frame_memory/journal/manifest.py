@@ -13,8 +13,8 @@ from .files import FileRecord, JournalError, patiently, write_durable
 
 FORMAT = 1
 NAME = "manifest.json"
+# Characters of a value that a difference shows.
 SHOWN = 60
-"""Characters of a value that a difference shows."""
 
 
 class UnreadableManifest(JournalError):

@@ -18,10 +18,10 @@ import numpy as np
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 AAC_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 BIT_RATE_PER_CHANNEL = 96_000
+# Samples of one AAC frame.
 FRAME = 1024
-"""Samples of one AAC frame."""
+# Timestamps of sound jitter by a packet; only a longer hole is a hole and is filled with silence.
 GAP_SECONDS = 0.05
-"""Timestamps of sound jitter by a packet; only a longer hole is a hole and is filled with silence."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .files import put_in_place, reserve_part
 
 THUMBNAIL_WIDTH = 240
+# Longest side of a sheet, pixels: what browsers and viewers open without trouble; many sections get smaller frames.
 SHEET_SIDE = 4096
-"""Longest side of a sheet, pixels: what browsers and viewers open without trouble; many sections get smaller frames."""
 GAP = 6
 CAPTION = 18
 BACKGROUND, MISSING, TEXT = (24, 24, 27), (48, 48, 54), (228, 228, 231)

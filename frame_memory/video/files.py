@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 LOCKED_TRIES = 20
+# Windows refuses to replace a file that a player has open; two seconds outlast a preview that is being read.
 LOCKED_WAIT = 0.1
-"""Windows refuses to replace a file that a player has open; two seconds outlast a preview that is being read."""
 
 log = logging.getLogger(__name__)
 

@@ -15,45 +15,45 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+# Longest side at which frames are compared. Averaging over 5 to 10 pixels takes out grain, not motion.
 THUMBNAIL_SIDE = 96
-"""Longest side at which frames are compared. Averaging over 5 to 10 pixels takes out grain, not motion."""
+# Motion is measured over one latent frame: a VAE gives the four frames of a still latent a small pattern of its own,
+# which repeats with this period and must not pass as motion.
 LAG = 4
-"""Motion is measured over one latent frame: a VAE gives the four frames of a still latent a small pattern of its own,
-which repeats with this period and must not pass as motion."""
+# Share of a picture that counts as where something moves: one small figure in a large still room is motion.
 BUSIEST = 0.005
-"""Share of a picture that counts as where something moves: one small figure in a large still room is motion."""
+# Saturation and sharpness are taken from every fourth frame: they are means, and cost most.
 STRIDE = 4
-"""Saturation and sharpness are taken from every fourth frame: they are means, and cost most."""
+# 8-bit levels by which even the busiest part changes in 4 frames, in the livelier quarter of a section. Below one
+# level an 8-bit video stores nothing; a slow breath or a drifting cloud makes 3 or more.
 FROZEN_LEVELS = 1.0
-"""8-bit levels by which even the busiest part changes in 4 frames, in the livelier quarter of a section. Below one
-level an 8-bit video stores nothing; a slow breath or a drifting cloud makes 3 or more."""
+# The usual change is what nine of ten frames near the join stay under: a video whose motion comes in steps, every
+# second frame still, is no row of jumps.
 SEAM_USUAL = 0.9
-"""The usual change is what nine of ten frames near the join stay under: a video whose motion comes in steps, every
-second frame still, is no row of jumps."""
+# A change at a join above this many times the usual near it is seen as a jump; ordinary motion varies within a factor
+# of two from frame to frame.
 SEAM_RATIO = 2.5
-"""A change at a join above this many times the usual near it is seen as a jump; ordinary motion varies within a factor
-of two from frame to frame."""
+# ...and it must be this many 8-bit levels above the usual, on average: what the eye sees on a whole picture.
 SEAM_LEVELS = 2.0
-"""...and it must be this many 8-bit levels above the usual, on average: what the eye sees on a whole picture."""
+# Frames on each side of a join from which the usual change is taken: a third of a section.
 SEAM_REACH = 12
-"""Frames on each side of a join from which the usual change is taken: a third of a section."""
+# Levels added to the usual change, so that a nearly still scene does not make every flicker a jump.
 SEAM_FLOOR = 0.25
-"""Levels added to the usual change, so that a nearly still scene does not make every flicker a jump."""
+# 8-bit levels between the means of neighbouring sections: 3 % of the range, visible on a flat wall from cut to cut.
 LUMA_STEP = 8.0
-"""8-bit levels between the means of neighbouring sections: 3 % of the range, visible on a flat wall from cut to cut."""
+# The same for the mean distance of the largest and the smallest colour of a pixel.
 SATURATION_STEP = 8.0
-"""The same for the mean distance of the largest and the smallest colour of a pixel."""
+# Share of the sharpness lost or won from one section to the next. A change of scene content makes up to about 20 %.
 SHARPNESS_STEP = 0.35
-"""Share of the sharpness lost or won from one section to the next. A change of scene content makes up to about 20 %."""
+# 8-bit levels a section, fitted over the last sections: 15 levels after ten sections, the drift that users report.
 LUMA_SLOPE = 1.5
-"""8-bit levels a section, fitted over the last sections: 15 levels after ten sections, the drift that users report."""
 SATURATION_SLOPE = 1.5
+# Share a section: a third of the sharpness is gone after ten.
 SHARPNESS_SLOPE = 0.04
-"""Share a section: a third of the sharpness is gone after ten."""
+# A slope needs this many sections; fewer are steps.
 SLOPE_SECTIONS = 6
-"""A slope needs this many sections; fewer are steps."""
+# ...and a line must explain this share of their variance: what a scene shows goes up and down, drift goes one way.
 SLOPE_FIT = 0.8
-"""...and a line must explain this share of their variance: what a scene shows goes up and down, drift goes one way."""
 SLOPE_WINDOW = 12
 LUMA = (0.2126, 0.7152, 0.0722)
 

@@ -24,17 +24,17 @@ from .images import fit_frame
 from .source import NODE, UNSPECIFIED, HistoryError, VideoFacts, damaged_words, grid_frames, open_video, video_stream
 
 CHUNK_FRAMES = 12
+# Beginnings later than this are sought; nearer ones are reached as fast by decoding.
 SEEK_SECONDS = 1.0
-"""Beginnings later than this are sought; nearer ones are reached as fast by decoding."""
+# Looked at a quarter of a frame after its beginning: rounded times of a 30 fps file never fall into the frame before,
+# and of two pictures of a 60 fps file it is always the first.
 EARLY = Fraction(1, 4)
-"""Looked at a quarter of a frame after its beginning: rounded times of a 30 fps file never fall into the frame before,
-and of two pictures of a 60 fps file it is always the first."""
+# A video that does not name its colour matrix is taken as BT.709 from this height on, as players do, else BT.601.
 HD_LINES = 720
-"""A video that does not name its colour matrix is taken as BT.709 from this height on, as players do, else BT.601."""
 ENCODE_LATENTS = 19
+# Latent frames of one encode, and how many of them the next one makes again and drops. The shipped VAE's first latent
+# frames remember the beginning of the clip: off by 0.03 after 9, by 0.001 after 12, of a standard deviation of 3.9.
 ENCODE_SHARED = 12
-"""Latent frames of one encode, and how many of them the next one makes again and drops. The shipped VAE's first latent
-frames remember the beginning of the clip: off by 0.03 after 9, by 0.001 after 12, of a standard deviation of 3.9."""
 
 MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601}
 MATRICES |= {7: Colorspace.SMPTE240M, **({9: Colorspace.BT2020} if hasattr(Colorspace, "BT2020") else {})}

@@ -20,10 +20,10 @@ import torch
 
 from .decode import DecodeError, check_pixels
 
+# Side of a tile in core's own retry.
 TILE_PIXELS = 256
-"""Side of a tile in core's own retry."""
+# A quarter of the memory of core's tiles; still 16 latent pixels with 4 shared on each side.
 SMALL_TILE_PIXELS = 128
-"""A quarter of the memory of core's tiles; still 16 latent pixels with 4 shared on each side."""
 GIGABYTE = 2**30
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from .files import put_in_place, reserve_part
 from .stream import Piece
 from .writer import DEFAULT_CRF, VideoWriteError, VideoWriter, WrittenVideo
 
+# How far x264 moves a frame forward in decoding order with its reference B-frames; decode times begin this early.
 REORDER_FRAMES = 2
-"""How far x264 moves a frame forward in decoding order with its reference B-frames; decode times begin this early."""
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 MOV_FLAGS = "use_metadata_tags+negative_cts_offsets"
 

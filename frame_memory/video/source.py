@@ -16,11 +16,11 @@ import av
 from .audio import AudioTrack
 
 NODE = "Video History"
+# ITU-T H.273 code for "not said", for matrix, primaries and transfer curve.
 UNSPECIFIED = 2
-"""ITU-T H.273 code for "not said", for matrix, primaries and transfer curve."""
 HDR_CURVES = {16: "PQ", 18: "HLG"}
+# Gaps that differ by less are a constant rate whose times were rounded (Matroska rounds to 1 ms).
 STEADY_SECONDS = 0.002
-"""Gaps that differ by less are a constant rate whose times were rounded (Matroska rounds to 1 ms)."""
 
 
 class HistoryError(ValueError):
