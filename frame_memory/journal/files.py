@@ -151,7 +151,7 @@ def flush_file(fd: int) -> None:
     try:
         if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
             with contextlib.suppress(OSError):
-                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # pyright: ignore[reportAttributeAccessIssue]
                 return
         os.fsync(fd)
     except OSError as error:

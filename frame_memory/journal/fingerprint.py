@@ -100,7 +100,7 @@ class _Walk:
     def _tensor(self, value: Tensor) -> Iterable[bytes]:
         value = real(value).detach()
         if hasattr(value, "__tensor_flatten__") and not isinstance(value, StoredTensor):
-            names, context = value.__tensor_flatten__()
+            names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
             inner = {name: getattr(value, name) for name in names}
             return [b"made of", _name(type(value)), self.digest(inner, ".parts"), self.digest(context, ".context")]
         if value.is_sparse:
@@ -111,7 +111,8 @@ class _Walk:
             raise self._refusal(f"A tensor of layout {value.layout} on {value.device}")
         value = value.cpu().resolve_conj().resolve_neg().contiguous()
         data = memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b""
-        return [str(value.dtype).encode(), repr(tuple(value.shape)).encode(), data]
+        # A view, not a copy: hashes take any buffer.
+        return [str(value.dtype).encode(), repr(tuple(value.shape)).encode(), data]  # pyright: ignore[reportReturnType]
 
     def _array(self, value: np.ndarray | np.generic) -> Iterable[bytes]:
         value = np.asarray(value)

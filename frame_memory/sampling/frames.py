@@ -47,6 +47,7 @@ class LatentFrames:
         """A finished section's frames."""
         if index in self._held:
             return self._hold(index, self._held[index])
+        assert self.load is not None  # else nothing was ever let go
         return self._hold(index, self.load(index))
 
     def frame(self, place: int) -> Tensor:

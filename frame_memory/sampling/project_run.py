@@ -187,6 +187,6 @@ def on_disk(project: Project, frames: LatentFrames) -> Tensor:
     with path.open("rb") as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
     shape = (frames.total, *frames.first.shape[:2], *frames.first.shape[3:])
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-    whole = torch.empty(0, dtype=torch.float32).set_(storage, offset // 4, shape)
-    return whole.permute(1, 2, 0, 3, 4)
+    count = path.stat().st_size // 4
+    numbers = torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
+    return numbers[offset // 4 :].view(shape).permute(1, 2, 0, 3, 4)

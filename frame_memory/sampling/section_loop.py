@@ -98,6 +98,7 @@ class Keeper(Protocol):
 
     def load(self, index: int) -> Tensor:
         """A section found or kept before."""
+        ...
 
 
 class SectionSampler:

@@ -113,7 +113,7 @@ def _decoded(track: AudioTrack) -> Iterator[tuple[int, np.ndarray]]:
             container.seek(int((begin - 1) / stream.time_base), stream=stream)
         following = None
         for frame in container.decode(stream):
-            time = frame.time
+            time = frame.time  # pyright: ignore[reportAttributeAccessIssue]
             if time is not None and time - begin > track.seconds:
                 break
             for part in resampler.resample(frame):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
 import av
+import av.error
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
@@ -80,7 +81,7 @@ def _chunks(facts, wanted, rate, width, height, chunk_frames, interrupt) -> Iter
             chunk_THWC, filled = np.empty((min(chunk_frames, left), height, width, 3), dtype=np.uint8), 0
         if frame is not source:
             source, made_HWC = frame, fit_frame(_upright(frame, facts), width, height)
-        chunk_THWC[filled] = made_HWC
+        chunk_THWC[filled] = made_HWC  # pyright: ignore[reportCallIssue, reportArgumentType]
         filled, left = filled + 1, left - 1
         if filled == len(chunk_THWC):
             yield chunk_THWC

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
+import av.error
+import av.stream
 
 from .audio import AudioTrack
 
