@@ -5,6 +5,7 @@ Shape legend: B batch, C channels, T frames, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from .section_loop import Made
 SEGMENTS = "segments"
 SHEET = "contact_sheet.png"
 PREVIEW = "preview.mp4"
+UNFINISHED = "{}-unfinished.mp4"
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ class LiveVideo:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
         path = self.join(self.project.folder / f"{self.project.name}.mp4")
-        (self.project.folder / PREVIEW).unlink(missing_ok=True)
+        for name in (PREVIEW, UNFINISHED.format(self.project.name)):
+            with contextlib.suppress(OSError):  # Windows keeps what a player has open
+                (self.project.folder / name).unlink()
         self.sheet.save(self.project.folder / SHEET)
         return path
 
@@ -80,7 +84,7 @@ class LiveVideo:
         """After Cancel or an error: a playable mp4 of what is finished, or None where nothing is."""
         if self.frames is None or not (self.segments or self.decoder):
             return None
-        return self.join(self.project.folder / f"{self.project.name}-unfinished.mp4", unfinished=True)
+        return self.join(self.project.folder / UNFINISHED.format(self.project.name), unfinished=True)
 
     def join(self, path: Path, unfinished: bool = False) -> Path:
         """Join the finished pieces; unfinished: also the last frames, which the next section will be blended over."""
