@@ -15,7 +15,8 @@ import torch
 
 from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
 from ..plan.mark import LatentMark, read_mark, resolve_fps
-from .decode import DecodeError, decode_stream
+from .decode import DecodeError, LatentSource, decode_stream
+from .ladder import DecodeLadder
 from .vae import VAEIdentity, check_vae
 from .writer import DEFAULT_CRF, NODE, VideoWriter, WrittenVideo
 
@@ -30,7 +31,7 @@ MODES = (WINDOWED, WHOLE)
 class SavePlan:
     """Everything that is known before the first frame is decoded. Owns no copy of the latents."""
 
-    latents_BCTHW: torch.Tensor
+    latents_BCTHW: torch.Tensor | LatentSource
     mark: LatentMark | None
     vae: VAEIdentity
     windows: tuple[DecodeWindow, ...]
@@ -48,11 +49,16 @@ class SavePlan:
         return pixel_frames(self.latents_BCTHW.shape[2])
 
 
-def video_latents(samples: Mapping) -> torch.Tensor:
-    """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError."""
+def video_latents(samples: Mapping) -> torch.Tensor | LatentSource:
+    """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError.
+
+    A source in the place of the tensor is passed on: it checks what it reads.
+    """
     latents = samples["samples"]
     if getattr(latents, "is_nested", False):
         latents = latents.unbind()[0]
+    if not isinstance(latents, torch.Tensor):
+        return latents
     if latents.ndim != 5:
         raise DecodeError(
             f"The socket 'samples' of '{NODE}' got a latent of shape {tuple(latents.shape)}, expected a video latent "
@@ -68,11 +74,18 @@ def video_latents(samples: Mapping) -> torch.Tensor:
     return latents
 
 
-def plan_save(vae, samples: Mapping, fps: float | Fraction = 0, mode: str = WINDOWED) -> SavePlan:
+def plan_save(
+    vae,
+    samples: Mapping,
+    fps: float | Fraction = 0,
+    mode: str = WINDOWED,
+    windows: tuple[DecodeWindow, ...] | None = None,
+) -> SavePlan:
     """Check a LATENT against a VAE and a frame rate, and choose the decode windows. Decodes nothing.
 
     `mode` "windowed" follows the order in which the latent was made (its mark says so; without one: forward), "whole"
-    decodes all of it in one pass. Raises DecodeError, MarkError, VAEError or PlanError.
+    decodes all of it in one pass. windows: those of mode "windowed" where the latent is a part of a longer video.
+    Raises DecodeError, MarkError, VAEError or PlanError.
     """
     mark = read_mark(samples)
     rate = resolve_fps(mark, fps)
@@ -83,7 +96,7 @@ def plan_save(vae, samples: Mapping, fps: float | Fraction = 0, mode: str = WIND
         windows = (DecodeWindow(0, total),)
     elif mode == WINDOWED:
         order, window = ("forward", 9) if mark is None else (mark.order, mark.window)
-        windows = decode_windows(order, total, window)
+        windows = decode_windows(order, total, window) if windows is None else windows
     else:
         raise DecodeError(f"decode in '{NODE}' is \"{mode}\", expected one of: {', '.join(MODES)}.")
     return SavePlan(
@@ -107,20 +120,31 @@ def save_video(
     metadata: Mapping | None = None,
     interrupt: Callable[[], None] | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    look: Callable[[int, torch.Tensor], None] = lambda *_: None,
+    announce: Callable[[str], None] = log.warning,
 ) -> WrittenVideo:
     """Decode one video of a plan window by window and write it as it comes; at most two windows are held as floats.
 
-    An out-of-memory decode is retried in tiles by core's `VAE.decode`. Raises VideoWriteError, DecodeError, and
-    whatever the VAE or `interrupt` raises; finished frames are then kept (see VideoWriter).
+    look: gets (first frame number, float pixels [T,H,W,C]) of everything that is written, in order; it keeps none of
+    it. An out-of-memory decode is retried by DecodeLadder, which tells `announce`. Raises VideoWriteError, DecodeError,
+    and whatever the VAE, `look` or `interrupt` raises; finished frames are then kept (see VideoWriter).
     """
     stream = decode_stream(
-        vae.decode, plan.latents_BCTHW, plan.windows, item=item, interrupt=interrupt, on_window=on_window
+        DecodeLadder(vae, announce),
+        plan.latents_BCTHW,
+        plan.windows,
+        item=item,
+        interrupt=interrupt,
+        on_window=on_window,
     )
     with VideoWriter(
         path, plan.width, plan.height, plan.fps, crf=crf, metadata=metadata, expected_frames=plan.frames
     ) as writer:
+        first = 0
         for chunk_THWC in stream:
             writer.write(chunk_THWC)
+            look(first, chunk_THWC)
+            first += len(chunk_THWC)
             del chunk_THWC
     assert writer.result is not None
     for warning in warnings(writer.result):
