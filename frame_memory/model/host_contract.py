@@ -133,6 +133,7 @@ SAMPLING = _needs("""
     comfy.clip_vision.Output
     comfy.ldm.modules.attention.attention_pytorch
     comfy.ldm.modules.attention.optimized_attention
+    comfy.model_management.get_torch_device_name device
     comfy.model_management.get_free_memory dev
     comfy.model_management.intermediate_device
     comfy.model_management.is_oom
@@ -190,10 +191,30 @@ VIDEO = _needs("""
     comfy_api.latest.io.Video.Output
 """)
 
+VIDEO_SOCKETS = _needs("""
+    comfy_api.latest.Input.Video.get_active_trim_window
+    comfy_api.latest.Input.Video.get_frame_rate
+    comfy_api.latest.Input.Video.save_to path crf
+    comfy_api.latest.InputImpl.VideoFromFile.get_stream_source
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Video.Input
+    folder_paths.get_temp_directory
+""")
+
 JOURNAL = _needs("""
+    comfy.clip_vision.Output
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy_api.latest.io.Audio.Output
     comfy_api.latest.io.Boolean.Input
     comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Image.Output
     comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.Latent.Output
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewText
 """)
 
 SELFTEST = _needs("""
@@ -215,8 +236,12 @@ FAMILIES: dict[str, Family] = {
         ),
         API + MODEL_CLASS + VAE_FAMILIES + SAMPLING,
     ),
-    "journal": Family(("FrameMemoryPickSection",), API + JOURNAL),
-    "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
+    "journal": Family(
+        ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
+    ),
+    "video": Family(
+        ("FrameMemorySaveLongVideo", "FrameMemoryJoinVideos"), API + VAE_FAMILIES + VIDEO_SOCKETS + VIDEO
+    ),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

@@ -33,6 +33,7 @@ from ..plan import (
 from ..plan.errors import SAMPLER
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
 from ..video.vae import check_vae
+from .attention_check import checked_attention
 from .changes import SectionChange, by_index
 from .live import LiveVideo
 from .preview import GrowingPreview
@@ -281,6 +282,8 @@ def sample_long_video(
     cannot work.
     """
     warnings = check_model(guider, schedule)
+    guider, wrong = checked_attention(guider)
+    warnings += wrong
     base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
     inputs = _read(start, end, history, initial)
     if sigmas.shape[0] < 2:

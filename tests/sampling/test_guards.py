@@ -33,8 +33,11 @@ def with_attention(model, override):
 
 
 def test_fault_13_nan_section_is_made_again_with_safe_attention(model):
+    calls = []
+
     def broken(func, *args, **kwargs):
-        return func(*args, **kwargs) * float("nan")
+        calls.append(None)  # the check before the run is passed: as a backend that overflows on real numbers does
+        return func(*args, **kwargs) * (1.0 if len(calls) == 1 else float("nan"))
 
     plain, _ = run(model, seconds=1.2)
     latent, report = run(model, guider=guider_for(with_attention(model, broken)), seconds=1.2)
