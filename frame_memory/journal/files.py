@@ -270,9 +270,15 @@ def megabytes(count: int) -> str:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove temporary files that a killed process left in a project; returns their names. Needs the project's lock."""
+    """Remove temporary files that a killed process left in a project; returns their names. Needs the project's lock.
+
+    Video files too: in a project they are made of its sections, and made again where they are missing.
+    """
     swept = []
-    for path in sorted([*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")]):
+    videos = [*folder.glob(f"*{PART}*.mp4"), *folder.glob(f"segments/*{PART}*.mp4")]
+    ours = re.compile(rf"(preview|\d+-\d+|{re.escape(folder.name)}(-unfinished)?)\{PART}\d*\.mp4")
+    torn = [path for path in videos if ours.fullmatch(path.name)]
+    for path in sorted([*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}"), *torn]):
         with contextlib.suppress(OSError):  # one that cannot be removed does no harm
             os.remove(path)
             swept.append(path.relative_to(folder).as_posix())

@@ -34,6 +34,8 @@ NAME = "lock.json"
 STALE_AFTER = 600.0
 # Seconds to wait before reading back a taken-over lock where no lock of the system tells two takers apart.
 SETTLE = 0.3
+# Seconds between two attempts where the owner is dead and a process it had just forked has yet to let go.
+FORKED = 0.1
 _LOCKED_BYTE = 2**30  # on Windows a locked byte cannot be read: one far behind the text
 
 log = logging.getLogger(__name__)
@@ -191,7 +193,12 @@ class ProjectLock:
         """Let go of a file that is another's, or no longer the one of that name. A live owner raises ProjectLocked."""
         self._drop()
         if system_lock is False and not fresh:
-            raise ProjectLocked(self._refusal(read_owner(self.folder)))
+            owner = read_owner(self.folder)
+            here = owner is not None and owner.host == platform.node()
+            if not here or is_alive(owner.pid, owner.start) is not False:
+                raise ProjectLocked(self._refusal(owner))
+            # Killed while it forked: until the child's first step, that shares the lock of the system.
+            time.sleep(FORKED)
         return False
 
     def _is_current(self) -> bool:

@@ -1,10 +1,13 @@
 """One writer a project, and owners that are gone."""
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
 import platform
+import signal
+import sys
 import time
 from dataclasses import asdict, replace
 
@@ -179,14 +182,20 @@ def test_fault_11_never_two_at_once_in_a_race_of_takers(tmp_path):
     assert sum(wins.get(timeout=10) for _ in racers) == 40
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@forks
 def test_fault_11_a_forked_child_does_not_hold_the_project(tmp_path):
     read, write = os.pipe()
+    begun, begin = os.pipe()
     with ProjectLock(tmp_path) as lock:
         child = os.fork()
         if child == 0:
+            os.write(begin, b"x")
             os.read(read, 1)
             os._exit(0)
+        os.read(begun, 1)  # the child lets go as its first step, not before fork returns here
         lock._drop()  # as the parent's death does
         try:
             with ProjectLock(tmp_path) as next_one:
@@ -194,6 +203,36 @@ def test_fault_11_a_forked_child_does_not_hold_the_project(tmp_path):
         finally:
             os.write(write, b"x")
             os.waitpid(child, 0)
+            for fd in (read, write, begun, begin):
+                os.close(fd)
+
+
+def die_while_forking(folder, told):
+    """Take the lock and be killed right after a fork, whose child takes a while to its first step and then goes on."""
+    os.register_at_fork(after_in_child=lambda: time.sleep(0.3))
+    sys.modules.pop(lock_module.__name__)
+    anew = importlib.import_module(lock_module.__name__)  # its own first step is registered behind that one
+    with anew.ProjectLock(folder):
+        if os.fork() == 0:
+            told.send("let go")
+            told.recv()
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@forks
+@linux
+def test_fault_11_an_owner_killed_while_it_forks_does_not_leave_the_project_locked(tmp_path):
+    heard, told = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=die_while_forking, args=(tmp_path, told))
+    process.start()
+    process.join()  # with a timeout it would wait for the child as well
+    assert process.exitcode == -signal.SIGKILL
+    assert not heard.poll(), "the child has not yet made its first step"
+    with ProjectLock(tmp_path) as lock:
+        assert f"process {process.pid}" in lock.note
+        assert heard.recv() == "let go"
+        heard.send("end")
 
 
 def test_fault_06_no_room_for_the_lock(tmp_path, monkeypatch):
