@@ -201,6 +201,18 @@ VIDEO_SOCKETS = _needs("""
     folder_paths.get_temp_directory
 """)
 
+JOIN = _needs("""
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.utils.ProgressBar.update_absolute value total preview
+    folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Video.Output
+""")
+
 JOURNAL = _needs("""
     comfy.clip_vision.Output
     comfy.model_management.throw_exception_if_processing_interrupted
@@ -239,9 +251,8 @@ FAMILIES: dict[str, Family] = {
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),
-    "video": Family(
-        ("FrameMemorySaveLongVideo", "FrameMemoryJoinVideos"), API + VAE_FAMILIES + VIDEO_SOCKETS + VIDEO
-    ),
+    "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
+    "join": Family(("FrameMemoryJoinVideos",), API + VIDEO_SOCKETS + JOIN),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

@@ -7,8 +7,8 @@ Shape suffixes: C channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,18 +58,90 @@ class AudioTrack:
         """Samples per channel of the AAC stream."""
         return round(self.seconds * self.out_rate)
 
+    def between(self, begin: float, end: float) -> AudioTrack | None:
+        """The part under [begin, end) seconds of a video that this sound lies under from its start; None without."""
+        start, stop = self.start + begin, min(self.stop, self.start + end)
+        return replace(self, start=start, stop=stop) if stop > start else None
 
-def add_audio_stream(container, track: AudioTrack):
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Samples [C,N], `samples` of them."""
+        return _exact(self)
+
+
+@dataclass(frozen=True)
+class SoundLine:
+    """Sounds one after another under one video, in the format of the first of them; numbers are seconds of silence."""
+
+    parts: tuple[AudioTrack | float, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[AudioTrack | float]) -> SoundLine | None:
+        """None where there is nothing but silence."""
+        first = next((part for part in parts if isinstance(part, AudioTrack)), None)
+        if first is None:
+            return None
+        alike = [
+            replace(part, rate=first.rate, channels=first.channels) if isinstance(part, AudioTrack) else part
+            for part in parts
+        ]
+        return cls(tuple(alike))
+
+    @property
+    def first(self) -> AudioTrack:
+        return next(part for part in self.parts if isinstance(part, AudioTrack))
+
+    @property
+    def out_rate(self) -> int:
+        """As of AudioTrack."""
+        return self.first.out_rate
+
+    @property
+    def out_layout(self) -> str:
+        """As of AudioTrack."""
+        return self.first.out_layout
+
+    def between(self, begin: float, end: float) -> SoundLine | None:
+        """As of AudioTrack."""
+        at, kept = 0.0, []
+        for part in self.parts:
+            length = part.seconds if isinstance(part, AudioTrack) else part
+            low, high = max(begin - at, 0.0), min(end - at, length)
+            if high > low:
+                kept.append(part.between(low, high) if isinstance(part, AudioTrack) else high - low)
+            at += length
+        return SoundLine.of([part for part in kept if part is not None])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Samples [C,N] of all parts. Every part begins at the sample nearest to its time, so errors do not add up."""
+        silence_C1, given, time = _no_sound(self.out_layout), 0, 0.0
+        for part in self.parts:
+            time += part.seconds if isinstance(part, AudioTrack) else part
+            due = round(time * self.out_rate)
+            blocks = part.blocks() if isinstance(part, AudioTrack) else iter(())
+            for block_CN in blocks:
+                block_CN = block_CN[:, : max(due - given, 0)]
+                given += block_CN.shape[1]
+                yield block_CN
+            yield from _silence(silence_C1, due - given)
+            given = max(due, given)
+
+
+def samples_of(track: AudioTrack | SoundLine) -> np.ndarray:
+    """The whole sound as floats [C,N], at `out_rate`."""
+    return np.concatenate([np.zeros((len(_no_sound(track.out_layout)), 0), np.float32), *track.blocks()], axis=1)
+
+
+def add_audio_stream(container, track: AudioTrack | SoundLine):
     """An AAC stream in an output container, as `track` needs it."""
     stream = container.add_stream("aac", rate=track.out_rate, layout=track.out_layout)
     stream.bit_rate = BIT_RATE_PER_CHANNEL * stream.layout.nb_channels
     return stream
 
 
-def audio_packets(track: AudioTrack, stream) -> Iterator:
-    """Encoded packets of exactly `track.samples` samples. Memory does not grow with the length."""
+def audio_packets(track: AudioTrack | SoundLine, stream) -> Iterator:
+    """Encoded packets of exactly the samples of `track`. Memory does not grow with the length."""
     position = 0
-    for block_CN in _blocks(_exact(track)):
+    for block_CN in _blocks(track.blocks()):
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block_CN), format="fltp", layout=track.out_layout)
         frame.sample_rate, frame.pts, frame.time_base = track.out_rate, position, Fraction(1, track.out_rate)
         position += block_CN.shape[1]
@@ -80,7 +152,7 @@ def audio_packets(track: AudioTrack, stream) -> Iterator:
 def _exact(track: AudioTrack) -> Iterator[np.ndarray]:
     """Samples [C,N] from sample 0 to `track.samples`: cut at both ends, holes and a short end filled with silence."""
     given, total = 0, track.samples
-    silence_C1 = np.zeros((av.AudioLayout(track.out_layout).nb_channels, 1), dtype=np.float32)
+    silence_C1 = _no_sound(track.out_layout)
     for begin, part_CN in _decoded(track):
         if given >= total:
             break
@@ -94,6 +166,11 @@ def _exact(track: AudioTrack) -> Iterator[np.ndarray]:
             given += part_CN.shape[1]
             yield part_CN
     yield from _silence(silence_C1, total - given)
+
+
+def _no_sound(layout: str) -> np.ndarray:
+    """One silent sample [C,1]."""
+    return np.zeros((av.AudioLayout(layout).nb_channels, 1), dtype=np.float32)
 
 
 def _silence(silence_C1: np.ndarray, samples: int) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import islice
 
 import av
 import av.error
@@ -55,10 +56,12 @@ def read_video(
     size: tuple[int, int] | None = None,
     chunk_frames: int = CHUNK_FRAMES,
     interrupt: Callable[[], None] | None = None,
+    on_grid: bool = True,
 ) -> Iterator[np.ndarray]:
     """Yield frames `wanted` (see `select`; None for all) of a video at a constant rate, as uint8 [T,H,W,3] chunks.
 
-    `size` is (width, height), both multiples of 16, None for the nearest bucket; filled and cut as `to_bucket` does.
+    `size` is (width, height), None for the nearest bucket; filled and cut as `to_bucket` does. Both sides must be
+    multiples of 16, as the model needs them, unless `on_grid` is False.
     `interrupt()` is called before every chunk. Raises HistoryError, with libav's words, where the file is damaged, and
     PlanError for a size off the grid.
     """
@@ -67,7 +70,8 @@ def read_video(
     if not wanted or wanted.step != 1 or wanted.start < 0:
         raise HistoryError(f"Frames {wanted} of {facts.path.name} were asked for, expected at least one. ({NODE})")
     width, height = bucket_size(facts) if size is None else size
-    check_size(width, height, NODE)
+    if on_grid:
+        check_size(width, height, NODE)
     return _chunks(facts, wanted, rate, width, height, chunk_frames, interrupt)
 
 
@@ -191,14 +195,38 @@ def encode_history(
         raise HistoryError(f"The video holds no pictures. Choose another file in '{NODE}'.")
     for _ in range(len(kept) - pixel_frames(total)):
         kept.popleft()
-    parts, done = [], 0
-    while done < total:
+    return encode_stream(vae, (frame_HWC[None] for frame_HWC in kept), total, interrupt=interrupt)
+
+
+def encode_stream(
+    vae,
+    chunks: Iterable[np.ndarray],
+    latent_frames: int,
+    *,
+    interrupt: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Latents [1,C,n,h,w] of exactly 4n-3 pixel frames that come as uint8 [T,H,W,3] chunks; groups as encode_history.
+
+    Holds the pixel frames of one group, whatever the length. Raises HistoryError where fewer come.
+    """
+    source = (frame_HWC for chunk_THWC in chunks for frame_HWC in chunk_THWC)
+    parts, held, first, done = [], deque(), 0, 0
+    while done < latent_frames:
         if interrupt is not None:
             interrupt()
         start = max(done - ENCODE_SHARED, 0)
-        stop = min(start + ENCODE_LATENTS, total)
-        made_BCTHW = _encode(vae, [kept[i] for i in range(4 * start, 4 * stop - 3)])
-        parts.append(made_BCTHW[:, :, done - start :])
+        stop = min(start + ENCODE_LATENTS, latent_frames)
+        while first < 4 * start:
+            held.popleft()
+            first += 1
+        wanted = pixel_frames(stop - start)
+        held.extend(frame_HWC.copy() for frame_HWC in islice(source, wanted - len(held)))
+        if len(held) < wanted:
+            raise HistoryError(
+                f"The video ended after {first + len(held)} frames, {pixel_frames(latent_frames)} were expected. "
+                f"Choose another part of it in '{NODE}'."
+            )
+        parts.append(_encode(vae, list(held))[:, :, done - start :])
         done = stop
     return torch.cat(parts, dim=2)
 

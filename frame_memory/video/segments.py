@@ -21,7 +21,7 @@ import av.error
 import numpy as np
 
 from ..plan.mark import as_fps
-from .audio import AudioTrack, add_audio_stream, audio_packets
+from .audio import AudioTrack, SoundLine, add_audio_stream, audio_packets
 from .files import put_in_place, reserve_part
 from .stream import Piece
 from .writer import DEFAULT_CRF, VideoWriteError, VideoWriter, WrittenVideo
@@ -141,7 +141,7 @@ def join_segments(
     path: Path,
     fps: Fraction | float | int,
     metadata: Mapping | None = None,
-    audio: AudioTrack | None = None,
+    audio: AudioTrack | SoundLine | None = None,
     *,
     allow_black: bool = False,
 ) -> WrittenVideo:
@@ -157,7 +157,7 @@ def join_segments(
     ordered = sorted(segments, key=lambda segment: segment.start_frame)
     _check_joinable(folder, ordered, rate, path, allow_black)
     if audio is not None:
-        audio = _audio_of_stretch(audio, ordered[0].start_frame / rate, ordered[-1].stop_frame / rate)
+        audio = audio.between(float(ordered[0].start_frame / rate), float(ordered[-1].stop_frame / rate))
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,15 +200,13 @@ def _check_joinable(folder: Path, ordered: list[Segment], rate: Fraction, path: 
         )
 
 
-def _audio_of_stretch(audio: AudioTrack, begin: Fraction, end: Fraction) -> AudioTrack | None:
-    """The part of the sound that belongs to video time [begin, end), None where there is none."""
-    start, stop = audio.start + float(begin), min(audio.stop, audio.start + float(end))
-    values = vars(audio) | {"start": start, "stop": stop}
-    return AudioTrack(**values) if stop > start else None
-
-
 def _mux(
-    folder: Path, ordered: list[Segment], part: Path, rate: Fraction, metadata: Mapping, audio: AudioTrack | None
+    folder: Path,
+    ordered: list[Segment],
+    part: Path,
+    rate: Fraction,
+    metadata: Mapping,
+    audio: AudioTrack | SoundLine | None,
 ) -> None:
     kind = CONTAINERS[part.suffix.lower()]
     options = {} if kind == "matroska" else {"movflags": MOV_FLAGS, "movie_timescale": "90000"}
