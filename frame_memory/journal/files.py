@@ -97,6 +97,7 @@ def write_durable(path: Path, write: Callable[[BinaryIO], object]) -> tuple[int,
     what it held. Raises DiskFull or JournalError.
     """
     temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}{PART}")
+    sink = None
     try:
         with _removed_on_failure(temporary):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -109,8 +110,32 @@ def write_durable(path: Path, write: Callable[[BinaryIO], object]) -> tuple[int,
             patiently(lambda: os.replace(temporary, path))
         flush_rename(path)
     except OSError as error:
-        raise explained(error, path) from error
+        raise explained(error, path, sink and _size_of(write)) from error
     return sink.bytes, sink.sha256
+
+
+def _size_of(write: Callable[[BinaryIO], object]) -> int | None:
+    """Bytes that `write` writes, by letting it write to nowhere; None where it cannot be asked twice."""
+    nowhere = _Nowhere()
+    try:
+        write(nowhere)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    return nowhere.bytes
+
+
+class _Nowhere(io.RawIOBase):
+    """Counts what is written."""
+
+    bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        count = memoryview(data).nbytes
+        self.bytes += count
+        return count
 
 
 @contextlib.contextmanager
@@ -203,17 +228,18 @@ def patiently(action: Callable[[], Result]) -> Result:
             pause = min(2 * pause, 0.5)
 
 
-def explained(error: OSError, path: Path) -> JournalError:
-    """An error of the system as one that says what is kept and what to do."""
+def explained(error: OSError, path: Path, needed: int | None = None) -> JournalError:
+    """An error of the system as one that says what is kept and what to do. needed: bytes of the file, if known."""
     kept = "What was there before, and every section finished earlier, is kept."
     why = error.strerror or type(error).__name__
     if error.errno in _FULL or getattr(error, "winerror", None) in (39, 112):
-        free = "unknown"
+        free = "an unknown number of"
         with contextlib.suppress(OSError):
-            free = megabytes(shutil.disk_usage(path.parent).free)
+            free = str(shutil.disk_usage(path.parent).free)
+        size = "" if needed is None else f"it needs {needed} bytes, "
         return DiskFull(
-            f"The disk is full: {path} could not be written ({why}; {free} free in {path.parent}). {kept} Free some "
-            "space and queue the same graph again: it continues there."
+            f"The disk is full: {path} could not be written ({why}; {size}{free} bytes are free in {path.parent}). "
+            f"{kept} Free some space and queue the same graph again: it continues there."
         )
     if error.errno == errno.EROFS or isinstance(error, PermissionError):
         cause, advice = f"{why}: it is read-only, or open in another program", "Close that program, or allow writing"
@@ -272,11 +298,11 @@ def megabytes(count: int) -> str:
 def sweep(folder: Path) -> list[str]:
     """Remove temporary files that a killed process left in a project; returns their names. Needs the project's lock.
 
-    Video files too: in a project they are made of its sections, and made again where they are missing.
+    Videos and pictures too: in a project they are made of its sections, and made again where they are missing.
     """
     swept = []
-    videos = [*folder.glob(f"*{PART}*.mp4"), *folder.glob(f"segments/*{PART}*.mp4")]
-    ours = re.compile(rf"(preview|\d+-\d+|{re.escape(folder.name)}(-unfinished)?)\{PART}\d*\.mp4")
+    videos = [*folder.glob(f"*{PART}*"), *folder.glob(f"segments/*{PART}*")]
+    ours = re.compile(rf"(preview|contact_sheet|\d+-\d+|{re.escape(folder.name)}(-unfinished)?)\{PART}\d*\.(mp4|png)")
     torn = [path for path in videos if ours.fullmatch(path.name)]
     for path in sorted([*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}"), *torn]):
         with contextlib.suppress(OSError):  # one that cannot be removed does no harm

@@ -6,6 +6,7 @@ LoRA differs in nearly every tensor, and reading 13 GB anew would cost more than
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -57,7 +58,7 @@ def outline(value, depth: int = DEPTH):
         return sorted(items, key=fingerprint) if isinstance(value, (set, frozenset)) else items
     if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, type)):
         return _outline_of_function(value, depth)
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    name = f"{_module_of(type(value))}.{type(value).__qualname__}"
     if isinstance(value, nn.Module):
         return [name, {k: spread(v) for k, v in value.state_dict().items()}]
     attributes = vars(value) if hasattr(value, "__dict__") else {}
@@ -65,8 +66,18 @@ def outline(value, depth: int = DEPTH):
     return [name, outline(attributes, depth - 1) if deep else None]
 
 
+def _module_of(thing) -> str:
+    """A class's or function's module, without the folder that ComfyUI puts before the names of a pack's modules.
+
+    So a ComfyUI that was moved, or has this pack under another folder name, finds its sections again.
+    """
+    module = thing.__module__ or ""
+    root = __name__.removesuffix("sampling.identity")
+    return f"frame_memory.{module[len(root) :]}" if module.startswith(root) else re.split(r"[\\/]", module)[-1]
+
+
 def _outline_of_function(function, depth: int):
-    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    name = f"{_module_of(function)}.{getattr(function, '__qualname__', function)}"
     closure = getattr(function, "__closure__", None) or ()
     held = [outline(c.cell_contents, depth - 1) for c in closure if c.cell_contents is not function]
     owner = getattr(function, "__self__", None)

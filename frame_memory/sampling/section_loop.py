@@ -25,6 +25,7 @@ from ..model.context import gather_context
 from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
 from ..plan import LongVideoPlan, PlanError, Section
 from .changes import SectionChange
+from .device import named_if_lost
 from .frames import LatentFrames
 from .guards import BrokenStep, SectionError, attention_name, broken_share, out_of_memory, with_safe_attention
 from .identity import RunIdentity
@@ -46,6 +47,12 @@ class Inputs:
     end: Tensor | None = None
     given: Tensor | None = None
     initial: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The frames in front of the first section, `[B, C, T, H, W]` fp32: an existing video, or the start frame."""
+        first = (self.given if self.given is not None else self.start).float().cpu()
+        return first.expand(self.start.shape[0], -1, -1, -1, -1)
 
     def check(self) -> None:
         """Raise PlanError where sizes or batches do not belong together, naming both."""
@@ -128,21 +135,22 @@ class SectionSampler:
         """Sample every section that is not kept already; returns the frames of the whole video, fp32.
 
         watch: after every step. on_section: after every section, found or made.
-        Raises PlanError for inputs that do not fit together, SectionError for a section that stays broken.
+        Raises PlanError for inputs that do not fit together, SectionError for a section that stays broken, DeviceLost
+        where the GPU gave up.
         """
         inputs.check()
-        first = (inputs.given if inputs.given is not None else inputs.start).float().cpu()
-        frames = LatentFrames(first.expand(inputs.start.shape[0], -1, -1, -1, -1), plan.total_frames)
+        frames = LatentFrames(inputs.first, plan.total_frames)
         frames.load = None if self.keeper is None else self.keeper.load
         strip: deque[Tensor] = deque(maxlen=STRIP_FRAMES)
         for section in plan.sections:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            made = self._section(plan, section, frames, inputs, watch, strip)
-            frames.put(section.index, section.start, made.window)
-            middle = made.window.shape[2] // 2
-            strip.append(made.window[:1, :, middle : middle + 1].clone())
-            if on_section is not None:
-                on_section(made, frames)
+            with named_if_lost(section, len(plan.sections), self.keeper is not None):
+                made = self._section(plan, section, frames, inputs, watch, strip)
+                frames.put(section.index, section.start, made.window)
+                middle = made.window.shape[2] // 2
+                strip.append(made.window[:1, :, middle : middle + 1].clone())
+                if on_section is not None:
+                    on_section(made, frames)
         return frames
 
     def _section(self, plan, section: Section, frames: LatentFrames, inputs: Inputs, watch, strip) -> Made:
@@ -173,10 +181,12 @@ class SectionSampler:
         began, told = time.monotonic(), len(self.notes)
         try:
             window = self._sample(guider, section, noise, begin, callback, seed, broken)
-        except comfy.model_management.OOM_EXCEPTION as error:
-            # The same type, so that ComfyUI frees the models and names it as what it is.
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            # A type that ComfyUI takes for what it is: it frees the models then.
             words = out_of_memory(guider.model_patcher, shape, section, len(plan.sections), self.keeper is not None)
-            raise type(error)(f"{words} ({error})") from error
+            raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
         made = Made(section, window, key, time.monotonic() - began, tuple(self.notes[told:]))
         if self.keeper is not None:
             self.keeper.keep(made)

@@ -107,7 +107,7 @@ def test_fault_06_a_full_disk_is_named_and_nothing_is_truncated(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, call, full)
-    with pytest.raises(DiskFull, match="disk is full.*free in .*is kept.*Free some") as failed:
+    with pytest.raises(DiskFull, match="disk is full.*bytes are free in .*is kept.*Free some") as failed:
         write_durable(target, fill(b"new"))
     monkeypatch.undo()
     assert str(target) in str(failed.value)

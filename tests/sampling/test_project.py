@@ -12,6 +12,7 @@ import torch
 from frame_memory.journal import JournalError
 from frame_memory.model import checkpoint
 from frame_memory.plan import parse_timeline
+from frame_memory.sampling import identity
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
@@ -81,6 +82,20 @@ def test_fault_08_resume_needs_no_node_cache_and_no_loaded_model(tiny_file, tmp_
     first, _ = made_with(checkpoint.load_framepack(str(tiny_file)), tmp_path)
     again, count = made_with(checkpoint.load_framepack(str(tiny_file)), tmp_path)
     assert count == 0 and torch.equal(first.latent["samples"], again.latent["samples"])
+
+
+def test_a_moved_comfyui_finds_its_sections(monkeypatch):
+    """ComfyUI names a pack's modules by the folder it lies in."""
+    named = []
+    for root in ("/one/custom_nodes/frame-memory", "C:\\two\\custom_nodes\\frames_x_1"):
+        monkeypatch.setattr(identity, "__name__", f"{root}.frame_memory.sampling.identity")
+        monkeypatch.setattr(sample_framepack_unipc, "__module__", f"{root}.frame_memory.sampling.unipc")
+        ours = identity.outline(sample_framepack_unipc)
+        monkeypatch.setattr(sample_framepack_unipc, "__module__", f"{root}/../other.sampler")
+        named.append((ours, identity.outline(sample_framepack_unipc)))
+    assert named[0] == named[1]
+    assert "frame_memory.sampling.unipc.sample_framepack_unipc" in named[0][0][0]
+    assert named[0][1][0].startswith("other.sampler.")
 
 
 def encoded(text: str) -> EncodedTimeline:
