@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-import folder_paths
 import node_helpers
 import torch
 from comfy_api.latest import InputImpl, io, ui
@@ -13,12 +11,11 @@ from comfy_api.latest import InputImpl, io, ui
 from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
 from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
-from ..frame_memory.sampling.project_run import FOLDER as PROJECTS
 from ..frame_memory.sampling.project_run import ProjectRequest
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
-from .shown import container_metadata, saved, show, show_video
+from .shown import container_metadata, picture_of, projects_folder, saved, show, show_video
 from .sockets import FrameContextSocket, SectionChangesSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
@@ -328,6 +325,13 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                     display_name="video",
                     tooltip="The finished mp4 (H.264, 30 fps) in the project's folder; nothing without a vae.",
                 ),
+                io.Image.Output(
+                    display_name="contact_sheet",
+                    tooltip=(
+                        "One picture of each section with its number (for Pick Section) and its time, for Preview "
+                        "Image. It lies in the project as contact_sheet.png; nothing without a vae."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -337,17 +341,17 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
         cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
         if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(), vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        root = Path(folder_paths.get_output_directory()) / PROJECTS
         live = None if vae is None else Live(vae, container_metadata(cls.hidden), partial(show_video, cls))
         done = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
             seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
-            changes=changes, project=ProjectRequest(root, project, if_changed), live=live, say=partial(show, cls),
+            changes=changes, project=ProjectRequest(projects_folder(), project, if_changed), live=live,
+            say=partial(show, cls),
         )  # fmt: skip
         if done.video is None:
-            return io.NodeOutput(done.latent, done.report, done.project, None)
-        shown = ui.PreviewVideo([saved(done.video)])
-        return io.NodeOutput(done.latent, done.report, done.project, InputImpl.VideoFromFile(str(done.video)), ui=shown)
+            return io.NodeOutput(done.latent, done.report, done.project, None, None)
+        shown, video = ui.PreviewVideo([saved(done.video)]), InputImpl.VideoFromFile(str(done.video))
+        return io.NodeOutput(done.latent, done.report, done.project, video, picture_of(done.sheet), ui=shown)
 
 
 NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]

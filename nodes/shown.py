@@ -6,9 +6,14 @@ import re
 from pathlib import Path
 
 import folder_paths
+import numpy as np
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
+from PIL import Image
 from server import PromptServer
+
+from ..frame_memory.sampling.project_run import FOLDER as PROJECTS
 
 
 def show(node, text: str) -> None:
@@ -31,10 +36,21 @@ def container_metadata(hidden) -> dict:
     return metadata
 
 
+def projects_folder() -> Path:
+    """Where all projects lie: in ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()) / PROJECTS
+
+
 def saved(path: Path) -> ui.SavedResult:
     """A file in ComfyUI's output folder, as the editor finds it."""
     inside = path.resolve().relative_to(Path(folder_paths.get_output_directory()).resolve())
     return ui.SavedResult(inside.name, inside.parent.as_posix(), io.FolderType.output)
+
+
+def picture_of(path: Path) -> torch.Tensor:
+    """A picture file as an IMAGE `[1, height, width, 3]`, 0..1."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
 def show_video(node, path: Path) -> None:

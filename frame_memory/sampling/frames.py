@@ -36,6 +36,10 @@ class LatentFrames:
         self._spans[index] = (start, start + window.shape[2])
         self._hold(index, window)
 
+    def expect(self, index: int, start: int, stop: int) -> None:
+        """Add the section `index` without reading it; `load` does when one of its frames is asked for."""
+        self._spans[index] = (start, stop)
+
     def _hold(self, index: int, window: Tensor) -> Tensor:
         self._held[index] = window
         self._held.move_to_end(index)

@@ -14,19 +14,22 @@ from torch import Tensor
 
 from ..journal.project import Project
 from ..plan import LongVideoPlan, Section
-from ..video.contact import ContactSheet, SheetSection
-from ..video.guards import GuardSection, VideoGuards
 from ..video.ladder import DecodeLadder
 from ..video.segments import Segment, join_segments, read_segment, segment_problem, write_segment
 from ..video.stream import Piece, PieceRange, StreamDecoder, plan_pieces
 from .frames import LatentFrames
 from .identity import short, spread
+from .judged import Judged
 from .section_loop import Made
 
 SEGMENTS = "segments"
 SHEET = "contact_sheet.png"
 PREVIEW = "preview.mp4"
 UNFINISHED = "{}-unfinished.mp4"
+
+# Up to so many pieces the preview is joined after each section, up to twice as many after every second one, and so on:
+# each join copies the whole video.
+JOINED_EACH = 50
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +56,12 @@ class LiveVideo:
         self.fed: set[int] = set()
         self.frames: LatentFrames | None = None
         self.decoder: StreamDecoder | None = None
-        in_time = sorted(plan.sections, key=lambda s: s.start)
-        spans = [(n, max(4 * s.start - 3, 0), 4 * s.stop - 3) for n, s in enumerate(in_time, 1)]
-        guarded = [GuardSection(*span) for span in spans]
-        self.guarded = {s.index: guard for s, guard in zip(in_time, guarded, strict=True)}
-        self.sheet = ContactSheet([SheetSection(*span) for span in spans], plan.fps)
-        self.guards = VideoGuards(guarded)
+        self.numbers = {s.index: n for n, s in enumerate(sorted(plan.sections, key=lambda s: s.start), 1)}
+        self.judge = Judged([(s.start, s.stop) for s in plan.sections], plan.fps)
         self.judged: set[int] = set()
         self.warnings: list[str] = []
+        self.sheet = project.folder / SHEET
+        self.joined = 0
 
     def on_section(self, made: Made, frames: LatentFrames) -> None:
         """Take note of a section; write what it makes final, unless it was found: then more may be found at once."""
@@ -68,23 +69,40 @@ class LiveVideo:
         self.sections[made.section.index] = (made.section, made.key)
         if made.seconds:
             self._write()
-            self.show(self.join(self.project.folder / PREVIEW, unfinished=True))
+            self._show()
 
     def finish(self) -> Path:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
         path = self.join(self.project.folder / f"{self.project.name}.mp4")
-        for name in (PREVIEW, UNFINISHED.format(self.project.name)):
-            with contextlib.suppress(OSError):  # Windows keeps what a player has open
-                (self.project.folder / name).unlink()
-        self.sheet.save(self.project.folder / SHEET)
+        self._remove(PREVIEW, UNFINISHED.format(self.project.name))
+        self.judge.sheet.save(self.sheet)
         return path
 
     def keep(self) -> Path | None:
         """After Cancel or an error: a playable mp4 of what is finished, or None where nothing is."""
-        if self.frames is None or not (self.segments or self.decoder):
+        if self.frames is None or not self._something():
             return None
-        return self.join(self.project.folder / UNFINISHED.format(self.project.name), unfinished=True)
+        self.judge.sheet.save(self.sheet)
+        path = self.join(self.project.folder / UNFINISHED.format(self.project.name), unfinished=True)
+        self.show(path)
+        self._remove(PREVIEW)
+        return path
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):  # Windows keeps what a player has open
+                (self.project.folder / name).unlink()
+
+    def _something(self) -> bool:
+        """Whether any pixel is there: order 'both ends first' begins with a section that lends only its end."""
+        return bool(self.segments) or (self.decoder is not None and self.decoder.edge() is not None)
+
+    def _show(self) -> None:
+        """Join what is there and play it; of a long video less often, since joining copies all of it."""
+        if self._something() and len(self.segments) - self.joined >= len(self.segments) // JOINED_EACH:
+            self.joined = len(self.segments)
+            self.show(self.join(self.project.folder / PREVIEW, unfinished=True))
 
     def join(self, path: Path, unfinished: bool = False) -> Path:
         """Join the finished pieces; unfinished: also the last frames, which the next section will be blended over."""
@@ -163,17 +181,16 @@ class LiveVideo:
         self.segments[segment.start_frame, segment.stop_frame] = segment
 
     def _look_at(self, first: int, frames_THWC) -> None:
-        self.sheet.add(first, frames_THWC)
-        self.guards.add(first, frames_THWC)
+        self.judge.look(first, frames_THWC)
 
     def _judge(self) -> None:
         """Measures and warnings of sections whose pixels are all final, into the manifest."""
-        for index, guarded in self.guarded.items():
-            if index in self.judged or index not in self.sections or not self.guards.complete(guarded):
+        for index, number in self.numbers.items():
+            if index in self.judged or index not in self.sections or not self.judge.complete(number):
                 continue
             self.judged.add(index)
-            warnings = self.guards.warnings(guarded)
-            self.project.annotate(index, self.guards.measures(guarded), warnings)
+            measures, warnings = self.judge.result(number)
+            self.project.annotate(index, measures, warnings)
             self.warnings += warnings
             for warning in warnings:
                 log.warning("%s: %s", self.project.name, warning)

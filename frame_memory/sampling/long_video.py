@@ -40,6 +40,7 @@ from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
+from .stored import keep_front
 
 ORDER_AUTO = "from frame context"
 
@@ -240,13 +241,15 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
 class Finished:
     """What a run gives back.
 
-    project: the name of the project that holds its sections, "" without one. video: the mp4 of it, None without a VAE.
+    project: the name of the project that holds its sections, "" without one. video: the mp4 of it, sheet: one frame
+    a section as PNG; both None without a VAE.
     """
 
     latent: dict
     report: str
     project: str = ""
     video: Path | None = None
+    sheet: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,7 @@ def _mark(guider, base: str, plan: LongVideoPlan) -> dict:
         "order": plan.order,
         "window": plan.schedule.window,
         "fps": plan.fps,
+        "given": max(plan.given_frames, 1),
     }
 
 
@@ -316,6 +320,8 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     """Run with sections kept in a project, and the video written as it grows where a VAE is there for it."""
     say, described, warnings = shown
     keeper = attach(runner, project)
+    preview.folder = project.folder
+    keep_front(project, inputs.first)
     _say_all(say, f"{described}\n{project.status()}", [*warnings, *project.notes])
     writer = None
     if live is not None:
@@ -327,11 +333,32 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
         frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
         path = writer.finish() if writer else None
     except BaseException:
-        unfinished = writer.keep() if writer else None
-        if unfinished is not None:
-            say(f"Stopped. What is finished is in {unfinished}; queue again to go on.\n{project.status()}")
+        say(_stopped(project, writer))
         raise
-    samples = on_disk(project, frames)
-    lines = [described, keeper.summary(plan), project.status(), *([f"Video: {path}"] if path else [])]
-    notes = [*warnings, *runner.notes, *project.notes, *(writer.warnings if writer else ())]
-    return Finished({"samples": samples, KEY: mark}, _say_all(say, "\n".join(lines), notes), project.name, path)
+    latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
+    lines = [keeper.summary(plan), project.status()]
+    lines += [f"Video: {path}", f"Contact sheet: {writer.sheet}"] if writer else [NOT_JUDGED]
+    judged = [note for record in project.manifest.finished for note in record.notes]
+    notes = list(dict.fromkeys([*warnings, *runner.notes, *project.notes, *judged]))
+    _say_all(say, "\n".join(lines), notes)
+    report = "\n".join([described, *lines, *(f"Warning: {note}" for note in notes)])
+    return Finished(latent, report, project.name, path, writer.sheet if writer else None)
+
+
+NOT_JUDGED = (
+    "Frozen sections, jumps and drift are looked for when the video is decoded: in Save Long Video, or here with a vae."
+)
+
+
+def _stopped(project, writer: LiveVideo | None) -> str:
+    """What is left after Cancel or an error; never raises, since the reason of the stop must reach the artist."""
+    lines = ["Stopped. Queue again to go on.", project.status()]
+    try:
+        unfinished = writer.keep() if writer else None
+    except Exception as error:
+        logging.exception("The unfinished video could not be written.")
+        lines.append(f"The video so far could not be written: {error}")
+        unfinished = None
+    if unfinished is not None:
+        lines.insert(1, f"What is finished: {unfinished}")
+    return "\n".join(lines)

@@ -23,6 +23,7 @@ from ..plan import LongVideoPlan, Section, latent_bytes
 from .frames import LatentFrames
 from .identity import RunIdentity, guider_fields, model_fields, prompt_field, short
 from .section_loop import Inputs, Made
+from .stored import front_name
 
 FOLDER = "frame_memory"
 AUTOMATIC = "video"
@@ -86,10 +87,11 @@ def _change_words(change) -> str:
     return f"{change.number}: {' and '.join(parts) or 'as it was'}"
 
 
-def plan_record(plan: LongVideoPlan, mark: Mapping) -> dict:
-    """What a later node needs to read the sections as one video."""
+def plan_record(plan: LongVideoPlan, mark: Mapping, first: Tensor) -> dict:
+    """What a later node needs to read the sections as one video. first: the frames in front of them."""
     return {
         "mark": dict(mark),
+        "front": front_name(first),
         "total_frames": plan.total_frames,
         "given_frames": max(plan.given_frames, 1),
         "sections": [[s.start, s.stop] for s in plan.sections],
@@ -111,10 +113,11 @@ def open_project(
         name,
         shape=shape,
         fields=fields,
-        plan=plan_record(plan, mark),
+        plan=plan_record(plan, mark, inputs.first),
         if_changed=request.if_changed,
-        section_bytes=batch * latent_bytes(plan.schedule.window, height, width, channels),
-        sections=2 * len(plan.sections),  # the sections and, once all are there, the whole video beside them
+        # Each section lies there twice: in its own file and, once all are there, in that of the whole video.
+        section_bytes=2 * batch * latent_bytes(plan.schedule.window, height, width, channels),
+        sections=len(plan.sections),
     )
 
 
