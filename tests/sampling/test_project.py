@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+from pathlib import Path
 
 import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
 
-from frame_memory.journal import JournalError
+from frame_memory.journal import JournalError, ProjectLock, ProjectLocked, read_manifest
+from frame_memory.journal.files import verify
 from frame_memory.model import checkpoint
 from frame_memory.plan import parse_timeline
 from frame_memory.sampling import identity
 from frame_memory.sampling.changes import SectionChange
+from frame_memory.sampling.device import DeviceLost, device_lost
 from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
 from frame_memory.sampling.unipc import sample_framepack_unipc
@@ -61,6 +66,11 @@ def plain(model, kind="F1", preset="F1 forward", **more):
     return run(model, kind=kind, preset=preset, seconds=more.pop("seconds", SECONDS), sampler=Plain([]), **more)[0][
         "samples"
     ]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file of a project, by name."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("kind", "preset"), ORDERS)
@@ -208,14 +218,68 @@ def test_fault_01_out_of_memory_in_a_section_keeps_the_others_and_says_what_help
     assert count == 2 and torch.equal(done.latent["samples"], plain(model))
 
 
-def test_fault_11_a_project_in_use_is_refused_with_its_owner(model, tmp_path):
-    from frame_memory.journal import ProjectLock, ProjectLocked
+LOST = (
+    "CUDA error: device-side assert triggered",
+    "CUDA error: unspecified launch failure",
+    "HIP error: an illegal memory access was encountered",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+)
 
+
+@pytest.mark.parametrize("words", LOST)
+def test_fault_44_a_lost_gpu_leaves_the_journal_whole_and_says_to_restart(model, tmp_path, words):
+    log: list = []
+    with pytest.raises(DeviceLost, match="section 3 of 4") as raised:
+        run(model, seconds=SECONDS, sampler=Plain(log, 3, RuntimeError(words)), project=project(tmp_path))
+    text = str(raised.value)
+    assert "restart ComfyUI" in text and "queue the same graph again" in text and words in text
+    assert "The 2 sections finished before it are safe" in text
+    # Not taken for a lack of memory, which ComfyUI answers by unloading models; not tried again.
+    assert not comfy.model_management.is_oom(raised.value) and "memory while" not in text and len(log) == 3
+    folder = tmp_path / "frame_memory" / "p"
+    manifest = read_manifest(folder)
+    assert manifest.run == (0, 1) and all(verify(folder, r.file) is None for r in manifest.finished)
+    if words == LOST[0]:
+        done, count = made_with(model, tmp_path)
+        assert count == 2 and torch.equal(done.latent["samples"], plain(model))
+
+
+def test_fault_44_only_a_lost_device_is_taken_for_one(model, tmp_path):
+    with pytest.raises(RuntimeError, match="^The size of tensor a") as raised:
+        run(model, sampler=Plain([], 1, RuntimeError("The size of tensor a (3) must match")), project=project(tmp_path))
+    assert not isinstance(raised.value, DeviceLost)
+    with pytest.raises(DeviceLost, match="'project'"):
+        run(model, sampler=Plain([], 1, RuntimeError(LOST[0])))
+    for full in (torch.OutOfMemoryError("CUDA out of memory."), ValueError("CUDA error"), RuntimeError("no such file")):
+        assert not device_lost(full)
+
+
+def hold(folder, told):
+    with ProjectLock(folder):
+        told.send("held")
+        told.recv()
+
+
+def test_fault_11_a_project_held_by_another_process_is_refused_before_any_model_call(model, tmp_path):
     made_with(model, tmp_path, seconds=1.2)
-    with ProjectLock(tmp_path / "frame_memory" / "p"), pytest.raises(ProjectLocked, match="project"):
-        made_with(model, tmp_path)
-    _, count = made_with(model, tmp_path, seconds=1.2)
-    assert count == 0
+    folder = tmp_path / "frame_memory" / "p"
+    processes = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    heard, told = processes.Pipe()
+    owner = processes.Process(target=hold, args=(folder, told), daemon=True)
+    owner.start()
+    try:
+        assert heard.recv() == "held"
+        before = contents(folder)
+        log: list = []
+        with pytest.raises(ProjectLocked, match=f"process {owner.pid} on .*another name for 'project'"):
+            run(model, seconds=SECONDS, sampler=Plain(log), project=project(tmp_path))
+        assert not log and contents(folder) == before
+        heard.send("done")
+        owner.join()
+    finally:
+        owner.kill()
+    done, count = made_with(model, tmp_path)
+    assert count == 3 and torch.equal(done.latent["samples"], plain(model))
 
 
 def test_without_a_name_a_project_is_named_after_its_start(model, tmp_path):
