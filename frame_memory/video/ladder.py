@@ -18,7 +18,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from .decode import DecodeError, check_pixels
+from .decode import TEMPORAL_RATIO, DecodeError, check_pixels
 
 # Side of a tile in core's own retry.
 TILE_PIXELS = 256
@@ -116,11 +116,16 @@ class DecodeLadder:
 
     def _on_cpu(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         if self._cpu_vae is None:
-            self._cpu_vae = _cpu_copy(self._vae)
+            self._cpu_vae = cpu_copy(self._vae)
         return self._cpu_vae.decode(latents_BCTHW.to("cpu"))
 
+    def _expected_frames(self, latent_frames: int) -> int:
+        """Pixel frames of a clip of so many latent frames."""
+        return TEMPORAL_RATIO * latent_frames - (TEMPORAL_RATIO - 1)
+
     def _check(self, pixels_BTHWC: torch.Tensor, latents_BCTHW: torch.Tensor, name: str) -> None:
-        check_pixels(pixels_BTHWC, latents_BCTHW.shape[2])
+        latent_frames = latents_BCTHW.shape[2]
+        check_pixels(pixels_BTHWC, latent_frames, self._expected_frames(latent_frames))
         if not hasattr(self._vae, "spacial_compression_decode"):
             return
         ratio = int(self._vae.spacial_compression_decode())
@@ -151,7 +156,7 @@ def _refuse(*_args, **_options):
     raise _NoRoom
 
 
-def _cpu_copy(vae):
+def cpu_copy(vae):
     """The same VAE on the CPU in fp32, built by core from a copy of the weights."""
     weights = {
         key: value.detach().to(device="cpu", dtype=torch.float32 if value.is_floating_point() else None, copy=True)

@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from frame_memory.plan.mark import MarkError
+from frame_memory.video.carried import can_carry
 from frame_memory.video.decode import DecodeError
+from frame_memory.video.ladder import DecodeMemoryError
 from frame_memory.video.save import describe, plan_save, save_video
 from frame_memory.video.vae import VAEError
 
 from .reference import reference_video
+from .test_video_carried import tight_decoder
+from .test_video_ladder import tight
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +42,7 @@ def read_back(path) -> np.ndarray:
 def test_the_file_shows_the_reference_video(tmp_path, tiny_vae, order):
     latent = long_latent(3, order=order)
     with torch.inference_mode():
-        plan = plan_save(tiny_vae, latent, 30.0)
+        plan = plan_save(tiny_vae, latent, 30.0, "windowed")
         written = save_video(plan, tiny_vae, tmp_path / "a.mp4", crf=0)
         expected = reference_video(tiny_vae.decode, latent["samples"], order, 3)
     assert (written.frames, written.fps, written.width, written.height) == (109, 30, 48, 32)
@@ -63,9 +67,52 @@ def test_whole_is_one_pass(tmp_path, tiny_vae):
     assert ((got @ luma) - (expected @ luma)).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("order", ["inverted", "forward"])
+def test_carried_is_whole_in_every_byte_of_the_file(tmp_path, tiny_vae, order):
+    latent = long_latent(3, order=order)
+    with torch.inference_mode():
+        plan = plan_save(tiny_vae, latent)
+        seen = []
+        written = save_video(plan, tiny_vae, tmp_path / "a.mp4", on_window=lambda *at: seen.append(at))
+        save_video(plan_save(tiny_vae, latent, 0, "whole"), tiny_vae, tmp_path / "b.mp4")
+    assert plan.mode == "carried" and "frame after frame with carried state" in describe(plan, written)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    # 28 latent frames: one, then two at a time.
+    assert seen == [(done + 1, plan.steps) for done in range(15)] and written.frames == 109
+
+
+def test_a_vae_that_cannot_carry_is_decoded_in_windows(tiny_vae):
+    """HunyuanVideo's class: its middle block looks at the whole clip."""
+    import copy
+
+    other = copy.copy(tiny_vae)
+    other.first_stage_model = torch.nn.Identity()
+    assert can_carry(tiny_vae) and not can_carry(other)
+    unmarked = {"samples": torch.zeros(1, 16, 28, 4, 6)}
+    plan = plan_save(other, unmarked)
+    assert plan.mode == "windowed" and len(plan.windows) == 3 == plan.steps
+
+
+@pytest.mark.parametrize("mode", ["windowed", "carried"])
+def test_fault_02_the_save_announces_every_rung_in_its_report(tmp_path, tiny_vae, mode):
+    latent = {"samples": long_latent(2)["samples"]}
+    small = tight(tiny_vae, 3 * 6) if mode == "windowed" else tight_decoder(tiny_vae, 3 * 6)
+    said = []
+    with torch.inference_mode(), pytest.raises(DecodeMemoryError, match="nothing is sampled again"):
+        save_video(plan_save(small, latent, 0, mode), small, tmp_path / "a.mp4", announce=said.append)
+    assert [text.split("decoding again ")[1].split(" of")[0] for text in said] == ["in tiles", "in tiles"]
+    assert list(tmp_path.iterdir()) == []
+    small, said = (tight(tiny_vae, 32 * 6) if mode == "windowed" else tight_decoder(tiny_vae, 32 * 6)), []
+    tall = {"samples": torch.randn(1, 16, 4, 34, 6)}
+    with torch.inference_mode():
+        plan = plan_save(small, tall, 0, mode)
+        written = save_video(plan, small, tmp_path / "a.mp4", announce=said.append)
+    assert len(said) == 1 and "in tiles of 256 pixels" in said[0] and said[0] in describe(plan, written, said)
+
+
 @pytest.mark.parametrize("frames", [1, 4, 10, 21, 30])
 def test_any_video_latent_is_one_forward_video(tiny_vae, frames):
-    plan = plan_save(tiny_vae, {"samples": torch.zeros(1, 16, frames, 4, 6)}, 24)
+    plan = plan_save(tiny_vae, {"samples": torch.zeros(1, 16, frames, 4, 6)}, 24, "windowed")
     assert plan.frames == 4 * frames - 3 and plan.fps == 24
     assert plan.windows[0].start == 0 and plan.windows[-1].stop == frames
 
@@ -75,7 +122,7 @@ def test_planning_names_the_mistake(tiny_vae):
         plan_save(tiny_vae, {"samples": torch.zeros(1, 16, 8, 8)})
     with pytest.raises(DecodeError, match="empty latent"):
         plan_save(tiny_vae, {"samples": torch.zeros(0, 16, 10, 8, 8)})
-    with pytest.raises(DecodeError, match="expected one of: windowed, whole"):
+    with pytest.raises(DecodeError, match="expected one of: carried, windowed, whole"):
         plan_save(tiny_vae, long_latent(), 30, "sideways")
 
 
@@ -108,7 +155,7 @@ def test_fault_05_a_stopped_save_keeps_what_is_finished(tmp_path, tiny_vae):
         if len(calls) == 4:
             raise InterruptProcessingException
 
-    plan = plan_save(tiny_vae, long_latent(6, order="forward"))
+    plan = plan_save(tiny_vae, long_latent(6, order="forward"), 0, "windowed")
     with torch.inference_mode(), pytest.raises(InterruptProcessingException):
         save_video(plan, tiny_vae, tmp_path / "a.mp4", interrupt=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["a.part.mp4"]
@@ -116,12 +163,26 @@ def test_fault_05_a_stopped_save_keeps_what_is_finished(tmp_path, tiny_vae):
     assert len(read_back(tmp_path / "a.part.mp4")) == 76
 
 
-def test_inputs_are_left_alone(tmp_path, tiny_vae):
+def test_fault_05_a_stopped_carried_save_keeps_every_decoded_frame(tmp_path, tiny_vae):
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        save_video(plan_save(tiny_vae, long_latent(6)), tiny_vae, tmp_path / "a.mp4", interrupt=interrupt)
+    assert len(read_back(tmp_path / "a.part.mp4")) == 1 + 8 + 8
+
+
+@pytest.mark.parametrize("mode", ["carried", "windowed"])
+def test_inputs_are_left_alone(tmp_path, tiny_vae, mode):
     latent = long_latent(2)
     before = latent["samples"].clone()
     marks = dict(latent["frame_memory"])
     with torch.inference_mode():
-        save_video(plan_save(tiny_vae, latent), tiny_vae, tmp_path / "a.mp4")
+        save_video(plan_save(tiny_vae, latent, 0, mode), tiny_vae, tmp_path / "a.mp4")
     assert torch.equal(latent["samples"], before) and latent["frame_memory"] == marks
 
 
@@ -205,7 +266,7 @@ def test_progress_counts_windows_and_cancel_stops(node, output_folder, tiny_vae)
     comfy.utils.set_progress_bar_global_hook(hook)
     try:
         with torch.inference_mode(), pytest.raises(comfy.model_management.InterruptProcessingException):
-            node.execute(long_latent(4, order="forward"), tiny_vae, 30.0, "c")
+            node.execute(long_latent(4, order="forward"), tiny_vae, 30.0, "c", decode="windowed")
     finally:
         comfy.utils.set_progress_bar_global_hook(before)
         comfy.model_management.interrupt_current_processing(False)
