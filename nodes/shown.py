@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from server import PromptServer
 
-from ..frame_memory.sampling.project_run import FOLDER as PROJECTS
+from ..frame_memory.sampling.stored import FOLDER as PROJECTS
 
 
 def show(node, text: str) -> None:
@@ -23,7 +24,19 @@ def show(node, text: str) -> None:
     """
     server = getattr(PromptServer, "instance", None)
     if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
-        server.send_progress_text(re.sub(r" {2,}", " | ", text), node.hidden.unique_id)
+        server.send_progress_text(re.sub(r"(?<=\S) {2,}", " | ", text), node.hidden.unique_id)
+
+
+class Announced:
+    """Takes a sentence that an artist should see at once: on the node, in the log, and kept for the report."""
+
+    def __init__(self, node):
+        self.node, self.texts = node, []
+
+    def __call__(self, text: str) -> None:
+        logging.warning("%s: %s", self.node.GET_SCHEMA().display_name, text)
+        self.texts.append(text)
+        show(self.node, text)
 
 
 def container_metadata(hidden) -> dict:

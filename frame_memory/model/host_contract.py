@@ -176,6 +176,16 @@ SAMPLING = _needs("""
 """)
 
 VIDEO = _needs("""
+    comfy.ldm.wan.vae.CACHE_T
+    comfy.ldm.wan.vae.count_cache_layers model
+    comfy.model_management.cuda_device_context device
+    comfy.model_management.get_free_memory dev
+    comfy.model_management.is_oom
+    comfy.model_management.load_models_gpu models memory_required force_full_load
+    comfy.model_management.soft_empty_cache
+    comfy.model_management.unload_all_models
+    comfy.sd.VAE sd device dtype
+    comfy.utils.tiled_scale_multidim samples function tile overlap upscale_amount out_channels output_device index_formulas
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.utils.ProgressBar.update_absolute value total preview
     folder_paths.get_save_image_path filename_prefix output_dir image_width image_height

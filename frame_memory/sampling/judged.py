@@ -12,6 +12,9 @@ from ..plan.mark import LatentMark
 from ..video.contact import ContactSheet, SheetSection
 from ..video.guards import GuardSection, VideoGuards
 
+# The contact sheet's file in a project.
+SHEET = "contact_sheet.png"
+
 
 def pixel_spans(sections: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """`(number from 1, first pixel frame, one past the last)` of sections given as latent frames, in order of time."""

@@ -19,11 +19,10 @@ from ..video.segments import Segment, join_segments, read_segment, segment_probl
 from ..video.stream import Piece, PieceRange, StreamDecoder, plan_pieces
 from .frames import LatentFrames
 from .identity import short, spread
-from .judged import Judged
+from .judged import SHEET, Judged
 from .section_loop import Made
 
 SEGMENTS = "segments"
-SHEET = "contact_sheet.png"
 PREVIEW = "preview.mp4"
 UNFINISHED = "{}-unfinished.mp4"
 

@@ -322,11 +322,17 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     keeper = attach(runner, project)
     preview.folder = project.folder
     keep_front(project, inputs.first)
-    _say_all(say, f"{described}\n{project.status()}", [*warnings, *project.notes])
-    writer = None
+    _say_all(say, "\n".join([described, project.status(), *project.notes]), warnings)
+    writer, announced = None, []
+
+    def announce(text: str) -> None:
+        logging.warning("Anti-Drift Sampler: %s", text)
+        announced.append(text)
+        say(text)
+
     if live is not None:
         writer = LiveVideo(
-            project, plan, live.vae, metadata=live.metadata, show=live.show,
+            project, plan, live.vae, metadata=live.metadata, show=live.show, announce=announce,
             interrupt=comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
     try:
@@ -336,13 +342,12 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
         say(_stopped(project, writer))
         raise
     latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
-    lines = [keeper.summary(plan), project.status()]
-    lines += [f"Video: {path}", f"Contact sheet: {writer.sheet}"] if writer else [NOT_JUDGED]
+    lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
+    lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
+    lines += project.notes
     judged = [note for record in project.manifest.finished for note in record.notes]
-    notes = list(dict.fromkeys([*warnings, *runner.notes, *project.notes, *judged]))
-    _say_all(say, "\n".join(lines), notes)
-    report = "\n".join([described, *lines, *(f"Warning: {note}" for note in notes)])
-    return Finished(latent, report, project.name, path, writer.sheet if writer else None)
+    report = _say_all(say, "\n".join(lines), list(dict.fromkeys([*warnings, *runner.notes, *announced, *judged])))
+    return Finished(latent, f"{described}\n{report}", project.name, path, writer.sheet if writer else None)
 
 
 NOT_JUDGED = (

@@ -25,7 +25,6 @@ from .identity import RunIdentity, guider_fields, model_fields, prompt_field, sh
 from .section_loop import Inputs, Made
 from .stored import front_name
 
-FOLDER = "frame_memory"
 AUTOMATIC = "video"
 WHOLE = "latent-{}.safetensors"
 
@@ -156,11 +155,18 @@ class JournalKeeper:
         """A finished section, read again."""
         return self.project.load(index)
 
+    def content(self, index: int) -> str:
+        """The hash that a finished section's file was verified by."""
+        return self.project.manifest.sections[index].file.sha256
+
     def summary(self, plan: LongVideoPlan) -> str:
         """Which sections were there already, by their time in the video."""
         if not self.reused:
             return f"All {len(plan.sections)} sections were made now."
-        spans = [plan.span_seconds(s) for s in sorted(self.reused, key=lambda s: s.start)]
+        spans: list[tuple[float, float]] = []
+        for begin, end in sorted(plan.span_seconds(s) for s in self.reused):
+            joined = spans and abs(begin - spans[-1][1]) < 0.1
+            spans[-1:] = [(spans[-1][0], end)] if joined else [*spans[-1:], (begin, end)]
         words = ", ".join(f"{a:.1f}-{b:.1f} s" for a, b in spans)
         return f"{len(self.reused)} of {len(plan.sections)} sections were finished before and reused: {words}."
 

@@ -13,8 +13,7 @@ from ..plan.decode import DecodeWindow
 from ..plan.mark import KEY, read_mark
 from ..video.decode import DecodeError
 from ..video.save import video_latents
-from .judged import Judged, marked_sections
-from .live import SHEET
+from .judged import SHEET, Judged, marked_sections
 from .stored import NODE, StoredVideo, annotate_stored, open_stored
 
 log = logging.getLogger(__name__)

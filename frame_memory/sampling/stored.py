@@ -30,6 +30,8 @@ from ..video.decode import DecodeError
 from .frames import LatentFrames
 from .identity import short
 
+# Folder of all projects, in ComfyUI's output folder.
+FOLDER = "frame_memory"
 FRONT = "front-{}.safetensors"
 NODE = "Save Long Video"
 # How many names of other projects a message shows.

@@ -1,5 +1,8 @@
 """Every example graph in the real frontend, and on the real server with the self-test models swapped in."""
 
+import re
+import time
+
 import av
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from PIL import Image
 
 from frame_memory.journal import read_manifest
 from scripts import workflow
+from scripts.client import PromptError
 
 from .tiny import (
     FILES,
@@ -113,8 +117,12 @@ def test_fault_24_exact_frames_and_seconds_are_shown_before_the_first_step(made)
     assert f"{frames} frames = {frames / 30:.2f} s at 30 fps" in shown[1]
     named = [text for _, node, text in progress_texts(messages) if node == sampler]
     length = f"{frames} frames = {frames / 30:.2f} s"
-    progress = [text for text in named if text.startswith("section ")]
-    assert progress == [f"section {k + 1} of {SECTIONS} · {length}" for k in range(SECTIONS)]
+    progress = [text.split("\n") for text in named if text.startswith("section ")]
+    assert [*dict.fromkeys(t[0] for t in progress)] == [f"section {k + 1} of {SECTIONS} · {length}" for k in range(3)]
+    assert all(len(text) == 3 and max(map(len, text)) < 80 for text in progress), "fits on the node"
+    assert progress[0][1].startswith("0.0 s finished") and progress[-1][1].startswith("2.4 s finished · about ")
+    numbers = r"disk [\d.]+ [MG]B used, [\d.]+ GB free · RAM [\d.]+ [MG]B used, [\d.]+ GB free"
+    assert all(re.fullmatch(numbers, text[2]) for text in progress)
 
 
 def test_fault_27_a_transparent_end_picture_of_another_shape_through_f0(server, api, tmp_path):
@@ -154,13 +162,20 @@ def test_the_saved_graph_names_only_what_ships_or_is_linked(path):
                 assert file in linked, f"{node['type']} names {file} without a link"
 
 
+def pictures_of(path) -> int:
+    """Frames of a video file, all of them decoded."""
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
 def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(server, api):
-    """The steps of the graph's note: run, run again with a section picked, and again without it."""
+    """The steps of the graph's note: run, run again with a section picked, and again without it; then go on."""
     graph = ui_graph(REPO / "workflows" / "resume_and_reroll.json")
     (pick,) = [n for n in graph["nodes"] if n["type"] == "FrameMemoryPickSection"]
     assert pick["mode"] == workflow.BYPASSED, "off until the artist switches it on"
     plain = shrink(api(REPO / "workflows" / "resume_and_reroll.json"), seconds=3.6, steps=1)
-    sampler = one(plain, SAMPLER)[0]
+    plain = workflow.set_inputs(plain, "RandomNoise", {"noise_seed": 20261101})  # no other run has these sections
+    sampler, sheet = one(plain, SAMPLER)[0], one(plain, "PreviewImage")[0]
     assert "changes" not in plain[sampler]["inputs"]
     picked = workflow.set_inputs(plain, SAMPLER, {"project": "resume_and_reroll"})
     picked["pick"] = {
@@ -173,11 +188,12 @@ def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(serve
     def run(prompt) -> tuple[str, list[str]]:
         """What the sampler said last, and the hashes of the project's sections."""
         done = server.client.queue(prompt, timeout=900)
+        assert len(done.outputs[sheet]["images"]) == 1
         said = [text for _, node, text in progress_texts(during(done.messages, done.prompt_id)) if node == sampler]
         return said[-1], [r.file.sha256 for _, r in sorted(read_manifest(folder).sections.items())]
 
     said, first = run(plain)
-    assert len(first) == 3
+    assert len(first) == 3 and "All 3 sections were made now" in said and "contact_sheet.png" in said
     said, second = run(picked)
     assert "1 of 3 sections were finished before and reused: 0.0-1.2 s" in said
     assert second[0] == first[0] and not set(second[1:]) & set(first)
@@ -185,3 +201,51 @@ def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(serve
     assert "3 of 3 sections were finished before and reused" in said and third == first
     names = {p.name for p in folder.iterdir()}
     assert {"manifest.json", "sections", "takes", "segments", "contact_sheet.png", f"{folder.name}.mp4"} <= names
+    said, longer = run(workflow.set_inputs(plain, SAMPLER, {"seconds": 4.8}))
+    assert "3 of 4 sections were finished before and reused" in said and longer[:3] == first
+
+
+def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api):
+    """Also after it was cancelled: what is finished; and once more when the project has gone on."""
+    project = "cancelled"
+    plain = shrink(api(REPO / "workflows" / "resume_and_reroll.json"), seconds=4.8, steps=6)
+    plain = workflow.set_inputs(plain, SAMPLER, {"project": project})
+    plain = workflow.set_inputs(plain, "RandomNoise", {"noise_seed": 20261102})
+    sampler, client = one(plain, SAMPLER)[0], server.client
+    folder = server.base / "output" / "frame_memory" / project
+    vae = {"class_type": "VAELoader", "inputs": {"vae_name": "frame_memory_selftest_vae.safetensors"}}
+    widgets = {"vae": ["vae", 0], "fps": 0.0, "filename_prefix": "video/project", "crf": 18.0, "decode": "windowed"}
+    save = {"class_type": "FrameMemorySaveLongVideo", "inputs": {**widgets, "project": project}}
+
+    def saved() -> tuple[int, str]:
+        """Frames of the file and what the node said."""
+        run = client.queue({"vae": vae, "save": save}, timeout=600)
+        (file,) = run.outputs["save"]["images"]
+        said = [text for _, node, text in progress_texts(during(run.messages, run.prompt_id)) if node == "save"]
+        return pictures_of(server.base / "output" / file["subfolder"] / file["filename"]), said[-1]
+
+    def said_by_sampler(prompt_id: str) -> list[str]:
+        messages = during(client.messages, prompt_id)
+        return [text for _, node, text in progress_texts(messages) if node == sampler]
+
+    prompt_id, end = client.submit(plain), time.monotonic() + 600
+    while time.monotonic() < end:
+        if [d for n, d in client.about(prompt_id) if n == "progress" and d["node"] == sampler and d["value"] > 12]:
+            break
+        time.sleep(0.005)
+    client.interrupt()
+    with pytest.raises(PromptError, match="Cancelled"):
+        client.wait(prompt_id, timeout=600)
+    unfinished = folder / f"{project}-unfinished.mp4"
+    last = said_by_sampler(prompt_id)[-1]
+    assert last.startswith("Stopped. Queue again to go on.") and str(unfinished) in last and "2 of 4 sections" in last
+    assert pictures_of(unfinished) == 73
+    frames, said = saved()
+    assert frames == 73 and "is not finished: 2 of 4 sections are there. Saved: 0.0 to 2.4 s of 4.8 s" in said
+    run = client.queue(plain, timeout=600)
+    assert "2 of 4 sections were finished before" in said_by_sampler(run.prompt_id)[-1] and not unfinished.exists()
+    frames, said = saved()
+    assert frames == 145 and "all 4 sections" in said
+    save["inputs"]["project"] = "cancelt"
+    with pytest.raises(PromptError, match="FrameMemorySaveLongVideo.*no project of that name.*Nearest: 'cancelled'"):
+        client.queue({"vae": vae, "save": save}, timeout=600)
