@@ -185,7 +185,7 @@ VIDEO = _needs("""
     comfy.model_management.soft_empty_cache
     comfy.model_management.unload_all_models
     comfy.sd.VAE sd device dtype
-    comfy.utils.tiled_scale_multidim samples function tile overlap upscale_amount out_channels output_device index_formulas
+    comfy.utils.tiled_scale_multidim samples function tile overlap upscale_amount out_channels index_formulas
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.utils.ProgressBar.update_absolute value total preview
     folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
