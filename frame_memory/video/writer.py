@@ -38,6 +38,8 @@ BLACK_LEVEL = 2
 # A key frame, and so a playable fragment, at least this often: one FramePack section.
 GOP_SECONDS = 1.2
 DISK_MARGIN = 16 * 2**20
+# Frames converted to 8 bits together: each takes its size in floats three times over.
+CONVERTED_FRAMES = 4
 
 log = logging.getLogger(__name__)
 
@@ -201,15 +203,15 @@ class VideoWriter:
             av.logging.set_level(level)
 
     def write(self, frames_THWC: torch.Tensor | np.ndarray) -> None:
-        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Only this chunk is copied. Not mutated."""
+        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Copied a few at a time. Not mutated."""
         if tuple(frames_THWC.shape[1:]) != (self.height, self.width, 3):
             raise VideoWriteError(
                 f"Frames of shape {tuple(frames_THWC.shape)} came, expected [frames, {self.height}, {self.width}, 3]."
             )
-        frames_THWC = _to_uint8(frames_THWC, self.frames)
         try:
-            for image_HWC in frames_THWC:
-                self._encode(image_HWC)
+            for start in range(0, len(frames_THWC), CONVERTED_FRAMES):
+                for image_HWC in _to_uint8(frames_THWC[start : start + CONVERTED_FRAMES], self.frames):
+                    self._encode(image_HWC)
         except av.error.FFmpegError as error:
             self._failed = True
             raise self._write_error(error) from error

@@ -91,7 +91,7 @@ def test_fault_16_a_frozen_section_is_named_with_causes():
 def test_fault_16_a_small_figure_in_a_still_room_is_not_frozen():
     room = scene(1, 480, 832, speed=0).expand(37, -1, -1, -1).clone()
     for t in range(37):
-        room[t, 200:240, 300 + 2 * t : 330 + 2 * t] = 0.95
+        room[t, 200:240, 100 + 2 * t : 130 + 2 * t] = 0.95
     guards = guarded(room, [0, 37], sections=SECTIONS[:1])
     assert guards.measures(SECTIONS[0])["motion"] > 3 * FROZEN_LEVELS and guards.warnings(SECTIONS[0]) == ()
 

@@ -17,6 +17,8 @@ import torch
 from frame_memory.video.fragments import cut_to_finished, finished_bytes
 from frame_memory.video.writer import VideoWriteError, VideoWriter, check_disk, estimate_bytes
 
+from .probe import check_video
+
 WIDTH, HEIGHT = 96, 64
 
 
@@ -66,22 +68,20 @@ def test_a_player_reads_what_was_written(tmp_path, fps):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4"]
 
 
-def test_ffprobe_agrees(tmp_path):
-    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30) as out:
+@pytest.mark.parametrize("fps", [30, Fraction(24000, 1001)])
+def test_ffprobe_agrees(tmp_path, fps):
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, fps, metadata={"workflow": {"a": 1}}) as out:
         out.write(moving_frames(37))
-    command = ["ffprobe", "-v", "error", "-count_frames", "-show_streams", "-of", "json", str(tmp_path / "a.mp4")]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("ffprobe is not installed")
-    stream = json.loads(result.stdout)["streams"][0]
-    assert result.stderr == ""
-    assert stream["nb_frames"] == stream["nb_read_frames"] == "37"
-    assert (stream["r_frame_rate"], stream["avg_frame_rate"]) == ("30/1", "30/1")
-    assert float(stream["duration"]) == pytest.approx(37 / 30, abs=1e-6)
-    assert float(stream["start_time"]) == 0
-    assert stream["color_range"] == "tv"
-    assert {stream["color_space"], stream["color_transfer"], stream["color_primaries"]} == {"bt709"}
+    seen = check_video(tmp_path / "a.mp4", 37, fps, (WIDTH, HEIGHT))
+    assert seen.audio is None and json.loads(seen.tags["workflow"]) == {"a": 1}
+
+
+def test_ffprobe_reads_what_a_stopped_writer_kept(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.write(moving_frames(50))
+        raise KeyboardInterrupt
+    check_video(writer.kept_path, 50, 30, (WIDTH, HEIGHT))
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128), (200, 97, 40), (60, 150, 90)]
