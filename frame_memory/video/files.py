@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,15 @@ LOCKED_TRIES = 20
 LOCKED_WAIT = 0.1
 
 log = logging.getLogger(__name__)
+
+
+def full_words(folder: Path) -> str:
+    """That the disk of a folder is full, with the bytes that are free on it."""
+    try:
+        free = str(shutil.disk_usage(folder).free)
+    except OSError:
+        free = "an unknown number of"
+    return f"The disk of {folder} is full ({os.strerror(errno.ENOSPC)}; {free} bytes are free)"
 
 
 def reserve_part(path: Path) -> Path:

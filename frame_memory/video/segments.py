@@ -22,7 +22,7 @@ import numpy as np
 
 from ..plan.mark import as_fps
 from .audio import AudioTrack, SoundLine, add_audio_stream, audio_packets
-from .files import put_in_place, reserve_part
+from .files import full_words, put_in_place, reserve_part
 from .stream import Piece
 from .writer import DEFAULT_CRF, VideoWriteError, VideoWriter, WrittenVideo
 
@@ -257,7 +257,7 @@ def _joined_packets(folder: Path, ordered: list[Segment], rate: Fraction, settin
 
 def _join_error(folder: Path, path: Path, error: Exception) -> SegmentError:
     if getattr(error, "errno", None) == errno.ENOSPC:
-        cause = f"The disk of {path.parent} is full (No space left on device) while {path.name} was joined."
+        cause = f"{full_words(path.parent)}, so {path.name} could not be joined."
         remedy = "Free some space and queue again: nothing is sampled or decoded again."
     else:
         cause = f"Joining {path.name} failed. The muxer's words: {error}."

@@ -26,7 +26,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from ..plan.mark import as_fps
-from .files import put_in_place, reserve_part
+from .files import full_words, put_in_place, reserve_part
 from .fragments import cut_to_finished
 
 NODE = "Save Long Video"
@@ -235,7 +235,7 @@ class VideoWriter:
         """Close what is there, keep it, and say so with the cause."""
         self._keep()
         if error.errno == errno.ENOSPC:
-            cause = f"The disk of {self.path.parent} is full (No space left on device) after {self.frames} frames."
+            cause = f"{full_words(self.path.parent)} after {self.frames} frames."
             remedy = "Free some space and queue again."
         else:
             cause = f"Writing {self.path.name} failed after {self.frames} frames. The encoder's words: {error}."
