@@ -97,6 +97,7 @@ class Project:
         self._sections = sections
         self._unwritten = False
         self._others: dict[str, list[tuple[Path, SectionRecord]]] | None = None
+        self._last: tuple[Path, SectionRecord, FileRecord, tuple] | None = None
         self._mutex = threading.RLock()
 
     @classmethod
@@ -405,10 +406,17 @@ class Project:
 
     def _holder(self, key: str, index: int) -> tuple[Path, SectionRecord]:
         for folder, record in self._holders(key, index):
-            found = locate(folder, record)
-            if found is not None:
-                return folder, replace(record, file=found)
+            file = self._just_read(folder, record) or locate(folder, record)
+            if file is not None:
+                return folder, replace(record, file=file)
         raise JournalError(f"No whole section in {self.folder.parent} has the key {key}: it has to be made again.")
+
+    def _just_read(self, folder: Path, record: SectionRecord) -> FileRecord | None:
+        """The file that `find` verified last, where it is this record's and was not touched since."""
+        if self._last is None or self._last[:2] != (folder, record):
+            return None
+        _, _, file, stamp = self._last
+        return file if stamp and _stamp(folder / file.name) == stamp else None
 
     def _read_others(self) -> dict[str, list[tuple[Path, SectionRecord]]]:
         """Sections of the other projects beside this one by key, newest project first."""
@@ -429,9 +437,12 @@ class Project:
         file = locate(folder, record)
         reason = verify(folder, record.file) if file is None else ""
         if file is not None:
+            path = folder / file.name
+            stamp = _stamp(path)
             try:
-                path = str(folder / file.name)
-                return patiently(lambda: tensor_file.read(path))["samples"]
+                samples = patiently(lambda: tensor_file.read(str(path)))["samples"]
+                self._last = (folder, record, file, stamp)
+                return samples
             except (OSError, KeyError, tensor_file.FileError) as error:
                 reason = f"{file.name} cannot be read ({error})"
         self._note(f"Section {record.index} of {folder.name!r} is damaged and counts as unfinished: {reason}.")
@@ -454,6 +465,15 @@ class Project:
         else:
             log.warning("%s: %s", self.folder, text)
         self.notes.append(text)
+
+
+def _stamp(path: Path) -> tuple:
+    """What changes when a file is replaced or written to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _changed(folder: Path) -> float:

@@ -54,6 +54,12 @@ class LatentFrames:
         assert self.load is not None  # else nothing was ever let go
         return self._hold(index, self.load(index))
 
+    def made_by(self, place: int) -> tuple[int, int] | None:
+        """The section that a frame belongs to and its number in there; None in front of them and where none is made."""
+        if place < self.first.shape[2]:
+            return None
+        return next(((i, place - start) for i, (start, stop) in self._spans.items() if start <= place < stop), None)
+
     def frame(self, place: int) -> Tensor:
         """One frame `[B, C, 1, H, W]`; zeros where none has been made yet."""
         if place < self.first.shape[2]:

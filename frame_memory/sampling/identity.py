@@ -7,14 +7,16 @@ LoRA differs in nearly every tensor, and reading 13 GB anew would cost more than
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 
 from ..journal.fingerprint import fingerprint
+from ..model.context import layout_of
 from ..plan import Section
 
 SAMPLES = 64
@@ -123,40 +125,66 @@ def prompt_field(conds: Mapping) -> str:
     return short(_exact(conds))
 
 
-def _exact(value, depth: int = DEPTH):
-    """Plain data as `outline` makes it, but with tensors whole."""
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def _exact(value, depth: int = DEPTH, tensor: Callable[[Tensor], object] = _whole):
+    """Plain data as `outline` makes it, but with tensors whole, or as `tensor` gives them."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return tensor(value)
     if isinstance(value, Mapping):
-        return {str(k): _exact(v, depth) for k, v in value.items() if str(k) not in _IGNORED}
+        return {str(k): _exact(v, depth, tensor) for k, v in value.items() if str(k) not in _IGNORED}
     if isinstance(value, (list, tuple)):
-        return [_exact(v, depth) for v in value]
+        return [_exact(v, depth, tensor) for v in value]
     if depth and type(value).__name__ == "Output" and hasattr(value, "__dict__"):
-        return _exact(vars(value), depth - 1)
+        return _exact(vars(value), depth - 1, tensor)
     return outline(value)
+
+
+class Digests:
+    """Fingerprints of tensors that come up again and again in one run; each is read once as long as it lives.
+
+    Nothing is held on to. A tensor counts as the same while it is the same object, lies in the same place, and a few
+    dozen of its numbers are as they were.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref, str, str]] = {}
+
+    def __call__(self, tensor: Tensor) -> str:
+        look = fingerprint((tensor.data_ptr(), spread(tensor)))
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == look:
+            return known[2]
+        digest = fingerprint(_whole(tensor))
+        self._known[id(tensor)] = (weakref.ref(tensor), look, digest)
+        return digest
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Everything that all sections of a run share, in words: one field a cause of change."""
+    """Everything that all sections of a run share, in words: one field a cause of change. One object a run."""
 
     fields: Mapping[str, str]
+    digest: Digests = field(default_factory=Digests, compare=False)
 
-    def section_key(self, section: Section, conds: Mapping, context, noise: Tensor, begin: Tensor, seed: int) -> str:
+    def section_key(self, section: Section, conds: Mapping, seen, noise, begin: Tensor | None, seed: int) -> str:
         """Fingerprint of all that decides one section: the run, the prompts, history and noise it saw.
 
-        conds: the guider's entries without the context. context: a PackedContext. noise, begin: `[B, C, T, H, W]`.
+        conds: the guider's entries without the context. seen: what says the context's frames, group by group, exactly.
+        noise: what says the noise. begin: `[B, C, T, H, W]`, None for zeros.
         The place in the video is no part of it: the same window of two plans is the same work.
         """
+        layout = layout_of(section)
         return fingerprint(
             {
                 "run": dict(self.fields),
-                "positions": section.positions,
-                "groups": context.layout.groups,
-                "conds": _exact(conds),
-                "context": [c.detach().float().cpu() for c in context.latents],
-                "noise": noise.detach().cpu(),
-                "begin": begin.detach().cpu(),
+                "layout": (layout.positions, layout.groups),
+                "conds": _exact(conds, tensor=self.digest),
+                "context": seen,
+                "noise": noise,
+                "begin": begin,
                 "seed": seed,
             }
         )

@@ -21,9 +21,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
 from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
-from ..plan import LongVideoPlan, PlanError, Section
+from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .device import named_if_lost
 from .frames import LatentFrames
@@ -107,6 +108,10 @@ class Keeper(Protocol):
         """A section found or kept before."""
         ...
 
+    def content(self, index: int) -> str:
+        """What says the numbers of a section found or kept before exactly."""
+        ...
+
 
 class SectionSampler:
     """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section.
@@ -154,23 +159,19 @@ class SectionSampler:
         return frames
 
     def _section(self, plan, section: Section, frames: LatentFrames, inputs: Inputs, watch, strip) -> Made:
-        guider, conds, context = self._guider_for(plan, section, frames, inputs)
         shape = (*frames.first.shape[:2], section.stop - section.start, *frames.first.shape[3:])
-        # One generator runs through all sections, so it draws for those too that are found or have their own seed.
-        noise, seed = self.noise.draw(section.index, shape), self.noise.seed + section.index
-        change = self.changes.get(section.index)
-        if change is not None and change.seed is not None:
-            noise, seed = self.noise.with_seed(change.seed).draw(0, shape), change.seed
-        begin = torch.zeros(shape)
-        if inputs.initial is not None:
-            begin = begin + inputs.initial[:, :, section.start : section.stop]
-        key = ""
+        noise, seed, state = self._noise_of(section, shape)
+        begin = None if inputs.initial is None else inputs.initial[:, :, section.start : section.stop]
+        conds, key = self._conds_of(plan, section), ""
         if self.keeper is not None:
-            key = self.identity.section_key(section, conds, context, noise, begin, seed)
+            seen = self._seen(section, frames, inputs)
+            key = self.identity.section_key(section, conds, seen, noise if state is None else state, begin, seed)
             found = self.keeper.find(section, key)
             if found is not None:
                 return Made(section, found, key, 0.0, ())
 
+        begin = torch.zeros(shape) if begin is None else begin + torch.zeros(shape)
+        guider = self._guider_for(conds, section, frames, inputs)
         broken = BrokenStep()
 
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
@@ -219,14 +220,39 @@ class SectionSampler:
             )
         return made
 
-    def _guider_for(self, plan: LongVideoPlan, section: Section, frames: LatentFrames, inputs: Inputs):
-        """A copy of the guider that sees this section's prompts and context, the prompts alone, and the context."""
-        first = frames.first
-        blank = unscaled_blank(self.guider.model_patcher.model, (1, first.shape[1], 1, 1, 1))
-        end = inputs.end
-        if end is not None:
-            end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
-        context = gather_context(section, frames.frame, inputs.start, end, blank)
+    def _noise_of(self, section: Section, shape: tuple[int, ...]) -> tuple[Tensor, int, tuple | None]:
+        """Noise and seed of a section, and what says the noise where that is shorter.
+
+        One generator runs through all sections, so it draws for those too that are found or have their own seed.
+        """
+        state = self.noise.state(shape)
+        noise, seed = self.noise.draw(section.index, shape), self.noise.seed + section.index
+        change = self.changes.get(section.index)
+        if change is not None and change.seed is not None:
+            own = self.noise.with_seed(change.seed)
+            state = own.state(shape)
+            noise, seed = own.draw(0, shape), change.seed
+        return noise, seed, state
+
+    def _seen(self, section: Section, frames: LatentFrames, inputs: Inputs) -> list:
+        """What says the frames of a section's context exactly: a finished section's file is named by its hash."""
+
+        def say(ref: int):
+            if ref == BLANK:
+                return "blank"
+            if ref in (START, END):
+                return self.identity.digest(inputs.start if ref == START else inputs.end)
+            made = frames.made_by(ref)
+            if made is not None:
+                return self.keeper.content(made[0]), made[1]
+            return fingerprint(frames.frame(ref))
+
+        groups = [group.frames for group in section.groups]
+        groups += [] if section.tail is None else [section.tail.frames]
+        return [[say(ref) for ref in group] for group in groups]
+
+    def _conds_of(self, plan: LongVideoPlan, section: Section) -> dict:
+        """The guider's prompts as this section has them, without its context."""
         conds = dict(self.guider.original_conds)
         if self.timeline is not None and "positive" in conds:
             start_s, _ = plan.span_seconds(section)
@@ -236,7 +262,17 @@ class SectionSampler:
         if change is not None and change.positive is not None:
             text, extra = change.positive[0]
             conds["positive"] = with_text(conds["positive"], text, extra.get("pooled_output"))
+        return conds
+
+    def _guider_for(self, conds: Mapping, section: Section, frames: LatentFrames, inputs: Inputs):
+        """A copy of the guider that sees this section's prompts and context."""
+        first = frames.first
+        blank = unscaled_blank(self.guider.model_patcher.model, (1, first.shape[1], 1, 1, 1))
+        end = inputs.end
+        if end is not None:
+            end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
+        context = gather_context(section, frames.frame, inputs.start, end, blank)
         carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
         guider = copy.copy(self.guider)
         guider.original_conds = {k: [{**c, **carried} for c in v] for k, v in conds.items()}
-        return guider, conds, context
+        return guider

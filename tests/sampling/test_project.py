@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
 
 import comfy.model_management
@@ -14,6 +15,7 @@ import torch
 
 from frame_memory.journal import JournalError, ProjectLock, ProjectLocked, read_manifest
 from frame_memory.journal.files import verify
+from frame_memory.journal.fingerprint import fingerprint
 from frame_memory.model import checkpoint
 from frame_memory.plan import parse_timeline
 from frame_memory.sampling import identity
@@ -106,6 +108,16 @@ def test_a_moved_comfyui_finds_its_sections(monkeypatch):
     assert named[0] == named[1]
     assert "frame_memory.sampling.unipc.sample_framepack_unipc" in named[0][0][0]
     assert named[0][1][0].startswith("other.sampler.")
+
+
+def test_a_prompt_is_hashed_once_and_anew_when_it_changed():
+    digests, tensor = identity.Digests(), torch.randn(3, 500)
+    first = digests(tensor)
+    assert digests(tensor) == first == fingerprint(tensor) and len(digests._known) == 1
+    tensor[:, ::2] += 1
+    assert digests(tensor) == fingerprint(tensor) != first
+    digests._known[id(tensor)] = (weakref.ref(torch.zeros(1)), *digests._known[id(tensor)][1:])
+    assert digests(tensor) == fingerprint(tensor), "another tensor had that id before"
 
 
 def encoded(text: str) -> EncodedTimeline:
