@@ -87,7 +87,13 @@ class SoundLine:
         return cls(tuple(alike))
 
     @property
+    def seconds(self) -> float:
+        """Length with its silences."""
+        return sum(part.seconds if isinstance(part, AudioTrack) else part for part in self.parts)
+
+    @property
     def first(self) -> AudioTrack:
+        """The first sound; its format is that of all."""
         return next(part for part in self.parts if isinstance(part, AudioTrack))
 
     @property

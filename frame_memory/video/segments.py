@@ -24,10 +24,12 @@ from ..plan.mark import as_fps
 from .audio import AudioTrack, SoundLine, add_audio_stream, audio_packets
 from .files import full_words, put_in_place, reserve_part
 from .stream import Piece
-from .writer import DEFAULT_CRF, VideoWriteError, VideoWriter, WrittenVideo
+from .writer import DEFAULT_CRF, VideoWriteError, VideoWriter, WrittenVideo, lacking
 
 # How far x264 moves a frame forward in decoding order with its reference B-frames; decode times begin this early.
 REORDER_FRAMES = 2
+# Bytes of a second of sound at 512 kbit/s.
+SOUND_BYTES = 64_000
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 MOV_FLAGS = "use_metadata_tags+negative_cts_offsets"
 
@@ -161,17 +163,33 @@ def join_segments(
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, ordered, path, audio)
         part = reserve_part(path)
         _mux(folder, ordered, part, rate, metadata or {}, audio)
         put_in_place(part, path)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise _join_error(folder, path, error) from error
+        raise _join_error(folder, path, error, _needed(ordered, audio)) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
     first = ordered[0]
     black = tuple(frame - first.start_frame for segment in ordered for frame in segment.black_frames)
     return WrittenVideo(path, first.width, first.height, ordered[-1].stop_frame - first.start_frame, rate, black)
+
+
+def _needed(ordered: list[Segment], audio: AudioTrack | SoundLine | None) -> int:
+    """Bytes of a joined file: its segments, and its sound at a rate that none will have."""
+    sound = audio.seconds * SOUND_BYTES if audio is not None else 0
+    return sum(segment.bytes for segment in ordered) + int(sound)
+
+
+def _check_room(folder: Path, ordered: list[Segment], path: Path, audio: AudioTrack | None) -> None:
+    lack = lacking(path.parent, _needed(ordered, audio))
+    if lack is not None:
+        raise SegmentError(
+            f"The disk of {path.parent} is nearly full: {path.name} {lack}. Nothing was written. The segments stay in "
+            f"{folder}, and each of them plays. Free some space and queue again: nothing is sampled or decoded again."
+        )
 
 
 def _check_joinable(folder: Path, ordered: list[Segment], rate: Fraction, path: Path, allow_black: bool) -> None:
@@ -255,9 +273,9 @@ def _joined_packets(folder: Path, ordered: list[Segment], rate: Fraction, settin
             raise ValueError(f"{segment.name} holds {count} frames, expected {segment.frames}")
 
 
-def _join_error(folder: Path, path: Path, error: Exception) -> SegmentError:
+def _join_error(folder: Path, path: Path, error: Exception, needed: int) -> SegmentError:
     if getattr(error, "errno", None) == errno.ENOSPC:
-        cause = f"{full_words(path.parent)}, so {path.name} could not be joined."
+        cause = f"{full_words(path.parent)}, so {path.name}, of about {needed} bytes, could not be joined."
         remedy = "Free some space and queue again: nothing is sampled or decoded again."
     else:
         cause = f"Joining {path.name} failed. The muxer's words: {error}."
