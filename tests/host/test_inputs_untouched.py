@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import InputImpl
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from safetensors.torch import save_file
 
@@ -30,6 +31,7 @@ from .source import REPO
 
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
+VIDEO = InputImpl.VideoFromFile(str(SELFTEST / "frame_memory_before.mp4"))
 PACK = "frame_memory_pack_of_input_tests"
 IDS = [node for family in FAMILIES.values() for node in family.nodes]
 
@@ -158,6 +160,12 @@ def inputs_of(node_id: str, g) -> dict:
         },
         "FrameMemoryPickSection": lambda: {
             "section": 2, "seed": 5, "positive": g.positive, "changes": (g.change(1, None, g.negative),),
+        },
+        "FrameMemoryVideoHistory": lambda: {
+            "video": VIDEO, "vae": g.vae, "seconds": 0.5, "size": 64, "bridge_to": VIDEO,
+        },
+        "FrameMemoryJoinVideos": lambda: {
+            "video": VIDEO, "made": VIDEO, "filename_prefix": "a", "overlap": 5, "then": VIDEO,
         },
         "FrameMemorySaveLongVideo": lambda: {
             "samples": g.latent(10, 5), "vae": g.vae, "fps": 30.0, "filename_prefix": "a",

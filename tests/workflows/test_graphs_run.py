@@ -15,6 +15,7 @@ from scripts.client import PromptError
 from .tiny import (
     FILES,
     GRAPHS,
+    PICTURE_GRAPHS,
     REPO,
     SELFTEST_GRAPHS,
     START_PICTURE,
@@ -33,8 +34,9 @@ SAMPLER = "FrameMemoryAntiDriftSampler"
 by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 
 
-def test_the_four_graphs_are_there():
-    assert [p.stem for p in GRAPHS] == ["framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
+def test_the_five_graphs_are_there():
+    names = ["extend_and_bridge", "framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
+    assert [p.stem for p in GRAPHS] == names
 
 
 @by_name
@@ -52,7 +54,7 @@ def test_the_frontend_reads_the_file_and_would_save_the_same(editor, definitions
     assert set(prompt) == {str(n["id"]) for n in saved["nodes"] if n["type"] not in workflow.NOT_RUN and not n["mode"]}
 
 
-@pytest.fixture(scope="module", params=GRAPHS, ids=lambda p: p.stem)
+@pytest.fixture(scope="module", params=PICTURE_GRAPHS, ids=lambda p: p.stem)
 def made(request, server, api):
     """(API graph, run, path of the mp4) of one example graph."""
     prompt = shrink(api(request.param), seconds=SECONDS, steps=STEPS)
