@@ -85,13 +85,26 @@ def check_disk(path: Path, width: int, height: int, frames: int, crf: float = DE
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise VideoWriteError(
-            f"The disk of {path.parent} has {_megabytes(free)} free, and {frames} frames of {width}x{height} may need "
-            f"{_megabytes(needed)}. Nothing was written. Free some space, or raise crf in '{NODE}' (6 more halves it)."
+            f"The disk of {path.parent} has {in_bytes(free)} free, and {frames} frames of {width}x{height} may need "
+            f"{in_bytes(needed)}. Nothing was written. Free some space, or raise crf in '{NODE}' (6 more halves it)."
         )
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MB"
+def lacking(folder: Path, needed: int) -> str | None:
+    """Words for a disk with less than `needed` bytes and a margin free; None where there is room, or nobody knows."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        log.debug("free space of %s is not known: %s", folder, error)
+        return None
+    if free >= needed + DISK_MARGIN:
+        return None
+    return f"needs {in_bytes(needed + DISK_MARGIN)} more and has {in_bytes(free)} free"
+
+
+def in_bytes(count: int) -> str:
+    """A size for people and for programs."""
+    return f"{count / 2**20:.1f} MB ({count} bytes)"
 
 
 def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
@@ -203,11 +216,15 @@ class VideoWriter:
             av.logging.set_level(level)
 
     def write(self, frames_THWC: torch.Tensor | np.ndarray) -> None:
-        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Copied a few at a time. Not mutated."""
+        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Copied a few at a time. Not mutated.
+
+        Stops before the disk is full, with VideoWriteError, so that what is finished can be closed properly.
+        """
         if tuple(frames_THWC.shape[1:]) != (self.height, self.width, 3):
             raise VideoWriteError(
                 f"Frames of shape {tuple(frames_THWC.shape)} came, expected [frames, {self.height}, {self.width}, 3]."
             )
+        self._check_room(len(frames_THWC))
         try:
             for start in range(0, len(frames_THWC), CONVERTED_FRAMES):
                 for image_HWC in _to_uint8(frames_THWC[start : start + CONVERTED_FRAMES], self.frames):
@@ -230,6 +247,16 @@ class VideoWriter:
         if int(image_HWC.max()) <= BLACK_LEVEL:
             self.black_frames.append(self.frames)
         self.frames += 1
+
+    def _check_room(self, frames: int) -> None:
+        lack = lacking(self.path.parent, estimate_bytes(self.width, self.height, frames, self.crf))
+        if lack is not None:
+            self._keep()
+            self._failed = True
+            raise VideoWriteError(
+                f"The disk of {self.path.parent} is nearly full: {self.path.name} {lack}, after {self.frames} frames. "
+                f"{self._kept_words()} Free some space and queue again."
+            )
 
     def _write_error(self, error: OSError) -> VideoWriteError:
         """Close what is there, keep it, and say so with the cause."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from frame_memory.plan.mark import MarkError
-from frame_memory.video.carried import can_carry
+from frame_memory.video.carried import CarriedDecoder, can_carry
 from frame_memory.video.decode import DecodeError
 from frame_memory.video.ladder import DecodeMemoryError
 from frame_memory.video.save import describe, plan_save, save_video
@@ -21,6 +22,7 @@ from frame_memory.video.vae import VAEError
 from .reference import reference_video
 from .test_video_carried import tight_decoder
 from .test_video_ladder import tight
+from .test_video_writer import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +176,44 @@ def test_fault_05_a_stopped_carried_save_keeps_every_decoded_frame(tmp_path, tin
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
         save_video(plan_save(tiny_vae, long_latent(6)), tiny_vae, tmp_path / "a.mp4", interrupt=interrupt)
     assert len(read_back(tmp_path / "a.part.mp4")) == 1 + 8 + 8
+
+
+def test_fault_06_a_disk_that_is_full_at_any_write_of_a_save_leaves_a_playable_part_or_nothing(tmp_path, tiny_vae):
+    """Room for a tenth of the file, two tenths, and so on: what is kept is a beginning of the same video."""
+    latent = long_latent(4, order="forward")
+    with torch.inference_mode():
+        plan = plan_save(tiny_vae, latent, 30)
+        whole = save_video(plan, tiny_vae, tmp_path / "whole.mp4", crf=10)
+        pixels = torch.cat(list(CarriedDecoder(tiny_vae).stream(latent["samples"])))
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    size = whole.path.stat().st_size
+    body = """
+        import json, resource, sys
+        import numpy as np
+        import frame_memory.video.writer as writer
+        from frame_memory.video.fragments import finished_bytes
+        frames, size = np.load(folder / "pixels.npy"), int(sys.argv[2])
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        for tenth in range(10):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * tenth // 10, hard))
+            out = VideoWriter(folder / f"{tenth}.mp4", 48, 32, 30, crf=10)
+            try:
+                with out:
+                    for start in range(0, len(frames), 8):
+                        out.write(frames[start : start + 8])
+                raise SystemExit(f"nothing failed at {tenth}")
+            except VideoWriteError as error:
+                assert str(folder) in str(error), error
+    """
+    result = run_child(textwrap.dedent(body), tmp_path, more=[str(size)])
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("?.mp4"))
+    kept = sorted(tmp_path.glob("?.part.mp4"))
+    counts = [len(read_back(path)) for path in kept]
+    assert counts and counts == sorted(counts) and 0 < counts[-1] < whole.frames
+    shown = read_back(whole.path)
+    for path, count in zip(kept, counts):
+        assert np.array_equal(read_back(path), shown[:count])
 
 
 @pytest.mark.parametrize("mode", ["carried", "windowed"])

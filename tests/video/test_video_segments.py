@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import textwrap
 from dataclasses import replace
@@ -181,6 +182,15 @@ def test_fault_06_a_disk_that_fills_while_joining_leaves_the_segments(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout and str(tmp_path / "s") in result.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["s"] and len(list((tmp_path / "s").iterdir())) == 5
+
+
+def test_fault_06_room_is_looked_for_before_a_join(tmp_path, monkeypatch):
+    made = segments_of(tmp_path / "s", moving_frames(100))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=5000))
+    with pytest.raises(SegmentError, match=r"a\.mp4 needs .* bytes\) more and has .*5000 bytes.*The segments stay in"):
+        join_segments(tmp_path / "s", made, tmp_path / "a.mp4", 30)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"] and len(list((tmp_path / "s").iterdir())) == len(made)
 
 
 def test_fault_06_a_full_disk_leaves_no_torn_segment(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,8 +249,8 @@ def run_child(body: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
     """
     script = textwrap.dedent(head) + textwrap.dedent(body)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    prefix = kwargs.pop("prefix", [])
-    command = [*prefix, sys.executable, "-c", script, str(folder)]
+    prefix, more = kwargs.pop("prefix", []), kwargs.pop("more", [])
+    command = [*prefix, sys.executable, "-c", script, str(folder), *more]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
 
 
@@ -270,6 +271,8 @@ def test_fault_03_a_killed_process_leaves_a_playable_file(tmp_path):
 
 
 FULL_DISK = """
+    import frame_memory.video.writer as writer
+    writer.DISK_MARGIN = -10**9  # so that the check before every write lets it through
     try:
         with VideoWriter(folder / "a.mp4", 96, 64, 30) as out:
             for _ in range(20):
@@ -321,6 +324,23 @@ def test_fault_06_the_disk_is_checked_before(tmp_path):
     check_disk(tmp_path / "a.mp4", 96, 64, 1)
 
 
+def test_fault_06_the_disk_is_checked_again_at_each_write(tmp_path, monkeypatch):
+    """It fills up while the video is written: what is there is closed properly, and the numbers are told."""
+    room = [10**12]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=room[0]))
+    with (
+        pytest.raises(VideoWriteError, match=r"is nearly full: a\.mp4 needs \d+\.\d MB \(\d+ bytes\) more") as error,
+        VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30, expected_frames=72) as out,
+    ):
+        out.write(moving_frames(36))
+        room[0] = 1000
+        out.write(moving_frames(36))
+    assert "1000 bytes" in str(error.value) and str(tmp_path) in str(error.value)
+    check_video(out.kept_path, 36, 30, (WIDTH, HEIGHT))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.part.mp4"]
+
+
 def test_the_estimate_is_above_what_grainy_video_takes(tmp_path):
     """Noise of a standard deviation of 10 levels, far more grain than a decoded video has."""
     generator = torch.Generator().manual_seed(1)
@@ -352,7 +372,8 @@ def test_fault_13_nan_in_pixels_raises_with_the_frame(tmp_path, poison):
     ):
         out.write(frames)
         out.write(bad)
-    assert probe(out.kept_path)["frames"] == 20
+    # The frames before it in the same chunk, which are converted four at a time, are kept too.
+    assert probe(out.kept_path)["frames"] == 24
     assert not (tmp_path / "a.mp4").exists()
 
 
