@@ -76,6 +76,10 @@ class Life:
         told = [data for name, data in list(self.server.client.messages) if name == "progress"]
         return [data["value"] for data in told if data["max"] == SECTIONS * STEPS]
 
+    def over(self) -> bool:
+        """Whether the graph was run to its end."""
+        return any(name == "execution_success" for name, _ in list(self.server.client.messages))
+
     def begun(self) -> set[int]:
         """Sections that this life has sampled a step of."""
         return {int(value - 1) // STEPS for value in self.steps()}
@@ -150,8 +154,8 @@ def wait_for(happened, life: Life, seconds: float = LONGEST, pause: float = 0.00
         time.sleep(pause)
 
 
-def kill_in_a_write(life: Life, number: int) -> None:
-    """Kill in the middle of the file written as the `number`-th from now on."""
+def kill_in_a_write(life: Life, number: int) -> bool:
+    """Kill in the middle of the file written as the `number`-th from now on; False where the run ended before."""
     process, seen = life.server.pid, set()
 
     def writing() -> bool:
@@ -166,7 +170,8 @@ def kill_in_a_write(life: Life, number: int) -> None:
                 return False
         return True
 
-    wait_for(writing, life, pause=0.0003)
+    wait_for(lambda: writing() or life.over(), life, pause=0.0003)
+    return not life.over()
 
 
 def kill_at_random(life: Life, rng: random.Random, pace: float) -> str:
@@ -176,10 +181,10 @@ def kill_at_random(life: Life, rng: random.Random, pace: float) -> str:
     if kind == "before the first step":
         wait_for(life.steps, life, rng.uniform(0.0, 2.0))
     elif kind == "between steps":
-        wait_for(life.steps, life)
+        wait_for(lambda: life.steps() or life.over(), life)
         time.sleep(rng.uniform(0.0, 1.5 * pace))
-    else:
-        kill_in_a_write(life, rng.randint(1, 8 if life.live else 5))
+    elif not kill_in_a_write(life, rng.randint(1, 8 if life.live else 5)):
+        kind = "after the end"
     life.server.kill()
     return kind
 
