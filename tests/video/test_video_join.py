@@ -1,6 +1,7 @@
 """An existing video, the new part and what follows as one file: every frame says its number, every sound its pitch."""
 
 import io
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 
-from frame_memory.plan import BLANK, PRESETS, plan_sections
+from frame_memory.plan import PRESETS, plan_sections
 from frame_memory.plan.frames import END
 from frame_memory.video.audio import AudioTrack, SoundLine, samples_of
 from frame_memory.video.clips import describe_clip, open_clip
@@ -100,7 +101,8 @@ def test_a_step_of_brightness_at_a_join_is_warned_of(tmp_path):
     dark = write_video(tmp_path / "d.mp4", steady(8), frames=[np.full((64, 96, 3), 60, np.uint8)] * 8)
     light = write_video(tmp_path / "l.mp4", steady(8), frames=[np.full((64, 96, 3), 120, np.uint8)] * 8)
     clips = [clip_of(path, tmp_path) for path in (dark, light)]
-    assert "Warning: Brightness changes by +6" in join_videos(plan_join(*clips, 0), tmp_path / "o.mp4").report
+    report = join_videos(plan_join(*clips, 0), tmp_path / "o.mp4").report
+    assert re.search(r"Warning: Brightness changes by \+(59|60|61)\.\d of 255 at the join at 0\.27 s", report)
 
 
 def test_trimmed_videos_and_videos_in_memory_are_read(tmp_path):
@@ -175,4 +177,4 @@ def test_a_bridge_with_f0_sees_both_ends():
     assert plan.sections[-1].start == 16 and plan.sections[0].stop == plan.total_frames == 16 + 27
     nearest = next(g for g in plan.sections[0].groups if END in g.frames)
     assert nearest.kernel == 1 and nearest.positions[0] == plan.sections[0].positions[-1] + 1
-    assert BLANK not in {f for g in plan.sections[-1].groups for f in g.frames}
+    assert set(range(25, 43)) <= read[-1], "the section that follows the history sees all that comes after it"
