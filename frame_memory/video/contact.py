@@ -5,6 +5,7 @@ Shape suffixes: T time, H height, W width, C colour channels (3, RGB).
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def to_bytes(frame_HWC: torch.Tensor | np.ndarray) -> np.ndarray:
 class ContactSheet:
     """Collects thumbnails from pieces in any order: `sheet.add(piece.start_frame, piece.frames_THWC)`.
 
-    `sections` in the order they are to be shown. Holds one small picture a section; the frames are not kept.
+    `sections` in the order they are to be shown. Holds one small picture a section, packed; the frames are not kept.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class ContactSheet:
         self.sections, self.fps = tuple(sections), float(fps)
         self.columns = max(1, math.ceil(math.sqrt(len(self.sections))))
         self.width = max(16, min(width, (SHEET_SIDE - GAP) // self.columns - GAP))
-        self._pictures: dict[int, Image.Image] = {}
+        self._pictures: dict[int, bytes] = {}
+        self._height = 0
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -75,19 +77,34 @@ class ContactSheet:
             offset = section.shown_frame - start_frame
             if 0 <= offset < len(frames_THWC):
                 picture = Image.fromarray(to_bytes(frames_THWC[offset]))
-                height = max(1, round(self.width * picture.height / picture.width))
-                self._pictures[i] = picture.resize((self.width, height), Image.Resampling.BOX)
+                size = self._size(picture)
+                self._height = max(self._height, size[1])
+                if size < picture.size:
+                    picture = picture.resize(size, Image.Resampling.BOX)
+                packed = io.BytesIO()
+                picture.save(packed, format="PNG", compress_level=1)
+                self._pictures[i] = packed.getvalue()
+
+    def _size(self, picture: Image.Image) -> tuple[int, int]:
+        return self.width, max(1, round(self.width * picture.height / picture.width))
+
+    def _picture(self, index: int) -> Image.Image | None:
+        """The thumbnail of a section at the size of the sheet."""
+        if index not in self._pictures:
+            return None
+        picture = Image.open(io.BytesIO(self._pictures[index]))
+        return picture.resize(self._size(picture), Image.Resampling.BOX)
 
     def draw(self) -> Image.Image:
         """The sheet. Sections without a picture are grey boxes that say so."""
-        height = max((picture.height for picture in self._pictures.values()), default=round(self.width * 9 / 16))
+        height = self._height or round(self.width * 9 / 16)
         rows = max(1, math.ceil(len(self.sections) / self.columns))
         cell_width, cell_height = self.width + GAP, height + CAPTION + GAP
         sheet = Image.new("RGB", (self.columns * cell_width + GAP, rows * cell_height + GAP), BACKGROUND)
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(8, min(13, self.width // 11)))
         for i, section in enumerate(self.sections):
             left, top = GAP + i % self.columns * cell_width, GAP + i // self.columns * cell_height
-            picture = self._pictures.get(i)
+            picture = self._picture(i)
             if picture is None:
                 pen.rectangle((left, top, left + self.width - 1, top + height - 1), fill=MISSING)
                 pen.text((left + 4, top + 4), "not finished", fill=TEXT, font=font)
