@@ -35,6 +35,7 @@ from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
+from .judged import NOTHING_FOUND
 from .live import LiveVideo
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
@@ -344,8 +345,10 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
     lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
     lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
-    lines += project.notes
     judged = [note for record in project.manifest.finished for note in record.notes]
+    if writer and writer.judged and not judged:
+        lines.append(NOTHING_FOUND.format(len(writer.judged)))
+    lines += project.notes
     report = _say_all(say, "\n".join(lines), list(dict.fromkeys([*warnings, *runner.notes, *announced, *judged])))
     return Finished(latent, f"{described}\n{report}", project.name, path, writer.sheet if writer else None)
 

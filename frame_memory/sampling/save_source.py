@@ -13,7 +13,7 @@ from ..plan.decode import DecodeWindow
 from ..plan.mark import KEY, read_mark
 from ..video.decode import DecodeError
 from ..video.save import video_latents
-from .judged import SHEET, Judged, marked_sections
+from .judged import NOTHING_FOUND, SHEET, Judged, marked_sections
 from .stored import NODE, StoredVideo, annotate_stored, open_stored
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class SaveSource:
         for warning in warnings:
             log.warning("%s: %s", NODE, warning)
         lines = [*self.lines, *(f"Warning: {warning}" for warning in warnings)]
+        if results and not warnings:
+            lines.append(NOTHING_FOUND.format(len(results)))
         if first and self.stored is not None:
             lines += self._into_project(results)
         return lines
