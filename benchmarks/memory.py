@@ -52,6 +52,24 @@ def on_gpu() -> float:
     return torch.cuda.memory_allocated() / MEGABYTE if torch.cuda.is_available() else 0.0
 
 
+def in_use() -> float:
+    """What the C heap has handed out and not got back, MB; 0 where glibc does not tell. Growth of RSS without growth
+    of this is heap that was freed and is kept by glibc for later: no leak."""
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    import ctypes
+
+    names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return 0.0
+    ask.restype = info
+    told = ask()
+    return (told.uordblks + told.hblkhd) / MEGABYTE
+
+
 class Peak:
     """The highest resident memory between two looks, seen by a thread of its own."""
 
@@ -88,7 +106,7 @@ def sample(sections: int, side: int, steps: int, folder: Path) -> dict:
     from frame_memory.plan import PRESETS, parse_schedule, sigma_schedule
     from frame_memory.sampling.long_video import Live, sample_long_video
     from frame_memory.sampling.project_run import ProjectRequest
-    from frame_memory.sampling.unipc import framepack_unipc
+    from frame_memory.sampling.unipc import sample_framepack_unipc
     from frame_memory.video.start_image import prepare
 
     from .quality import SHIFT, load
@@ -105,21 +123,33 @@ def sample(sections: int, side: int, steps: int, folder: Path) -> dict:
     guider.set_conds(positive, positive)
     rss: list[float] = []
     vram: list[float] = []
+    heap: list[float] = []
 
-    def note(path: Path) -> None:
+    def note() -> None:
         rss.append(resident())
         vram.append(on_gpu())
-        if len(rss) % 10 == 0:
-            print(f"  section {len(rss):4d}: {rss[-1]:7.1f} MB", flush=True)
+        heap.append(in_use())
+        if len(rss) % 10 == 1 and len(rss) > 1:
+            print(f"  section {len(rss) - 1:4d}: {rss[-1]:7.1f} MB, heap in use {heap[-1]:7.1f} MB", flush=True)
+
+    class Watched(comfy.samplers.KSAMPLER):
+        """Is asked for once a section: what is held then is what the sections before have left."""
+
+        def sample(self, *arguments, **options):
+            note()
+            return super().sample(*arguments, **options)
 
     with torch.inference_mode():
         sample_long_video(
-            noise=Noise_RandomNoise(0), guider=guider, sampler=framepack_unipc(),
+            noise=Noise_RandomNoise(0), guider=guider, sampler=Watched(sample_framepack_unipc),
             sigmas=torch.tensor(sigma_schedule(steps, SHIFT)), schedule=parse_schedule(PRESETS["F1 forward"]),
             start={**image.start, "frame_memory": {"base": "selftest"}}, seconds=sections * SECTION_FRAMES / FPS,
-            project=ProjectRequest(folder, "memory"), live=Live(vae, show=note), say=lambda _: None,
+            project=ProjectRequest(folder, "memory"), live=Live(vae), say=lambda _: None,
         )  # fmt: skip
-    return {"rss": rss, "vram": vram}
+    note()
+    if len(rss) != sections + 1:
+        raise RuntimeError(f"{sections} sections were asked for, the sampler was called {len(rss) - 1} times")
+    return {"rss": rss[1:], "vram": vram[1:], "heap": heap[1:]}
 
 
 def painted(latents_BCTHW):
@@ -230,8 +260,8 @@ def verdicts(sampled: dict | None, decoded: dict | None) -> list[tuple[str, str,
     rows: list[tuple[str, str, float, float | None, str]] = []
     if sampled is not None:
         count = len(sampled["rss"])
-        for name, words in (("rss", "RSS"), ("vram", "VRAM")):
-            values = sampled[name]
+        for name, words in (("rss", "RSS"), ("vram", "VRAM"), ("heap", "heap in use")):
+            values = sampled.get(name, [])
             if not any(values):
                 continue
             growth = values[-1] - values[SETTLED - 1]
