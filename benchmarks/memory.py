@@ -35,6 +35,8 @@ LEAST_MINUTES = 1.0
 # A section of 9 latent frames is 36 pixel frames.
 SECTION_FRAMES, FPS = 36, 30
 WIDTH, HEIGHT = 640, 608
+# What is measured after each section, and its name for people.
+SERIES = (("rss", "RSS"), ("vram", "VRAM"), ("heap", "heap in use"))
 SAMPLE_SECONDS = 0.1
 
 
@@ -260,7 +262,7 @@ def verdicts(sampled: dict | None, decoded: dict | None) -> list[tuple[str, str,
     rows: list[tuple[str, str, float, float | None, str]] = []
     if sampled is not None:
         count = len(sampled["rss"])
-        for name, words in (("rss", "RSS"), ("vram", "VRAM"), ("heap", "heap in use")):
+        for name, words in SERIES:
             values = sampled.get(name, [])
             if not any(values):
                 continue
@@ -284,11 +286,16 @@ def draw(path: Path, sampled: dict, decoded: dict) -> None:
 
     count, minutes = len(sampled["rss"]), decoded["frames"] / FPS / 60
     allowed = sampled["rss"][SETTLED - 1] + SECTION_BOUND
+    measured = [(name, words) for name, words in SERIES if any(sampled.get(name, []))]
     top = Panel(
         f"Sampling {count} sections: memory after each",
         "section",
         "MB",
-        [Curve("RSS", list(range(1, count + 1)), sampled["rss"])],
+        [
+            Curve(words, list(range(1, count + 1)), sampled[name])
+            for name, words in SERIES
+            if any(sampled.get(name, []))
+        ],
         [(allowed, f"bound: section {SETTLED} + {SECTION_BOUND:.0f} MB")],
         max(allowed, *sampled["rss"]) * 1.15,
     )

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, PANEL_HEIGHT = 1200, 420
 LEFT, RIGHT, TOP, BOTTOM = 90, 40, 60, 70
-INK, FAINT, LINE, BOUND = (40, 40, 40), (222, 222, 222), (31, 105, 180), (200, 60, 50)
+INK, FAINT, BOUND = (40, 40, 40), (222, 222, 222), (200, 60, 50)
+LINES = ((31, 105, 180), (20, 130, 90), (150, 90, 20))
 TICKS = 5
 # Steps between the marks of an axis, times a power of ten.
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
@@ -72,15 +73,15 @@ def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int) -> None:
         draw.text((place(mark, 0)[0], base + 10), f"{mark:g}", INK, small, anchor="mt")
     draw.line([place(0, panel.top), place(0, 0), place(right, 0)], INK, 2)
     draw.text(((LEFT + WIDTH - RIGHT) / 2, base + 36), panel.x_label, INK, small, anchor="mt")
-    draw.text((12, offset + TOP - 16), panel.y_label, INK, small)
+    draw.text((12, offset + TOP - 26), panel.y_label, INK, small)
     for level, words in panel.bounds:
         draw.line([place(0, level), place(right, level)], BOUND, 2)
         draw.text((WIDTH - RIGHT, place(0, level)[1] - 6), words, BOUND, small, anchor="rb")
-    for curve in panel.curves:
+    for colour, curve in zip(LINES, panel.curves):
         points = [place(x, y) for x, y in zip(curve.x, curve.y)]
-        draw.line(points, LINE, 3, joint="curve")
+        draw.line(points, colour, 3, joint="curve")
         text = f"{curve.name}, at the end {curve.y[-1]:.0f} {panel.y_label}"
-        draw.text((points[-1][0], points[-1][1] + 10), text, LINE, small, anchor="rt")
+        draw.text((points[-1][0], points[-1][1] + 24), text, colour, small, anchor="rt")
 
 
 def _marks(top: float) -> list[float]:
