@@ -1,6 +1,7 @@
 """Extending and bridging existing videos, on the real server: the example graph, and files as people have them."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from frame_memory.video.source import probe_video
 from scripts import workflow
 from scripts.client import PromptError
 
-from ..video.odd_videos import pitch_of, read_sound, write_video
-from ..video.probe import check_video
 from .tiny import FILES, REPO, SELFTEST_VIDEOS, during, one, progress_texts, shrink
+
+sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
+from video.odd_videos import pitch_of, read_sound, write_video
+from video.probe import check_video
 
 HISTORY, SAMPLER, JOIN = "FrameMemoryVideoHistory", "FrameMemoryAntiDriftSampler", "FrameMemoryJoinVideos"
 UNEVEN = [0, 40, 90, 120, 200, 260, 300, 380, 400, 470, 520, 600]
