@@ -291,11 +291,7 @@ def draw(path: Path, sampled: dict, decoded: dict) -> None:
         f"Sampling {count} sections: memory after each",
         "section",
         "MB",
-        [
-            Curve(words, list(range(1, count + 1)), sampled[name])
-            for name, words in SERIES
-            if any(sampled.get(name, []))
-        ],
+        [Curve(words, list(range(1, count + 1)), sampled[name]) for name, words in measured],
         [(allowed, f"bound: section {SETTLED} + {SECTION_BOUND:.0f} MB")],
         max(allowed, *sampled["rss"]) * 1.15,
     )
