@@ -114,24 +114,23 @@ def _as_image(frame_HWC: np.ndarray) -> Tensor:
 
 
 def _report(clip: Clip, target: Clip | None, used: range, count: int, size: tuple[int, int], heard: bool) -> str:
+    """Few lines: the editor shows about ten of them."""
     begin, end = float(used.start / clip.fps), float(used.stop / clip.fps)
-    lines = ["VIDEO", *describe_clip(clip), fitting(clip, *size)]
-    lines.append(
-        f"History: {begin:.2f} to {end:.2f} s = {len(used)} frames = {count} latent frames, in front of the result. "
-        f"The new part begins {len(used) / float(clip.fps):.2f} s into it."
-    )
     left = len(clip.frames) - len(used)
-    if left:
-        lines.append(f"The {left} frames before are not shown to the model; 'Join Videos' keeps them.")
-    if count < SEEN_LATENTS:
-        lines.append(f"F1 can look back at {SEEN_LATENTS} latent frames; the missing ones are blank to it.")
+    lines = [
+        f"History: {begin:.2f} to {end:.2f} s, {len(used)} frames = {count} latent frames."
+        + (f" The {left} frames before are kept by 'Join Videos'." if left else ""),
+        " ".join([*describe_clip(clip), fitting(clip, *size)]),
+    ]
     sound = f"Sound: {describe_sound(clip)}."
     if heard:
-        sound += f" 'audio' is that of the history, {end - begin:.3f} s; 'Join Videos' carries all of it."
+        sound += f" 'audio' is the history's, {end - begin:.3f} s; 'Join Videos' carries all."
     lines.append(sound)
     if target is not None:
-        lines += ["BRIDGE TO", *describe_clip(target), fitting(target, *size)]
         at = float(target.frames.start / target.fps)
-        lines.append(f"Its picture at {at:.2f} s is the end. Only F0 can aim at it.")
+        lines.append(f"BRIDGE TO the picture at {at:.2f} s of (F0 only)")
+        lines.append(" ".join([*describe_clip(target), fitting(target, *size)]))
         lines.append(f"Sound: {describe_sound(target)}.")
+    if count < SEEN_LATENTS:
+        lines.append(f"F1 looks back at {SEEN_LATENTS} latent frames: the missing ones are blank to it.")
     return "\n".join(lines)
