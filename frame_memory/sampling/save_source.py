@@ -61,7 +61,7 @@ class SaveSource:
             self.judge.sheet.save(sheet)
         except OSError as error:
             return [f"Warning: the contact sheet was not written ({error})."] + ([refused] if refused else [])
-        return [f"Contact sheet: {sheet}"] + ([refused] if refused else [])
+        return [f"Contact sheet: {self.stored.folder.name}/{SHEET}"] + ([refused] if refused else [])
 
 
 def choose(root: Path, samples: Mapping | None, project: str) -> SaveSource:
