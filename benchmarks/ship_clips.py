@@ -19,7 +19,7 @@ from .world import render
 # From the left edge on, so that the circle does not turn before the second video begins.
 SCENE = replace(START, x=13.0)
 FPS = 30
-BEFORE, AFTER = range(0, 61), range(133, 182)
+BEFORE, AFTER = range(61), range(133, 182)
 FILES = {"frame_memory_before.mp4": BEFORE, "frame_memory_after.mp4": AFTER}
 SOUND_RATE, SOUND_BITS = 22050, 24_000
 
