@@ -75,7 +75,7 @@ def probe(path: Path) -> Probed:
 
 
 def check_video(path: Path, frames: int, fps, size: tuple[int, int], *, silent: bool = True) -> Probed:
-    """What every mp4 of the pack promises: these frames, this rate exactly, yuv420p, BT.709, H.264; silent: no complaint."""
+    """What every mp4 of the pack promises: frames, exact rate, yuv420p, BT.709, H.264; silent: no complaint."""
     seen = probe(path)
     rate = Fraction(fps)
     assert (seen.frames, seen.listed, seen.fps, seen.steady_fps) == (frames, frames, rate, rate)
