@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import folder_paths
@@ -11,10 +12,12 @@ from comfy_api.latest import io, ui
 from ..frame_memory.model import checkpoint, lora, tensor_file
 from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.sources import LOAD_LORA
+from ..frame_memory.sampling.prompts import lost_spaces
 from .shown import show
 
 DIFFUSION_MODELS = "diffusion_models"
 AUTO = "from the file"
+HUNYUAN = "HunyuanVideo"
 KINDS = {"F0 (inverted)": "F0", "F1 (forward)": "F1"}
 DTYPES = {
     "default": {},
@@ -109,10 +112,8 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
             )
         model = checkpoint.load_framepack(path, dict(DTYPES[weight_dtype]))
         _, metadata = tensor_file.read_header(info.shards[0])
-        model.model_options = {
-            **model.model_options,
-            MODEL_OPTION: {"kind": known, "base": metadata.get("frame_memory.base", "HunyuanVideo")},
-        }
+        base = metadata.get("frame_memory.base", HUNYUAN)
+        model.model_options = {**model.model_options, MODEL_OPTION: {"kind": known, "base": base}}
         lines = [
             f"{model_name}: FramePack {known}, {_kind_source(kind, info)}",
             f"{info.layout} layout, {info.tensors} tensors in {len(info.shards)} file(s), {info.bytes / 2**30:.2f} GiB",
@@ -120,6 +121,10 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
         ]
         if save_converted:
             lines.append(_save_converted(path, info, known))
+        # Here, since CLIP Text Encode cannot say it: by the time of sampling a prompt is numbers.
+        for warning in lost_spaces() if base == HUNYUAN else ():
+            logging.warning("%s", warning)
+            lines.append(f"Warning: {warning}")
         report = "\n".join(lines)
         show(cls, report)
         return io.NodeOutput(model, report, ui=ui.PreviewText(report))

@@ -86,6 +86,10 @@ retain_index_list
     comfy.supported_models.models
 """)
 
+PROMPTS = _needs("""
+    comfy.text_encoders.hunyuan_video.HunyuanVideoTokenizer.tokenize_with_weights text
+""")
+
 CHECKPOINTS = _needs("""
     comfy.sd.load_diffusion_model_state_dict sd model_options metadata
     comfy.model_detection.detect_unet_config state_dict key_prefix
@@ -247,8 +251,8 @@ SELFTEST = _needs("""
 """)
 
 FAMILIES: dict[str, Family] = {
-    "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS),
-    "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT),
+    "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
+    "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
     "sampling": Family(
         (
             "FrameMemoryFramePackImage",
@@ -256,7 +260,7 @@ FAMILIES: dict[str, Family] = {
             "FrameMemoryUniPC",
             "FrameMemoryAntiDriftSampler",
         ),
-        API + MODEL_CLASS + VAE_FAMILIES + SAMPLING,
+        API + MODEL_CLASS + VAE_FAMILIES + PROMPTS + SAMPLING,
     ),
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL

@@ -45,7 +45,7 @@ def tokenise(clip, text: str) -> tuple[Mapping, tuple[str, ...]]:
     if not rows:
         return tokens, ()
     row, template = rows[0], clip.tokenize("")[LLAMA][0]
-    warnings = () if BLANK_LINE in (t[0] for t in template if isinstance(t[0], int)) else (SPACES_LOST,)
+    warnings = _warn_of_lost_spaces(template)
     given = len(row) - len(template)
     if given < USER_TOKENS:
         return tokens, warnings
@@ -61,6 +61,18 @@ def tokenise(clip, text: str) -> tuple[Mapping, tuple[str, ...]]:
         )
     # The end mark is cut off as well. Core drops the last token of a text without one: here, a copy of the last.
     return {**tokens, LLAMA: [[*kept, kept[-1]]]}, warnings
+
+
+def _warn_of_lost_spaces(template: list[tuple]) -> tuple[str, ...]:
+    """template: tokens of an empty prompt, in which the blank line survives if spaces do."""
+    return () if BLANK_LINE in (t[0] for t in template if isinstance(t[0], int)) else (SPACES_LOST,)
+
+
+def lost_spaces() -> tuple[str, ...]:
+    """The warning of `tokenise` for core's HunyuanVideo tokenizer as it is in this ComfyUI, whichever node uses it."""
+    from comfy.text_encoders.hunyuan_video import HunyuanVideoTokenizer  # only where a real checkpoint is loaded
+
+    return _warn_of_lost_spaces(HunyuanVideoTokenizer().tokenize_with_weights("")[LLAMA][0])
 
 
 def too_long(positive: list[dict]) -> list[str]:

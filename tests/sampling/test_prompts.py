@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.text_encoders import hunyuan_video
 
 from frame_memory.plan import parse_timeline
-from frame_memory.sampling.prompts import USER_TOKENS, EncodedTimeline, blend_text, section_text, tokenise
+from frame_memory.sampling.prompts import USER_TOKENS, EncodedTimeline, blend_text, lost_spaces, section_text, tokenise
 
 from .conftest import conditioning, guider_for, of_kind, run
 
@@ -118,6 +118,7 @@ def test_a_tokenizer_that_loses_spaces_is_named(clip):
     lost = [t[0] for t in tokens["llama"][0]] != [t[0] for t in clip.tokenize(text)["llama"][0]]
     assert any("'transformers>=4.50.3,<5'" in w for w in warnings) is lost
     assert tokenise(clip, text)[1] == ()
+    assert bool(lost_spaces()) is lost
 
 
 def words(count: int) -> str:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from frame_memory.model import key_map
+from frame_memory.sampling.prompts import lost_spaces
 from scripts.client import PromptError
 from scripts.workflow import set_inputs
 
@@ -116,6 +117,18 @@ def shards(server, weights):
     where = {key: names[i] for i in range(3) for key in list(published)[i::3]}
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
     return f"{FOLDER}/{names[1]}"
+
+
+def test_a_tokenizer_that_loses_spaces_is_told_where_a_real_model_is_loaded(server, smallest, weights):
+    """CLIP Text Encode cannot say it, and nobody would see it but by videos that do not follow their prompt."""
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "of_hunyuan_f1.safetensors")
+    loader, node = one(smallest, LOADER)
+    inputs = {**node["inputs"], "model_name": "of_hunyuan_f1.safetensors"}
+    shown = {"class_type": "PreviewAny", "inputs": {"source": [loader, 1]}}
+    run = server.client.queue({loader: {**node, "inputs": inputs}, "shown": shown}, timeout=600)
+    assert ("loses the spaces" in text_of(run, loader)) is bool(lost_spaces())
 
 
 def test_a_published_folder_is_converted_once_and_stock_nodes_read_it(server, smallest, shards):
