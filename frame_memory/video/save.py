@@ -27,8 +27,29 @@ CARRIED = "carried"
 WINDOWED = "windowed"
 WHOLE = "whole"
 MODES = (CARRIED, WINDOWED, WHOLE)
-# Latent frames looked at together for NaN: 10 minutes of latents may lie on disk, and are only read in pieces.
-LOOK_FRAMES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class LookedAt:
+    """A latent tensor as a LatentSource that refuses NaN and Inf in the frames that are asked for."""
+
+    latents_BCTHW: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B,C,T,H,W]"""
+        return tuple(self.latents_BCTHW.shape)
+
+    def frames(self, item: int, start: int, stop: int) -> torch.Tensor:
+        """Latent frames [start, stop) of one video as a view [1,C,t,H,W]. Raises DecodeError."""
+        frames_BCTHW = self.latents_BCTHW[item : item + 1, :, start:stop]
+        if not bool(torch.isfinite(frames_BCTHW).all()):
+            raise DecodeError(
+                f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf in latent frames {start} to {stop}, "
+                "which would be saved as black. The sampling broke: try another attention backend or weight dtype in "
+                "'Load FramePack Model'."
+            )
+        return frames_BCTHW
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class SavePlan:
     `mode` is how it will be decoded: CARRIED only where the VAE allows it. `windows` are those of the other modes.
     """
 
-    latents_BCTHW: torch.Tensor | LatentSource
+    latents_BCTHW: LatentSource
     mark: LatentMark | None
     vae: VAEIdentity
     mode: str
@@ -65,7 +86,7 @@ class SavePlan:
 def video_latents(samples: Mapping) -> torch.Tensor | LatentSource:
     """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError.
 
-    A source in the place of the tensor is passed on: it checks what it reads.
+    Looks at none of the numbers: ten minutes of them may lie on disk. A source in the place of the tensor is passed on.
     """
     latents = samples["samples"]
     if getattr(latents, "is_nested", False):
@@ -79,12 +100,6 @@ def video_latents(samples: Mapping) -> torch.Tensor | LatentSource:
         )
     if 0 in latents.shape:
         raise DecodeError(f"The socket 'samples' of '{NODE}' got an empty latent of shape {tuple(latents.shape)}.")
-    pieces = latents.split(LOOK_FRAMES, dim=2)
-    if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
-        raise DecodeError(
-            f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf, which would be saved as black. The "
-            "sampling broke: try another attention backend or weight dtype in 'Load FramePack Model'."
-        )
     return latents
 
 
@@ -117,7 +132,7 @@ def plan_save(
         order, window = ("forward", 9) if mark is None else (mark.order, mark.window)
         windows = decode_windows(order, total, window)
     return SavePlan(
-        latents_BCTHW=latents_BCTHW,
+        latents_BCTHW=LookedAt(latents_BCTHW) if isinstance(latents_BCTHW, torch.Tensor) else latents_BCTHW,
         mark=mark,
         vae=found,
         mode=mode,
@@ -145,8 +160,9 @@ def save_video(
 
     look: gets (first frame number, float pixels [T,H,W,C]) of everything that is written, in order; it keeps none of
     it. on_window: gets (done, count) after each of the plan's steps. announce: gets a sentence for every rung of the
-    ladder that an out-of-memory decode goes down (see DecodeLadder). Raises VideoWriteError, DecodeError, and whatever
-    the VAE, `look` or `interrupt` raises; finished frames are then kept (see VideoWriter).
+    ladder that an out-of-memory decode goes down (see DecodeLadder). NaN is looked for in each piece before its decode.
+    Raises VideoWriteError, DecodeError, and whatever the VAE, `look` or `interrupt` raises; finished frames are then
+    kept (see VideoWriter).
     """
     stream = _stream(plan, vae, item, interrupt, on_window, announce)
     with VideoWriter(

@@ -128,11 +128,46 @@ def test_planning_names_the_mistake(tiny_vae):
         plan_save(tiny_vae, long_latent(), 30, "sideways")
 
 
-def test_fault_13_nan_latents_are_refused_before_decoding(tiny_vae):
-    latent = long_latent()
-    latent["samples"][0, 3, 12] = float("nan")
-    with pytest.raises(DecodeError, match="NaN or Inf"):
-        plan_save(tiny_vae, latent)
+@pytest.mark.parametrize("mode", ["carried", "windowed", "whole"])
+def test_fault_13_nan_in_the_latents_ends_the_save_and_keeps_what_comes_before_it(tmp_path, tiny_vae, mode):
+    latent = long_latent(6, order="forward")
+    sound, broken = tmp_path / "sound.mp4", tmp_path / "broken.mp4"
+    with torch.inference_mode():
+        save_video(plan_save(tiny_vae, latent, 0, mode), tiny_vae, sound)
+        latent["samples"][0, 3, 40, 1, 2] = float("nan")
+        plan = plan_save(tiny_vae, latent, 0, mode)
+        with pytest.raises(DecodeError, match="'samples' of 'Save Long Video' holds NaN or Inf.*attention backend"):
+            save_video(plan, tiny_vae, broken)
+    # Carried: 39 latent frames were decoded. Windowed: 4 windows, whose last 33 frames wait for the next one.
+    frames = {"carried": 4 * 39 - 3, "windowed": 37 + 3 * 36 - 33, "whole": 0}[mode]
+    part = tmp_path / "broken.part.mp4"
+    assert not broken.exists() and part.exists() == bool(frames)
+    if frames:
+        assert np.array_equal(read_back(part), read_back(sound)[:frames])
+
+
+def resident_bytes(path: Path) -> int:
+    """Bytes of a mapped file that lie in this process's memory, as the system counts them."""
+    found, counting = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counting = words[-1] == str(path)
+        elif counting and words[0] == "Rss:":
+            found += 1024 * int(words[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what of a file is in memory")
+def test_fault_45_a_latent_in_a_mapped_file_is_not_read_through_before_the_decode(tmp_path, tiny_vae):
+    path = tmp_path / "latent"
+    shape = (512, 1, 16, 16, 16)
+    path.write_bytes(bytes(4 * int(np.prod(shape))))
+    mapped = torch.from_file(str(path), shared=False, size=int(np.prod(shape)), dtype=torch.float32).view(shape)
+    plan = plan_save(tiny_vae, {"samples": mapped.permute(1, 2, 0, 3, 4)}, 30)
+    assert resident_bytes(path) < path.stat().st_size // 16
+    assert plan.latents_BCTHW.frames(0, 0, 512).shape == (1, 16, 512, 16, 16)
+    assert resident_bytes(path) == path.stat().st_size, "the counter sees a file that was read"
 
 
 def test_fault_22_the_wrong_vae_is_refused_by_the_save(tiny_vae):
