@@ -140,6 +140,7 @@ SAMPLING = _needs("""
     comfy.model_management.get_torch_device_name device
     comfy.model_management.get_free_memory dev
     comfy.model_management.intermediate_device
+    comfy.model_management.InterruptProcessingException
     comfy.model_management.is_oom
     comfy.model_management.OOM_EXCEPTION
     comfy.model_management.soft_empty_cache
