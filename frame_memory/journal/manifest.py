@@ -25,8 +25,8 @@ class UnreadableManifest(JournalError):
 class SectionRecord:
     """A finished section. index: order of making; start, stop: its latent frames; key: fingerprint of what decides it.
 
-    fields: the same in readable words; measures: numbers taken of it; notes: what a guard said; seconds: wall time it
-    took; finished: ISO time, UTC.
+    fields: the same in readable words; measures: numbers taken of its pixels among their neighbours; notes: how it was
+    made, without its number; seconds: wall time it took; finished: ISO time, UTC.
     """
 
     index: int
@@ -66,6 +66,17 @@ class Manifest:
     def finished(self) -> tuple[SectionRecord, ...]:
         """The sections of the latest run, in order of making."""
         return tuple(self.sections[i] for i in sorted(self.run) if i in self.sections)
+
+    def number(self, index: int) -> int:
+        """The place in the video, from 1, of the section that is made as number `index` (from 0).
+
+        Where the plan does not list its sections' latent frames, the place in the order of making.
+        """
+        try:
+            starts = [int(start) for start, _ in self.plan["sections"]]
+            return sorted(starts).index(starts[index]) + 1
+        except (KeyError, IndexError, TypeError, ValueError):
+            return index + 1
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -39,12 +39,14 @@ from .files import (
     verify,
     write_durable,
 )
-from .lock import ProjectLock
+from .lock import ProjectLock, ProjectLocked
 from .manifest import NAME, Manifest, SectionRecord, UnreadableManifest, difference, read_manifest, write_manifest
 
 IF_CHANGED = ("reuse what fits", "fork", "refuse")
 SECTIONS, TAKES, SEGMENTS = "sections", "takes", "segments"
 MOST_FORKS = 999
+# Seconds between two touches of the lock while a section is sampled; far under the lock's STALE_AFTER.
+HEARTBEAT = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class Project:
         self._others: dict[str, list[tuple[Path, SectionRecord]]] | None = None
         self._last: tuple[Path, SectionRecord, FileRecord, tuple] | None = None
         self._mutex = threading.RLock()
+        self._touched = time.monotonic()
 
     @classmethod
     def open(
@@ -184,6 +187,7 @@ class Project:
             for inner in (SECTIONS, TAKES, SEGMENTS):
                 make_folder(folder / inner)
             write_manifest(folder, manifest)
+            _remove_unknown_segments(folder, manifest)
             undo.pop_all()
         return cls(folder, manifest, lock, sections, notes)
 
@@ -262,17 +266,19 @@ class Project:
     ) -> SectionRecord:
         """Make a finished section that `find` found the current one of `index` here; nothing moves where it is already.
 
-        A take of this index changes places with the current section; any other is copied. Raises JournalError where
-        no whole section has this key.
+        A take of this index changes places with the current section; any other is copied. What was measured of it
+        among other neighbours is forgotten. Raises JournalError where no whole section has this key.
         """
         with self._writing():
             folder, source = self._holder(key, index)
             place, current = section_name(index), self.manifest.sections.get(index)
             own = folder == self.folder
             chosen = dict(source.fields) if fields is None else {str(k): str(v) for k, v in fields.items()}
+            stays = own and source.index == index and current is not None and current.key == key
             record = replace(
-                source, index=index, start=start, stop=stop, fields=chosen, file=replace(source.file, name=place)
-            )
+                source, index=index, start=start, stop=stop, fields=chosen, file=replace(source.file, name=place),
+                measures=source.measures if stays else {},
+            )  # fmt: skip
             if own and record == current and source.file.name == place:
                 self._confirm(index)
                 return record
@@ -285,7 +291,7 @@ class Project:
                 else:
                     write_durable(self.folder / place, lambda file: file.write(data))
             if not own:
-                self._note(f"Section {index} is reused from the project {folder.name!r}.")
+                self._note(f"Section {self.manifest.number(index)} is reused from the project {folder.name!r}.")
             self._put(record, takes)
             return record
 
@@ -294,23 +300,31 @@ class Project:
         with self._mutex:
             record = self.manifest.sections.get(index)
             if record is None:
-                done = ", ".join(map(str, sorted(self.manifest.sections))) or "none"
-                raise JournalError(f"Section {index} of {self.folder} is not finished. Finished: {done}.")
+                number = self.manifest.number
+                done = ", ".join(map(str, sorted(number(i) for i in self.manifest.sections))) or "none"
+                raise JournalError(f"Section {number(index)} of {self.folder} is not finished. Finished: {done}.")
             samples = self._read(self.folder, record)
             if samples is None:
                 raise JournalError(f"{self.notes[-1]} Queue the same graph again: only this section is made again.")
             return samples
 
-    def annotate(self, index: int, measures: Mapping[str, float] | None = None, notes: Iterable[str] = ()) -> None:
-        """Add numbers and notes to a finished section's record. Raises JournalError where it is unfinished."""
+    def annotate(self, measures: Mapping[int, Mapping[str, float]]) -> None:
+        """Put numbers of finished sections, by index, in the place of those that were there; one write at most.
+
+        Raises JournalError where a section is unfinished.
+        """
         with self._writing():
-            record = self.manifest.sections.get(index)
-            if record is None:
-                raise JournalError(f"Section {index} of {self.folder} is not finished: there is nothing to annotate.")
-            numbers = {**record.measures, **{str(k): float(v) for k, v in (measures or {}).items()}}
-            added = (*record.notes, *(note for note in notes if note not in record.notes))
-            sections = {**self.manifest.sections, index: replace(record, measures=numbers, notes=added)}
-            self._write(replace(self.manifest, sections=sections))
+            sections = dict(self.manifest.sections)
+            for index, numbers in measures.items():
+                if index not in sections:
+                    raise JournalError(
+                        f"Section {self.manifest.number(index)} of {self.folder} is not finished: there is nothing to "
+                        "annotate."
+                    )
+                numbers = {str(k): float(v) for k, v in numbers.items()}
+                sections[index] = replace(sections[index], measures=numbers)
+            if sections != self.manifest.sections:
+                self._write(replace(self.manifest, sections=sections))
 
     def set_segment(self, name: str, info: Mapping[str, Any] | None) -> None:
         """Record an encoded piece of video under a name (JSON values), or forget it (None)."""
@@ -319,6 +333,33 @@ class Project:
             if info is not None:
                 segments[name] = json.loads(json.dumps(dict(info), allow_nan=False))
             self._write(replace(self.manifest, segments=segments))
+
+    def keep_segments(self, names: Iterable[str]) -> None:
+        """Forget all other pieces of video, of lengths and plans that are no more, and remove their files."""
+        with self._writing():
+            wanted = set(names)
+            segments = {k: v for k, v in self.manifest.segments.items() if k in wanted}
+            if segments != self.manifest.segments:
+                self._write(replace(self.manifest, segments=segments))
+            _remove_unknown_segments(self.folder, self.manifest)
+
+    def alive(self) -> None:
+        """Say that the owner lives; for every step of a long section, since it acts only every HEARTBEAT seconds.
+
+        Raises ProjectLocked if another has taken over: what is being made could not be kept. A disk that does not
+        answer now is left to the next write.
+        """
+        with self._mutex:
+            now = time.monotonic()
+            if self._lock is None or now - self._touched < HEARTBEAT:
+                return
+            self._touched = now
+            try:
+                self._lock.touch()
+            except ProjectLocked:
+                raise
+            except JournalError as error:
+                log.warning("%s", error)
 
     def status(self) -> str:
         """For the screen: how many sections of this run are finished, and what the whole project takes."""
@@ -334,6 +375,7 @@ class Project:
             if self._lock is None:
                 raise JournalError(f"The project {self.folder} is closed; open it again to write.")
             self._lock.touch()
+            self._touched = time.monotonic()
             yield
 
     def _write(self, manifest: Manifest) -> None:
@@ -346,6 +388,9 @@ class Project:
         other = old is not None and old.key != record.key
         run = {i for i in self.manifest.run if not (other and i > index)} | {index}
         sections = {**self.manifest.sections, index: record}
+        if other:  # what was measured of those behind it in time was measured against the old one
+            later = {i: replace(r, measures={}) for i, r in sections.items() if i != index and r.start > record.start}
+            sections |= later
         self._write(replace(self.manifest, sections=sections, takes=takes, run=tuple(sorted(run))))
 
     def _confirm(self, index: int) -> None:
@@ -385,7 +430,8 @@ class Project:
             if found is not None:
                 takes.append(replace(current, file=found))
             else:
-                self._note(f"Section {index} was damaged and is replaced: {verify(self.folder, current.file)}.")
+                number = self.manifest.number(index)
+                self._note(f"Section {number} was damaged and is replaced: {verify(self.folder, current.file)}.")
         return tuple(record for record in takes if record.index != index or record.file.sha256 != keep)
 
     def _free_take(self, record: SectionRecord) -> Path:
@@ -445,7 +491,8 @@ class Project:
                 return samples
             except (OSError, KeyError, tensor_file.FileError) as error:
                 reason = f"{file.name} cannot be read ({error})"
-        self._note(f"Section {record.index} of {folder.name!r} is damaged and counts as unfinished: {reason}.")
+        which = f"Section {self.manifest.number(record.index)}" if folder == self.folder else "A section"
+        self._note(f"{which} of {folder.name!r} is damaged and counts as unfinished: {reason}.")
         return None
 
     def _bytes(self, folder: Path, record: SectionRecord) -> bytes:
@@ -474,6 +521,14 @@ def _stamp(path: Path) -> tuple:
     except OSError:
         return ()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _remove_unknown_segments(folder: Path, manifest: Manifest) -> None:
+    """Remove pieces of video that no record knows: a killed run may have left one that was not final yet."""
+    for path in (folder / SEGMENTS).glob("[0-9]*-[0-9]*.mp4"):
+        if path.name not in manifest.segments:
+            with contextlib.suppress(OSError):  # Windows keeps what a player has open
+                path.unlink()
 
 
 def _changed(folder: Path) -> float:

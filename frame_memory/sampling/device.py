@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import comfy.model_management
 import torch
 
-from ..plan import Section
-
 # What CUDA, ROCm, Intel and Apple drivers say once a context is broken; every later call on the device fails too.
 _LOST = re.compile(
     r"(CUDA|HIP|XPU|Metal|MPS)\w* (driver )?error|device-side assert|device (lost|removed)|unspecified launch failure|"
@@ -33,24 +31,24 @@ def device_lost(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def named_if_lost(section: Section, sections: int, kept: bool) -> Iterator[None]:
+def named_if_lost(number: int, done: int, sections: int, kept: bool) -> Iterator[None]:
     """Around the work on one of `sections` sections: a lost device raises DeviceLost, with what is kept and to do.
 
-    kept: whether finished sections are in a project.
+    number: the section's place in the video; done: how many are finished; kept: whether they are in a project.
     """
     try:
         yield
     except RuntimeError as error:
         if not device_lost(error):
             raise
-        done = (
-            f"The {section.index} sections finished before it are safe on the disk: restart ComfyUI, then queue the "
+        there = (
+            f"The {done} sections finished before it are safe on the disk: restart ComfyUI, then queue the "
             "same graph again, and it resumes there."
             if kept
             else "Restart ComfyUI, then queue again. A 'project' in 'Anti-Drift Sampler' would have kept what was done."
         )
         raise DeviceLost(
-            f"The GPU or its driver failed while section {section.index + 1} of {sections} was made, and nothing more "
-            f"can run on it in this process. {done} If it happens again: update the driver, take back overclocking, "
+            f"The GPU or its driver failed while section {number} of {sections} was made, and nothing more "
+            f"can run on it in this process. {there} If it happens again: update the driver, take back overclocking, "
             f"and take out the last node or LoRA that was added. Its words: {error}"
         ) from error

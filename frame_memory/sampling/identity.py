@@ -22,8 +22,15 @@ from ..plan import Section
 SAMPLES = 64
 SHOWN = 8
 DEPTH = 6
-# Drawn anew at every queue, or how a run is watched: not what is sampled.
-_IGNORED = {"uuid", "patches_uuid", "callbacks", "wrappers_cache", "sample_sigmas", "sigmas", "cond_or_uncond", "uuids"}
+# By the mapping that they stand in, what is drawn anew at every queue, is left there by a run, or only watches one: not
+# what is sampled. Anywhere else the same words may be a setting.
+_IGNORED = {
+    "transformer_options": {
+        "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache"
+    },
+    "model_options": {"callbacks"},
+    "prompt": {"uuid"},
+}  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
 
 
@@ -41,10 +48,16 @@ def spread(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), str(stored.dtype), numbers.view(torch.uint8) if numbers.dtype.itemsize == 1 else numbers
 
 
-def outline(value, depth: int = DEPTH):
+def _kept(value: Mapping, where: str) -> dict:
+    """A mapping without what is ignored in one that stands under the name `where`."""
+    return {str(k): v for k, v in value.items() if str(k) not in _IGNORED.get(where, ())}
+
+
+def outline(value, depth: int = DEPTH, where: str = ""):
     """A value as plain data: tensors by `spread`, functions by name, objects by class and plain attributes.
 
-    Objects of other packs hang together with all of ComfyUI; what lies deeper than `depth` is left out.
+    Objects of other packs hang together with all of ComfyUI; what lies deeper than `depth` is left out. where: the name
+    that the value stands under.
     """
     if isinstance(value, _PLAIN):
         return value
@@ -53,8 +66,7 @@ def outline(value, depth: int = DEPTH):
     if depth == 0:
         return type(value).__qualname__
     if isinstance(value, Mapping):
-        kept = {str(k): v for k, v in value.items() if str(k) not in _IGNORED}
-        return {k: outline(v, depth - 1) for k, v in kept.items()}
+        return {k: outline(v, depth - 1, k) for k, v in _kept(value, where).items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [outline(v, depth - 1) for v in value]
         return sorted(items, key=fingerprint) if isinstance(value, (set, frozenset)) else items
@@ -95,13 +107,14 @@ def model_fields(patcher) -> dict[str, str]:
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
     patches = {k: outline(v) for k, v in patcher.patches.items()}
     hooks = {k: v for k, v in getattr(patcher, "hook_patches", {}).items() if v}
-    options = {k: v for k, v in patcher.model_options.items() if v}
+    left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
+    options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
     changed = f"{len(patches)} patched tensors ({short([patches, outline(list(hooks.values()))])})"
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
         "LoRA and patches": changed if patches or hooks else "none",
-        "model options": short([outline(options), outline(patcher.object_patches)]),
+        "model options": short([outline(options, where="model_options"), outline(patcher.object_patches)]),
     }
 
 
@@ -134,7 +147,7 @@ def _exact(value, depth: int = DEPTH, tensor: Callable[[Tensor], object] = _whol
     if isinstance(value, Tensor):
         return tensor(value)
     if isinstance(value, Mapping):
-        return {str(k): _exact(v, depth, tensor) for k, v in value.items() if str(k) not in _IGNORED}
+        return {k: _exact(v, depth, tensor) for k, v in _kept(value, "prompt").items()}
     if isinstance(value, (list, tuple)):
         return [_exact(v, depth, tensor) for v in value]
     if depth and type(value).__name__ == "Output" and hasattr(value, "__dict__"):
@@ -188,3 +201,7 @@ class RunIdentity:
                 "seed": seed,
             }
         )
+
+    def section_fields(self, conds: Mapping, seed: int) -> dict[str, str]:
+        """What decides one section, for people: the run's fields, its prompts and its seed."""
+        return {**self.fields, "prompts": short(_exact(conds, tensor=self.digest)), "seed": str(seed)}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..journal.project import Project
@@ -29,6 +30,7 @@ UNFINISHED = "{}-unfinished.mp4"
 # Up to so many pieces the preview is joined after each section, up to twice as many after every second one, and so on:
 # each join copies the whole video.
 JOINED_EACH = 50
+NOT_SHOWN = "The video so far cannot be played on the node"
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,9 @@ log = logging.getLogger(__name__)
 class LiveVideo:
     """Watches a run: every section that is there makes more of the video final, and that is written at once.
 
-    Of a batch the first video is shown. Pieces that an earlier run has written from the same sections are kept.
-    show: gets the path of a playable mp4 of what is finished so far, after every section that was made.
+    Of a batch the first video is written. Pieces that an earlier run has written from the same sections are kept.
+    show: gets the path of a playable mp4 of what is finished so far, after every section that was made. What only
+    shows the video, this and the contact sheet, never ends a run: `announce` hears once why it failed.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class LiveVideo:
         interrupt: Callable[[], None] | None = None,
     ):  # fmt: skip
         self.project, self.plan, self.crf, self.metadata = project, plan, crf, metadata
-        self.show, self.interrupt = show, interrupt
+        self.show, self.announce, self.interrupt = show, announce, interrupt
+        self.announced: set[str] = set()
         self.decode = DecodeLadder(vae, announce)
         self.made_by = short([{k: spread(v) for k, v in vae.first_stage_model.state_dict().items()}, crf, plan.fps])
         self.folder = project.folder / SEGMENTS
@@ -55,10 +59,12 @@ class LiveVideo:
         self.fed: set[int] = set()
         self.frames: LatentFrames | None = None
         self.decoder: StreamDecoder | None = None
+        self.unread: list[Segment] = []
         self.numbers = {s.index: n for n, s in enumerate(sorted(plan.sections, key=lambda s: s.start), 1)}
         self.judge = Judged([(s.start, s.stop) for s in plan.sections], plan.fps)
         self.judged: set[int] = set()
-        self.warnings: list[str] = []
+        self.warned: set[str] = set()
+        self.written_from = 4 * plan.total_frames  # the first pixel frame that this run has written itself
         self.sheet = project.folder / SHEET
         self.joined = 0
 
@@ -68,60 +74,114 @@ class LiveVideo:
         self.sections[made.section.index] = (made.section, made.key)
         if made.seconds:
             self._write()
-            self._show()
+            self._may_fail(NOT_SHOWN, self._show)
 
     def finish(self) -> Path:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
-        path = self.join(self.project.folder / f"{self.project.name}.mp4")
+        self._judge(again=True)
+        path = self.join(self.project.folder / f"{self.project.name}.mp4", list(self.segments.values()))
         self._remove(PREVIEW, UNFINISHED.format(self.project.name))
-        self.judge.sheet.save(self.sheet)
+        self._save_sheet()
         return path
 
     def keep(self) -> Path | None:
-        """After Cancel or an error: a playable mp4 of what is finished, or None where nothing is."""
-        if self.frames is None or not self._something():
+        """After Cancel or an error: a playable mp4 of what is finished, or None where nothing is.
+
+        A second Cancel only ends the decoding of what was not decoded yet. Raises Exception where no file can be made.
+        """
+        if self.frames is None:
             return None
-        self.judge.sheet.save(self.sheet)
-        path = self.join(self.project.folder / UNFINISHED.format(self.project.name), unfinished=True)
-        self.show(path)
+        if self.decoder is None:  # stopped before a section was made, so nothing of an earlier run was looked at
+            self._or_without("What is finished but was not decoded yet is left out of the mp4", self._catch_up)
+        self.interrupt = None
+        edge = self._or_without("The last frames are left out of the mp4", self._edge)
+        if not self.segments and edge is None:
+            return None
+        if not self.unread:  # else the sheet of the earlier run shows more
+            self._save_sheet()
+        path = self.join_unfinished(UNFINISHED.format(self.project.name), edge)
+        self._may_fail(NOT_SHOWN, lambda: self.show(path))
         self._remove(PREVIEW)
         return path
+
+    def _catch_up(self) -> None:
+        self._begin()
+        self._decode()
+
+    def _or_without(self, lacking: str, work: Callable):
+        """The result of work that an mp4 of what is finished can do without; None where it failed or was cancelled."""
+        try:
+            return work()
+        except (Exception, InterruptProcessingException) as error:
+            log.warning("%s: %s", lacking, str(error) or "it was cancelled")
+            return None
+
+    def _may_fail(self, trouble: str, work: Callable[[], None]) -> None:
+        """Do what no finished work depends on; why it fails is said once for each `trouble`."""
+        try:
+            work()
+        except Exception as error:
+            log.warning("%s", trouble, exc_info=True)
+            if trouble not in self.announced:
+                self.announced.add(trouble)
+                self.announce(f"{trouble}: {error} The video is not affected.")
+
+    def _save_sheet(self) -> None:
+        """Write the contact sheet. One that cannot be replaced is taken away: it would show another video."""
+
+        def save() -> None:
+            try:
+                self.judge.sheet.save(self.sheet)
+            except Exception:
+                self._remove(SHEET)
+                raise
+
+        self._may_fail("The contact sheet cannot be written", save)
 
     def _remove(self, *names: str) -> None:
         for name in names:
             with contextlib.suppress(OSError):  # Windows keeps what a player has open
                 (self.project.folder / name).unlink()
 
-    def _something(self) -> bool:
-        """Whether any pixel is there: order 'both ends first' begins with a section that lends only its end."""
-        return bool(self.segments) or (self.decoder is not None and self.decoder.edge() is not None)
+    def _edge(self) -> Piece | None:
+        """The last frames, which the next section will be blended over; order 'both ends first' begins with them."""
+        return None if self.decoder is None else self.decoder.edge()
 
     def _show(self) -> None:
         """Join what is there and play it; of a long video less often, since joining copies all of it."""
-        if self._something() and len(self.segments) - self.joined >= len(self.segments) // JOINED_EACH:
+        edge = self._edge()
+        if not self.segments and edge is None:
+            return
+        if len(self.segments) - self.joined >= len(self.segments) // JOINED_EACH:
             self.joined = len(self.segments)
-            self.show(self.join(self.project.folder / PREVIEW, unfinished=True))
+            self.show(self.join_unfinished(PREVIEW, edge))
 
-    def join(self, path: Path, unfinished: bool = False) -> Path:
-        """Join the finished pieces; unfinished: also the last frames, which the next section will be blended over."""
-        pieces = sorted(self.segments.values(), key=lambda s: s.start_frame)
-        edge = self.decoder.edge() if unfinished and self.decoder is not None else None
+    def join_unfinished(self, name: str, edge: Piece | None) -> Path:
+        """Join the finished pieces, and the last frames where they are given, into a file of the project."""
         last: list[Segment] = []
         if edge is not None:
             last.append(write_segment(self.folder, edge, self.plan.fps, crf=self.crf, key="not final"))
         try:
-            ordered = sorted([*pieces, *last], key=lambda s: s.start_frame)
-            join_segments(self.folder, ordered, path, self.plan.fps, self.metadata)
+            return self.join(self.project.folder / name, _longest_stretch([*self.segments.values(), *last]))
         finally:
-            for segment in last:
-                (self.folder / segment.name).unlink(missing_ok=True)
+            self._remove(*(f"{SEGMENTS}/{segment.name}" for segment in last))
+
+    def join(self, path: Path, segments: list[Segment]) -> Path:
+        """Join pieces of the project into one file."""
+        join_segments(self.folder, segments, path, self.plan.fps, self.metadata)
         return path
 
     def _write(self) -> None:
         """Decode and encode everything that has become final."""
         if self.decoder is None:
             self._begin()
+        self._read_again()
+        self._decode()
+        self._judge()
+
+    def _decode(self) -> None:
+        assert self.decoder is not None
         for index, (section, _) in list(self.sections.items()):
             if index in self.fed:
                 continue
@@ -129,23 +189,42 @@ class LiveVideo:
             for piece in self.decoder.finished(section.start, section.stop):
                 self._write_piece(piece)
                 del piece
-        self._judge()
 
     def _begin(self) -> None:
         """Start the decoder with the pieces that are on disk already."""
-        for piece in plan_pieces(self.plan.order, self.plan.total_frames, self.plan.schedule.window):
+        plan = self.plan
+        batch = self.frames.first.shape[0]
+        if batch > 1:
+            self.announce(
+                f"The node plays and writes the first of {batch} videos, as {self.project.name}.mp4. 'Save Long Video' "
+                "makes a file of each from 'samples'."
+            )
+        for piece in plan_pieces(plan.order, plan.total_frames, plan.schedule.window):
             segment = self._written_before(piece)
             if segment is not None:
                 self._add(segment)
-                for first, frames in read_segment(self.folder, segment):
-                    self._look_at(first, frames)
-        plan = self.plan
+                self.unread.append(segment)
         self.decoder = StreamDecoder(
             self.decode, plan.order, plan.total_frames, plan.schedule.window, self._latents,
-            have=tuple(self.segments), interrupt=self.interrupt,
+            have=tuple(self.segments), interrupt=self._check,
         )  # fmt: skip
         for piece in self.decoder.finished(0, self.frames.first.shape[2]):
             self._write_piece(piece)
+
+    def _check(self) -> None:
+        """Raise where the artist has pressed Cancel."""
+        if self.interrupt is not None:
+            self.interrupt()
+
+    def _read_again(self) -> None:
+        """Look at the pieces that an earlier run has written. It can take minutes, so Cancel ends it between chunks."""
+        if len(self.unread) > 1:
+            log.info("%s: looking through %d finished pieces again", self.project.name, len(self.unread))
+        while self.unread:
+            for first, frames in read_segment(self.folder, self.unread[0]):
+                self._check()
+                self._look_at(first, frames)
+            del self.unread[0]
 
     def _latents(self, start: int, stop: int) -> Tensor:
         return self.frames.between(start, stop)[:1]
@@ -173,6 +252,7 @@ class LiveVideo:
         (planned,) = (p for p in self.decoder.pieces if p.start_frame == piece.start_frame)
         segment = write_segment(self.folder, piece, self.plan.fps, crf=self.crf, key=self._key(planned) or "")
         self.project.set_segment(segment.name, segment.as_dict())
+        self.written_from = min(self.written_from, piece.start_frame)
         self._add(segment)
         self._look_at(piece.start_frame, piece.frames_THWC)
 
@@ -182,14 +262,33 @@ class LiveVideo:
     def _look_at(self, first: int, frames_THWC) -> None:
         self.judge.look(first, frames_THWC)
 
-    def _judge(self) -> None:
-        """Measures and warnings of sections whose pixels are all final, into the manifest."""
+    def _judge(self, again: bool = False) -> None:
+        """Measures of sections whose pixels are all final, into the manifest.
+
+        again: of all of them, since drift is measured against sections before it in time, which F0 makes later. Numbers
+        of an earlier run stay where this one has written nothing up to the section's end.
+        """
+        found: dict[int, dict[str, float]] = {}
         for index, number in self.numbers.items():
-            if index in self.judged or index not in self.sections or not self.judge.complete(number):
+            if (index in self.judged and not again) or index not in self.sections or not self.judge.complete(number):
                 continue
             self.judged.add(index)
-            measures, warnings = self.judge.result(number)
-            self.project.annotate(index, measures, warnings)
-            self.warnings += warnings
+            ends = self.judge.guarded[number].stop_frame
+            if self.project.manifest.sections[index].measures and ends <= self.written_from:
+                continue
+            found[index], warnings = self.judge.result(number)
             for warning in warnings:
-                log.warning("%s: %s", self.project.name, warning)
+                if warning not in self.warned:
+                    log.warning("%s: %s", self.project.name, warning)
+                self.warned.add(warning)
+        self.project.annotate(found)
+
+
+def _longest_stretch(segments: Iterable[Segment]) -> list[Segment]:
+    """The longest row without a gap: all of them, except where Cancel came while a damaged one was made again."""
+    rows: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: s.start_frame):
+        if not rows or rows[-1][-1].stop_frame != segment.start_frame:
+            rows.append([])
+        rows[-1].append(segment)
+    return max(rows, key=lambda row: row[-1].stop_frame - row[0].start_frame, default=[])

@@ -312,7 +312,7 @@ def sample_long_video(
         video = runner.run(plan, inputs, preview).whole()
         done = Finished({"samples": video, KEY: mark}, _say_all(say, described, [*warnings, *runner.notes]))
     else:
-        with open_project(project, runner, plan, inputs, mark, base, changes) as opened:
+        with open_project(project, runner, plan, inputs, mark, base, changes, live is not None) as opened:
             done = _run_in(opened, runner, plan, inputs, preview, live, mark, (say, described, warnings))
     return replace(done, latent={**done.latent, "samples": done.latent["samples"].to(intermediate_device())})
 
@@ -331,10 +331,15 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
         announced.append(text)
         say(text)
 
+    def go_on() -> None:
+        """While pictures are decoded: Cancel is heard, and the project stays ours."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        project.alive()
+
     if live is not None:
         writer = LiveVideo(
             project, plan, live.vae, metadata=live.metadata, show=live.show, announce=announce,
-            interrupt=comfy.model_management.throw_exception_if_processing_interrupted,
+            interrupt=go_on,
         )  # fmt: skip
     try:
         frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
@@ -345,7 +350,9 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
     lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
     lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
-    judged = [note for record in project.manifest.finished for note in record.notes]
+    if writer is not None:
+        project.keep_segments(segment.name for segment in writer.segments.values())
+    judged = keeper.findings()
     if writer and writer.judged and not judged:
         lines.append(NOTHING_FOUND.format(len(writer.judged)))
     lines += project.notes

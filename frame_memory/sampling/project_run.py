@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..model import tensor_file
 from ..model.framepack import MODEL_OPTION
 from ..model.tensor_file import StoredTensor
 from ..plan import LongVideoPlan, Section, latent_bytes
+from ..video.guards import warnings_of
+from ..video.writer import estimate_bytes
 from .frames import LatentFrames
 from .identity import RunIdentity, guider_fields, model_fields, prompt_field, short
 from .section_loop import Inputs, Made
@@ -98,15 +101,17 @@ def plan_record(plan: LongVideoPlan, mark: Mapping, first: Tensor) -> dict:
 
 
 def open_project(
-    request: ProjectRequest, runner, plan: LongVideoPlan, inputs: Inputs, mark: Mapping, base: str, changes
+    request: ProjectRequest, runner, plan: LongVideoPlan, inputs: Inputs, mark: Mapping, base: str, changes, live: bool
 ) -> Project:
-    """Open or create the project. Raises JournalError before any sampling: locked, conflicting, full, not writable."""
+    """Open or create the project; live: whether its video is written too.
+
+    Raises JournalError before any sampling: locked, conflicting, full, not writable.
+    """
     patcher = runner.guider.model_patcher
     kind = patcher.model_options.get(MODEL_OPTION, {}).get("kind")
     shape = shape_fields(patcher, kind, base, plan, inputs)
     fields, runner.identity = run_fields(runner, plan, inputs, changes)
     name = request.name.strip() or f"{AUTOMATIC}-{short([shape, inputs.start, fields['existing video']])}"
-    batch, channels, _, height, width = inputs.start.shape
     return Project.open(
         request.root,
         name,
@@ -114,10 +119,20 @@ def open_project(
         fields=fields,
         plan=plan_record(plan, mark, inputs.first),
         if_changed=request.if_changed,
-        # Each section lies there twice: in its own file and, once all are there, in that of the whole video.
-        section_bytes=2 * batch * latent_bytes(plan.schedule.window, height, width, channels),
+        section_bytes=section_bytes(plan.schedule.window, inputs.start.shape, live),
         sections=len(plan.sections),
     )
+
+
+def section_bytes(window: int, latent_shape: tuple[int, ...], live: bool) -> int:
+    """Bytes on disk that a section of `window` latent frames needs at most. latent_shape: `[B, C, T, H, W]`.
+
+    Its latent lies there twice: in its own file and, once all are there, in that of the whole video. Its pixels (live)
+    three times: as pieces, in the preview and in the finished mp4, of the batch's first video.
+    """
+    batch, channels, _, height, width = latent_shape
+    latents = 2 * batch * latent_bytes(window, height, width, channels)
+    return latents + (3 * estimate_bytes(8 * width, 8 * height, 4 * window) if live else 0)
 
 
 def attach(runner, project: Project | None) -> JournalKeeper | None:
@@ -147,9 +162,13 @@ class JournalKeeper:
         section = made.section
         self.project.save(
             index=section.index, start=section.start, stop=section.stop, key=made.key, samples=made.window,
-            seconds=made.seconds, notes=made.notes,
+            seconds=made.seconds, notes=made.notes, fields=made.fields,
         )  # fmt: skip
-        log.info("%s: section %d is finished", self.project.name, section.index + 1)
+        log.info("%s: section %d is finished", self.project.name, self.project.manifest.number(section.index))
+
+    def alive(self) -> None:
+        """A section is being sampled: the project is still ours."""
+        self.project.alive()
 
     def load(self, index: int) -> Tensor:
         """A finished section, read again."""
@@ -158,6 +177,15 @@ class JournalKeeper:
     def content(self, index: int) -> str:
         """The hash that a finished section's file was verified by."""
         return self.project.manifest.sections[index].file.sha256
+
+    def findings(self) -> list[str]:
+        """How sections of the run were made where that is unusual, and what their pixels say, in order of time."""
+        found = []
+        number = self.project.manifest.number
+        for record in sorted(self.project.manifest.finished, key=lambda r: r.start):
+            found += [f"Section {number(record.index)} {note}" for note in record.notes]
+            found += warnings_of(number(record.index), record.measures)
+        return found
 
     def summary(self, plan: LongVideoPlan) -> str:
         """Which sections were there already, by their time in the video."""
@@ -187,7 +215,8 @@ def on_disk(project: Project, frames: LatentFrames) -> Tensor:
 
     # One tensor a section, in the order of time: their bytes lie behind one another and are one long tensor as well.
     parts = {name: stored(load, *span) for name, (span, load) in zip(names, spans.items(), strict=True)}
-    if not path.exists():
+    shape = (frames.total, *frames.first.shape[:2], *frames.first.shape[3:])
+    if not _is_whole(path, names, 4 * math.prod(shape)):
         write_durable(path, lambda file: tensor_file.write_to(file, parts, {"format": "Frame Memory whole latent"}))
         for old in project.folder.glob(WHOLE.format("*")):
             if old != path:
@@ -195,7 +224,17 @@ def on_disk(project: Project, frames: LatentFrames) -> Tensor:
                     old.unlink()
     with path.open("rb") as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
-    shape = (frames.total, *frames.first.shape[:2], *frames.first.shape[3:])
     count = path.stat().st_size // 4
     numbers = torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
     return numbers[offset // 4 :].view(shape).permute(1, 2, 0, 3, 4)
+
+
+def _is_whole(path: Path, names: list[str], size: int) -> bool:
+    """Whether a file of the whole video is there with these tensors, of `size` bytes together, and nothing is cut."""
+    try:
+        tensors, _ = tensor_file.read_header(str(path))
+        with path.open("rb") as file:
+            offset = 8 + int.from_bytes(file.read(8), "little")
+        return list(tensors) == names and path.stat().st_size == offset + size
+    except (OSError, tensor_file.FileError):
+        return False

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -28,7 +28,15 @@ from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .device import named_if_lost
 from .frames import LatentFrames
-from .guards import BrokenStep, SectionError, attention_name, broken_share, out_of_memory, with_safe_attention
+from .guards import (
+    BrokenStep,
+    SectionError,
+    attention_name,
+    broken_share,
+    out_of_memory,
+    with_safe_attention,
+    with_safe_numbers,
+)
 from .identity import RunIdentity
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
@@ -86,13 +94,22 @@ class Moment:
 
 @dataclass(frozen=True)
 class Made:
-    """A section that is finished. seconds: wall time its sampling took, 0 where it was found."""
+    """A section that is finished. seconds: wall time its sampling took, 0 where it was found.
+
+    notes: what is to be known of how it was made, without its number. fields: what decided it, in readable words.
+    """
 
     section: Section
     window: Tensor
     key: str
     seconds: float
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def number_in_time(plan: LongVideoPlan, section: Section) -> int:
+    """A section's place in the video, from 1: the number an artist knows it by."""
+    return sorted(s.start for s in plan.sections).index(section.start) + 1
 
 
 class Keeper(Protocol):
@@ -107,6 +124,9 @@ class Keeper(Protocol):
     def load(self, index: int) -> Tensor:
         """A section found or kept before."""
         ...
+
+    def alive(self) -> None:
+        """Called after every step."""
 
     def content(self, index: int) -> str:
         """What says the numbers of a section found or kept before exactly."""
@@ -149,7 +169,8 @@ class SectionSampler:
         strip: deque[Tensor] = deque(maxlen=STRIP_FRAMES)
         for section in plan.sections:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with named_if_lost(section, len(plan.sections), self.keeper is not None):
+            number, count = number_in_time(plan, section), len(plan.sections)
+            with named_if_lost(number, section.index, count, self.keeper is not None):
                 made = self._section(plan, section, frames, inputs, watch, strip)
                 frames.put(section.index, section.start, made.window)
                 middle = made.window.shape[2] // 2
@@ -162,13 +183,14 @@ class SectionSampler:
         shape = (*frames.first.shape[:2], section.stop - section.start, *frames.first.shape[3:])
         noise, seed, state = self._noise_of(section, shape)
         begin = None if inputs.initial is None else inputs.initial[:, :, section.start : section.stop]
-        conds, key = self._conds_of(plan, section), ""
+        conds, key, fields = self._conds_of(plan, section), "", {}
         if self.keeper is not None:
             seen = self._seen(section, frames, inputs)
             key = self.identity.section_key(section, conds, seen, noise if state is None else state, begin, seed)
             found = self.keeper.find(section, key)
             if found is not None:
-                return Made(section, found, key, 0.0, ())
+                return Made(section, found, key, 0.0)
+            fields = self.identity.section_fields(conds, seed)
 
         begin = torch.zeros(shape) if begin is None else begin + torch.zeros(shape)
         guider = self._guider_for(conds, section, frames, inputs)
@@ -176,49 +198,53 @@ class SectionSampler:
 
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             broken.see(step + 1, x0)
+            if self.keeper is not None:
+                self.keeper.alive()
             if watch is not None:
                 watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
-        began, told = time.monotonic(), len(self.notes)
+        began, number = time.monotonic(), number_in_time(plan, section)
         try:
-            window = self._sample(guider, section, noise, begin, callback, seed, broken)
+            window, note = self._sample(guider, number, noise, begin, callback, seed, broken)
         except Exception as error:
             if not comfy.model_management.is_oom(error):
                 raise
             # A type that ComfyUI takes for what it is: it frees the models then.
-            words = out_of_memory(guider.model_patcher, shape, section, len(plan.sections), self.keeper is not None)
+            done, count, kept = section.index, len(plan.sections), self.keeper is not None
+            words = out_of_memory(guider.model_patcher, shape, number, done, count, kept)
             raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
-        made = Made(section, window, key, time.monotonic() - began, tuple(self.notes[told:]))
+        made = Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields)
         if self.keeper is not None:
             self.keeper.keep(made)
         return made
 
-    def _sample(self, guider, section: Section, noise, begin, callback, seed: int, broken: BrokenStep) -> Tensor:
+    def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep) -> tuple[Tensor, str]:
+        """A section's window, fp32 on the CPU, and what is to be known of it."""
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
+        note = ""
         if broken_share(made):
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
-            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made), where)
-        return made.float().cpu()
+            made, note = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
+        return made.float().cpu(), note
 
-    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float, where: str) -> Tensor:
-        """Once more with plain attention; a backend that overflows is the usual cause (faults.md 13)."""
-        note = (
-            f"Section {section.index + 1} came out with {share:.1%} NaN or infinite values "
-            f"(first {where}); it was made again with plain PyTorch attention."
-        )
-        logging.warning(note)
-        self.notes.append(note)
-        guider.model_options = with_safe_attention(guider.model_options)
+    def _retry(self, guider, number: int, noise, begin, callback, seed: int, share: float, where: str):
+        """Once more with plain attention in numbers that reach further: what overflows is one of the two (fault 13)."""
+        patcher, numbers = with_safe_numbers(guider.model_patcher)
+        safe = "plain PyTorch attention" + (f", {numbers}" if numbers else "")
+        note = f"came out with {share:.1%} NaN or infinite values (first {where}); it was made again with {safe}."
+        logging.warning("Section %d %s", number, note)
+        self.notes.append(f"Section {number} {note}")
+        guider.model_patcher, guider.model_options = patcher, with_safe_attention(guider.model_options)
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
             kept = "is kept, and the project goes on from there" if self.keeper is not None else "was only in memory"
             raise SectionError(
-                f"Section {section.index + 1} holds NaN or infinite values, first {where}, and again with plain "
-                f"PyTorch attention (weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
+                f"Section {number} holds NaN or infinite values, first {where}, and again with {safe} "
+                f"(weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
                 "'default' in 'Load FramePack Model', or take out the last LoRA."
             )
-        return made
+        return made, note
 
     def _noise_of(self, section: Section, shape: tuple[int, ...]) -> tuple[Tensor, int, tuple | None]:
         """Noise and seed of a section, and what says the noise where that is shorter.

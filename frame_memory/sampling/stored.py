@@ -136,12 +136,16 @@ class StoredVideo:
         )
 
     def same_as(self, latents_BCTHW: Tensor) -> bool:
-        """Whether a latent is this whole video: its length, and the numbers of the first and the last section."""
+        """Whether a latent is this whole video: its length, and one channel of every frame, number by number.
+
+        All channels would be read at the cost of the whole video in memory, and no edit leaves one channel alone.
+        """
         if not self.whole or tuple(latents_BCTHW.shape) != self.shape:
             return False
-        for start, stop in (self.sections[0], self.sections[-1]):
-            mine = self.latents.between(start, stop)
-            if not torch.equal(latents_BCTHW[:, :, start:stop].to(mine.device, mine.dtype), mine):
+        front = (0, self.sections[0][0])
+        for start, stop in (front, *self.sections):
+            mine = self.latents.between(start, stop)[:, :1]
+            if not torch.equal(latents_BCTHW[:, :1, start:stop].to(mine.device, mine.dtype), mine):
                 return False
         return True
 
@@ -214,7 +218,7 @@ def _whole_records(folder: Path, manifest: Manifest, notes: list[str]) -> list[S
     for record in manifest.finished:
         file = locate(folder, record)
         if file is None:
-            notes.append(f"Section {record.index + 1} in the order of making is damaged or missing; it is left out.")
+            notes.append(f"Section {manifest.number(record.index)} is damaged or missing; it is left out.")
         else:
             whole.append(replace(record, file=file))
     return sorted(whole, key=lambda record: record.start)
@@ -263,22 +267,15 @@ def _samples_of(folder: Path, record: SectionRecord) -> Tensor:
 
 
 def annotate_stored(stored: StoredVideo, results: Mapping[int, tuple[dict[str, float], tuple[str, ...]]]) -> str:
-    """Put measures and warnings of sections, by number in time, into the manifest; empty, or why that was not done."""
+    """Put measures of sections, by number in time, in the place of older ones; empty, or why that was not done."""
     numbers = {start: number for number, (start, _) in enumerate(stored.sections, 1)}
-    found = {r.key: results[numbers[r.start]] for r in stored.records if numbers[r.start] in results}
+    found = {r.key: results[numbers[r.start]][0] for r in stored.records if numbers[r.start] in results}
     try:
         with ProjectLock(stored.folder):
             manifest = read_manifest(stored.folder)
-            sections = {i: _annotated(record, found.get(record.key)) for i, record in manifest.sections.items()}
+            sections = {i: replace(r, measures=found.get(r.key, r.measures)) for i, r in manifest.sections.items()}
             if sections != manifest.sections:
                 write_manifest(stored.folder, replace(manifest, sections=sections))
     except JournalError as error:
         return f"The measures of the sections were not stored in the project. {error}"
     return ""
-
-
-def _annotated(record: SectionRecord, result: tuple[dict[str, float], tuple[str, ...]] | None) -> SectionRecord:
-    if result is None:
-        return record
-    added = tuple(note for note in result[1] if note not in record.notes)
-    return replace(record, measures={**record.measures, **result[0]}, notes=(*record.notes, *added))

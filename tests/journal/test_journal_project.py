@@ -19,6 +19,7 @@ from frame_memory.journal import (
     UnreadableManifest,
     files,
     list_projects,
+    project,
     read_manifest,
 )
 
@@ -124,7 +125,8 @@ def test_a_section_of_another_project_is_copied_not_moved(tmp_path):
     with opened(tmp_path, "second") as work:
         assert work.find(A).equal(samples(3))
         record = adopted(work, 2, A)
-        assert (record.index, record.start, record.measures) == (2, 18, {"luma": 0.25})
+        assert (record.index, record.start) == (2, 18)
+        assert record.measures == {}, "measured among other neighbours"
         assert "project 'first'" in work.notes[-1]
     shutil.rmtree(tmp_path / "first")
     with opened(tmp_path, "second") as work:
@@ -168,25 +170,86 @@ def test_fault_03_a_torn_section_is_noticed_and_only_that_one_is_unfinished(tmp_
 def test_methods_of_what_is_not_there(tmp_path):
     with opened(tmp_path) as work:
         saved(work, 1, A)
-        with pytest.raises(JournalError, match="Section 0 .* is not finished. Finished: 1"):
+        with pytest.raises(JournalError, match="Section 1 .* is not finished. Finished: 2"):
             work.load(0)
-        with pytest.raises(JournalError, match="nothing to annotate"):
-            work.annotate(0, {"x": 1})
+        with pytest.raises(JournalError, match="Section 1 .*nothing to annotate"):
+            work.annotate({0: {"x": 1}})
     work.close()
     with pytest.raises(JournalError, match="is closed"):
         saved(work, 0, A)
 
 
+def test_an_artist_s_number_is_the_place_in_time(tmp_path):
+    plan = {"sections": [[19, 28], [10, 19], [1, 10]]}  # F0 makes the end first
+    with opened(tmp_path, plan=plan, sections=3) as work:
+        assert [work.manifest.number(index) for index in range(4)] == [3, 2, 1, 4]
+        saved(work, 0, A)
+        with pytest.raises(JournalError, match="Section 1 .* is not finished. Finished: 3"):
+            work.load(2)
+        (tmp_path / "film/sections/000.safetensors").write_bytes(b"")
+        assert work.find(A) is None and work.notes[-1].startswith("Section 3 of 'film' is damaged")
+
+
+def test_measures_are_those_of_the_neighbours_that_are_there(tmp_path):
+    """What was measured against a section that is replaced is forgotten; what lies before it in time is not."""
+    with opened(tmp_path) as work:
+        for index, key in enumerate((A, B, C)):
+            saved(work, index, key, index)
+        work.annotate({0: {"seam": 1.0}, 1: {"seam": 2.0}, 2: {"seam": 9.0}})
+        work.annotate({2: {"luma": 4.0}})
+        assert [work.manifest.sections[i].measures for i in range(3)] == [{"seam": 1.0}, {"seam": 2.0}, {"luma": 4.0}]
+        before = (tmp_path / "film/manifest.json").stat().st_mtime_ns
+        work.annotate({2: {"luma": 4.0}})
+        assert (tmp_path / "film/manifest.json").stat().st_mtime_ns == before, "nothing new, nothing written"
+        saved(work, 1, "d4" * 32, 8)
+        assert [work.manifest.sections[i].measures for i in range(3)] == [{"seam": 1.0}, {}, {}]
+        work.annotate({1: {"luma": 5.0}})
+        assert adopted(work, 1, B).measures == {} and adopted(work, 0, A).measures == {"seam": 1.0}
+
+
+def test_segments_of_other_lengths_are_forgotten_and_a_torn_run_s_edge_is_removed(tmp_path):
+    folder = tmp_path / "film/segments"
+    old, new, edge = "0000000-0000037.mp4", "0000000-0000073.mp4", "0000073-0000080.mp4"
+    with opened(tmp_path) as work:
+        for name in (old, new):
+            (folder / name).write_bytes(b"v")
+            work.set_segment(name, {"frames": 1})
+        (folder / edge).write_bytes(b"not final")
+        (folder / "mine.mp4").write_bytes(b"of the artist")
+    with opened(tmp_path) as work:
+        assert sorted(p.name for p in folder.iterdir()) == [old, new, "mine.mp4"]
+        work.keep_segments([new])
+        assert sorted(p.name for p in folder.iterdir()) == [new, "mine.mp4"]
+    assert set(read_manifest(tmp_path / "film").segments) == {new}
+
+
+def test_a_long_section_keeps_the_lock_alive(tmp_path, monkeypatch):
+    lock = tmp_path / "film/lock.json"
+    with opened(tmp_path) as work:
+        saved(work, 0, A)
+        os.utime(lock, (1, 1))
+        work.alive()
+        assert lock.stat().st_mtime == 1, "not at every step"
+        monkeypatch.setattr(project, "HEARTBEAT", 0.0)
+        work.alive()
+        assert lock.stat().st_mtime > 1
+        owner = json.loads(lock.read_text())
+        lock.write_text(json.dumps({**owner, "host": "elsewhere", "token": "x"}))
+        with pytest.raises(ProjectLocked, match="elsewhere"):
+            work.alive()
+
+
 def test_numbers_notes_and_segments_are_kept(tmp_path):
     with opened(tmp_path) as work:
-        saved(work, 0, A, measures={"luma": 1})
-        work.annotate(0, {"seam": float("inf")}, ["frozen"])
-        work.annotate(0, None, ["frozen"])
+        saved(work, 0, A, notes=["made twice"])
+        work.annotate({0: {"luma": 1, "seam": float("inf")}})
         work.set_segment("000.mp4", {"frames": 33})
         work.set_segment("001.mp4", {"frames": 36})
         work.set_segment("000.mp4", None)
     found = read_manifest(tmp_path / "film")
-    assert found.sections[0].measures == {"luma": 1.0, "seam": float("inf")} and found.sections[0].notes == ("frozen",)
+    assert found.sections[0].measures == {"luma": 1.0, "seam": float("inf")} and found.sections[0].notes == (
+        "made twice",
+    )
     assert found.segments == {"001.mp4": {"frames": 36}}
 
 

@@ -251,6 +251,11 @@ def test_fault_44_a_lost_gpu_leaves_the_journal_whole_and_says_to_restart(model,
     folder = tmp_path / "frame_memory" / "p"
     manifest = read_manifest(folder)
     assert manifest.run == (0, 1) and all(verify(folder, r.file) is None for r in manifest.finished)
+    with pytest.raises(DeviceLost, match="section 4 of 4.*The 0 sections finished"):  # F0 makes the end first
+        run(
+            model, kind="F0", preset="F0 inverted", seconds=SECONDS, sampler=Plain([], 1, RuntimeError(words)),
+            project=project(tmp_path / "f0"),
+        )  # fmt: skip
     if words == LOST[0]:
         done, count = made_with(model, tmp_path)
         assert count == 2 and torch.equal(done.latent["samples"], plain(model))
