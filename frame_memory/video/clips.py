@@ -19,6 +19,8 @@ from .source import HistoryError, VideoFacts, grid_frames, probe_video
 
 # Quality at which pictures that other nodes hand over as VIDEO are put into a file first: below what the eye sees.
 SPOOL_CRF = 10
+# A share of the picture whose loss at the edges an artist would not expect.
+MUCH_CUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,13 @@ def describe_sound(clip: Clip) -> str:
 
 
 def fitting(clip: Clip, width: int, height: int) -> str:
-    """What scaling to a size does to a picture of this clip, in words."""
+    """What scaling to a size does to a picture of this clip, in words; a warning where much of it is lost."""
     facts = clip.facts
     if (facts.width, facts.height) == (width, height):
         return f"Size {width}x{height} kept."
     scale = max(width / facts.width, height / facts.height)
     cut = 1 - width * height / (scale * facts.width * scale * facts.height)
     words = f"Scaled from {facts.width}x{facts.height} to {width}x{height}"
+    if cut > MUCH_CUT:
+        return f"Warning: {words} loses {cut:.0%} of the picture at its edges: crop it yourself before."
     return f"{words}, {cut:.1%} cut off at the edge." if cut > 0.001 else f"{words}, nothing cut off."

@@ -203,7 +203,8 @@ def _report(plan: JoinPlan, written: WrittenVideo, light: Brightness, sound: Sou
         lines.append(f"{warned}Brightness changes by {step:+.1f} of 255 at the join at {join / rate:.2f} s.")
     if written.black_frames:
         lines.append(f"Warning: {len(written.black_frames)} frames are black.")
-    return "\n".join(lines)
+    # The editor shows the first lines of a long text.
+    return "\n".join(sorted(lines, key=lambda line: not line.startswith("Warning")))
 
 
 def _heard(stretch: Stretch) -> str:
