@@ -71,7 +71,7 @@ def test_the_shipped_vae_agrees_with_one_pass_where_windows_do_not(selftest_vae)
     whole = selftest_vae.decode(x)[0]
     carried = torch.cat(list(CarriedDecoder(selftest_vae).stream(x)))
     windowed = torch.cat(list(decode_stream(selftest_vae.decode, x, decode_windows("forward", 28))))
-    assert (carried - whole).abs().max() < 1e-6, "at some sizes the CPU rounds two frames and many in another way"
+    assert (carried - whole).abs().max() < 1e-5, "at some sizes the CPU rounds two frames and many in another way"
     assert (windowed - whole).abs().max() > 1 / 255, "the crossfade is what carried state does without"
 
 
