@@ -40,16 +40,17 @@ class LiveVideo:
 
     Of a batch the first video is written. Pieces that an earlier run has written from the same sections are kept.
     show: gets the path of a playable mp4 of what is finished so far, after every section that was made. What only
-    shows the video, this and the contact sheet, never ends a run: `announce` hears once why it failed.
+    shows the video, this and the contact sheet, never ends a run: `announce` hears once why it failed. say: words
+    about the work at hand.
     """
 
     def __init__(
         self, project: Project, plan: LongVideoPlan, vae, *, crf: float = 18, metadata=None,
         show: Callable[[Path], None] = lambda _: None, announce: Callable[[str], None] = log.warning,
-        interrupt: Callable[[], None] | None = None,
+        interrupt: Callable[[], None] | None = None, say: Callable[[str], None] = log.info,
     ):  # fmt: skip
         self.project, self.plan, self.crf, self.metadata = project, plan, crf, metadata
-        self.show, self.announce, self.interrupt = show, announce, interrupt
+        self.show, self.announce, self.say, self.interrupt = show, announce, say, interrupt
         self.announced: set[str] = set()
         self.decode = DecodeLadder(vae, announce)
         self.made_by = short([{k: spread(v) for k, v in vae.first_stage_model.state_dict().items()}, crf, plan.fps])
@@ -218,9 +219,9 @@ class LiveVideo:
 
     def _read_again(self) -> None:
         """Look at the pieces that an earlier run has written. It can take minutes, so Cancel ends it between chunks."""
-        if len(self.unread) > 1:
-            log.info("%s: looking through %d finished pieces again", self.project.name, len(self.unread))
+        count = len(self.unread)
         while self.unread:
+            self.say(f"Looking through what is finished: piece {count - len(self.unread) + 1} of {count}.")
             for first, frames in read_segment(self.folder, self.unread[0]):
                 self._check()
                 self._look_at(first, frames)

@@ -339,7 +339,7 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     if live is not None:
         writer = LiveVideo(
             project, plan, live.vae, metadata=live.metadata, show=live.show, announce=announce,
-            interrupt=go_on,
+            interrupt=go_on, say=say,
         )  # fmt: skip
     try:
         frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
