@@ -5,7 +5,9 @@ through the pack's own sampler, each kept in a project and the video written bes
 the size of a real video, 640x608 at 30 frames per second, with the journal's own calls, and saves it as Save Long
 Video does: sections read from disk, windows decoded and crossfaded, guards, 8-bit frames, encoder. Only the
 autoencoder's network is replaced, by one that paints latents as squares: it makes tensors of the true shapes and
-holds no memory of its own, so what is measured is what a video adds to a model.
+holds no memory of its own, so what is measured is what a video adds to a model. With --samples it saves the LATENT
+that Anti-Drift Sampler hands on, whose numbers lie in a file that the system maps into memory. What it has read of a
+file it can take back at any time, so the bounds then count what it cannot, and RSS is told beside it.
 
 Exits with 1 if a bound fails: the last section within 64 MB of section 10 (RSS, and GPU memory where there is a GPU);
 the whole decoding process below 2 GB; its growth below 50 MB for each minute of video.
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +48,14 @@ def resident() -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / MEGABYTE
+
+
+def unbacked() -> float:
+    """Resident memory that is no copy of a file, MB: what the system cannot take back. RSS where it does not tell."""
+    import psutil
+
+    found = psutil.Process().memory_info()
+    return (found.rss - getattr(found, "shared", 0)) / MEGABYTE
 
 
 def on_gpu() -> float:
@@ -73,10 +84,11 @@ def in_use() -> float:
 
 
 class Peak:
-    """The highest resident memory between two looks, seen by a thread of its own."""
+    """The highest memory between two looks, seen by a thread of its own. measure: gives MB."""
 
-    def __init__(self) -> None:
-        self._peak, self._done = resident(), threading.Event()
+    def __init__(self, measure: Callable[[], float] = resident) -> None:
+        self._measure = measure
+        self._peak, self._done = measure(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Peak:
@@ -89,11 +101,12 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak, resident())
+            self._peak = max(self._peak, self._measure())
 
     def take(self) -> float:
         """The peak since the last call, MB."""
-        peak, self._peak = max(self._peak, resident()), resident()
+        now = self._measure()
+        peak, self._peak = max(self._peak, now), now
         return peak
 
 
@@ -191,13 +204,18 @@ def make_project(root: Path, sections: int, height: int, width: int) -> None:
             )  # fmt: skip
 
 
-def decode(minutes: float, folder: Path) -> dict:
-    """Save a project of so many minutes as Save Long Video does; peak memory around every window, MB."""
+def decode(minutes: float, folder: Path, samples: bool = False) -> dict:
+    """Save a project of so many minutes as Save Long Video does; peak memory around every window, MB.
+
+    samples: as the LATENT of the sampler, in a mapped file, instead of section by section.
+    """
     import copy
 
     import comfy.sd
     import comfy.utils
 
+    from frame_memory.plan.mark import KEY
+    from frame_memory.sampling.project_run import on_disk
     from frame_memory.sampling.save_source import choose
     from frame_memory.video.save import plan_save, save_video
 
@@ -208,9 +226,13 @@ def decode(minutes: float, folder: Path) -> dict:
     vae = copy.copy(comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / AUTOENCODER))))
     vae.decode = painted
     source = choose(folder, None, "long")
+    if samples:
+        mapped = on_disk(source.stored, source.stored.latents)
+        source = choose(folder, {"samples": mapped, KEY: {**source.samples[KEY], "project": "long"}}, "")
     plan = plan_save(vae, source.samples, 0, "windowed", source.windows)
-    before, began, series = resident(), time.monotonic(), []
-    with Peak() as peak:
+    measure = unbacked if samples else resident
+    before, began, series = measure(), time.monotonic(), []
+    with Peak(measure) as peak:
 
         def note(done: int, count: int) -> None:
             series.append(peak.take())
@@ -224,7 +246,8 @@ def decode(minutes: float, folder: Path) -> dict:
         source.end()
         series.append(peak.take())
     frames = written.frames
-    return {"rss": series, "before": before, "frames": frames, "bytes": written.path.stat().st_size}
+    size = written.path.stat().st_size
+    return {"rss": series, "before": before, "frames": frames, "bytes": size, "samples": samples, "end": resident()}
 
 
 @contextmanager
@@ -272,11 +295,14 @@ def verdicts(sampled: dict | None, decoded: dict | None) -> list[tuple[str, str,
             rows.append((f"{count} sections", f"{words} growth since section {SETTLED}", growth, SECTION_BOUND, "MB"))
     if decoded is not None:
         minutes = decoded["frames"] / FPS / 60
-        case = f"{minutes:.1f} minutes of {WIDTH}x{HEIGHT}"
-        rows.append((case, "RSS before", decoded["before"], None, "MB"))
-        rows.append((case, "RSS peak", max(decoded["rss"]), DECODE_BOUND, "MB"))
+        case, what = f"{minutes:.1f} minutes of {WIDTH}x{HEIGHT}", "RSS"
+        if decoded.get("samples"):
+            case, what = f"{case}, from 'samples'", "memory without file pages"
+            rows.append((case, "RSS at the end", decoded["end"], None, "MB"))
+        rows.append((case, f"{what} before", decoded["before"], None, "MB"))
+        rows.append((case, f"{what} peak", max(decoded["rss"]), DECODE_BOUND, "MB"))
         if minutes >= LEAST_MINUTES:
-            rows.append((case, "RSS growth", slope(decoded["rss"], minutes), GROWTH_BOUND, "MB a minute"))
+            rows.append((case, f"{what} growth", slope(decoded["rss"], minutes), GROWTH_BOUND, "MB a minute"))
     return rows
 
 
@@ -318,7 +344,7 @@ def child(args: argparse.Namespace) -> None:
         if args.child == "sampling":
             found = sample(args.sections, args.side, args.steps, folder)
         else:
-            found = decode(args.minutes, folder)
+            found = decode(args.minutes, folder, args.samples)
     Path(args.result).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -326,6 +352,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=int, default=SECTIONS, help=f"more than {SETTLED}; 0 leaves sampling out")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of video to decode; 0 leaves decoding out")
+    parser.add_argument("--samples", action="store_true", help="save the sampler's LATENT instead of the project")
     parser.add_argument("--side", type=int, default=32, help="pixels of the sampled picture, up to 64")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--folder", help="where the projects are written and removed again; a 10-minute one has 1.8 GB")
@@ -340,6 +367,7 @@ def main() -> int:
     if args.sections and args.sections <= SETTLED:
         parser.error(f"--sections is {args.sections}, expected more than {SETTLED}, or 0")
     where = ["--folder", args.folder] if args.folder else []
+    saved = ["--samples"] if args.samples else []
     sampled = decoded = None
     if args.sections:
         print(f"Sampling {args.sections} sections of the self-test model at {args.side}x{args.side}", flush=True)
@@ -349,7 +377,7 @@ def main() -> int:
         print(
             f"Saving {args.minutes:g} minutes of {WIDTH}x{HEIGHT}; the autoencoder's network is a stand-in", flush=True
         )
-        decoded = in_child("decoding", args.kept, "--minutes", str(args.minutes), *where)
+        decoded = in_child("decoding", args.kept, "--minutes", str(args.minutes), *saved, *where)
     rows = verdicts(sampled, decoded)
     print("| case | measure | value | bound | verdict |\n|---|---|---|---|---|")
     for case, measure, value, bound, unit in rows:
@@ -360,7 +388,7 @@ def main() -> int:
         from . import record
 
         record.append("benchmarks.memory", [(case, f"{name}, {unit}", value) for case, name, value, _, unit in rows])
-        if sampled is not None and decoded is not None:
+        if sampled is not None and decoded is not None and not args.samples:
             draw(HERE / "memory.png", sampled, decoded)
     return int(any(bound is not None and value > bound for _, _, value, bound, _ in rows))
 

@@ -60,7 +60,7 @@ def read_video(
     interrupt: Callable[[], None] | None = None,
     on_grid: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Yield frames `wanted` (see `select`; None for all) of a video at a constant rate, as uint8 [T,H,W,3] chunks.
+    """Yield frames `wanted` (None for all) of a video at a constant rate, as uint8 [T,H,W,3] chunks.
 
     `size` is (width, height), None for the nearest bucket; filled and cut as `to_bucket` does. Both sides must be
     multiples of 16, as the model needs them, unless `on_grid` is False.
@@ -173,33 +173,6 @@ def latent_frames_of(frames: int) -> int:
     return (frames + 3) // 4
 
 
-def encode_history(
-    vae,
-    chunks: Iterable[np.ndarray],
-    latent_frames: int | None = None,
-    *,
-    interrupt: Callable[[], None] | None = None,
-) -> torch.Tensor:
-    """Latents [1,C,n,h,w] of the last `latent_frames` of a video that comes as uint8 [T,H,W,3] chunks; None for all.
-
-    They are the last 4n-3 pixel frames, encoded as the beginning of a video: the first latent frame is one picture,
-    every later one four. More than 19 latent frames are encoded in groups of 4m-3 pixel frames (a causal VAE takes no
-    other count), 19 latent frames each, of which each later group makes 12 again as a run-up and drops them. Only
-    those pixel frames are held, as bytes. A video too short for `latent_frames` gives what it has.
-    """
-    if latent_frames is not None and latent_frames < 1:
-        raise HistoryError(f"{latent_frames} latent frames of history were asked for, expected at least 1. ({NODE})")
-    kept: deque[np.ndarray] = deque(maxlen=None if latent_frames is None else pixel_frames(latent_frames))
-    for chunk_THWC in chunks:
-        kept.extend(frame_HWC.copy() for frame_HWC in chunk_THWC)
-    total = latent_frames_of(len(kept))
-    if total == 0:
-        raise HistoryError(f"The video holds no pictures. Choose another file in '{NODE}'.")
-    for _ in range(len(kept) - pixel_frames(total)):
-        kept.popleft()
-    return encode_stream(vae, (frame_HWC[None] for frame_HWC in kept), total, interrupt=interrupt)
-
-
 def encode_stream(
     vae,
     chunks: Iterable[np.ndarray],
@@ -207,9 +180,11 @@ def encode_stream(
     *,
     interrupt: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Latents [1,C,n,h,w] of exactly 4n-3 pixel frames that come as uint8 [T,H,W,3] chunks; groups as encode_history.
+    """Latents [1,C,n,h,w] of exactly 4n-3 pixel frames that come as uint8 [T,H,W,3] chunks.
 
-    Holds the pixel frames of one group, whatever the length. Raises HistoryError where fewer come.
+    The first latent frame is one picture, every later one four. More than 19 are encoded in groups of 4m-3 pixel frames
+    (a causal VAE takes no other count), 19 latent frames each, of which each later group makes 12 again as a run-up and
+    drops them. Holds the pixel frames of one group, whatever the length. Raises HistoryError where fewer come.
     """
     source = (frame_HWC for chunk_THWC in chunks for frame_HWC in chunk_THWC)
     parts, held, first, done = [], deque(), 0, 0

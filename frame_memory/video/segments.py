@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,11 @@ REORDER_FRAMES = 2
 SOUND_BYTES = 64_000
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 MOV_FLAGS = "use_metadata_tags+negative_cts_offsets"
+# Takes nearly every stream: tried where another container refuses the join.
+LAST_RESORT = ".mkv"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
 
 
 class SegmentError(VideoWriteError):
@@ -146,6 +152,7 @@ def join_segments(
     audio: AudioTrack | SoundLine | None = None,
     *,
     allow_black: bool = False,
+    announce: Callable[[str], None] | None = None,
 ) -> WrittenVideo:
     """Put segments of `folder` into one file at `path`, in video order, packet by packet, without encoding again.
 
@@ -153,6 +160,8 @@ def join_segments(
     1/fps. `path` ends in .mp4, .mov or .mkv (which rounds times to 1 ms). The file appears under its name when it is
     complete. `audio` is laid under it in video time: sound of frame 0 is its start, and a stretch that begins later
     takes what belongs to it. `metadata` as VideoWriter takes it. Memory does not grow with the length.
+    `announce`: where it is given, a join that the muxer refuses is tried once more as .mkv beside `path`, and it gets
+    a sentence about that; the path of the result is the one that was written.
     Raises SegmentError; the segments stay, nothing else is left behind.
     """
     folder, path, rate = Path(folder), Path(path), as_fps(fps)
@@ -160,21 +169,42 @@ def join_segments(
     _check_joinable(folder, ordered, rate, path, allow_black)
     if audio is not None:
         audio = audio.between(float(ordered[0].start_frame / rate), float(ordered[-1].stop_frame / rate))
-    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_room(folder, ordered, path, audio)
-        part = reserve_part(path)
-        _mux(folder, ordered, part, rate, metadata or {}, audio)
-        put_in_place(part, path)
+        _join(folder, ordered, path, rate, metadata or {}, audio)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise _join_error(folder, path, error, _needed(ordered, audio)) from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
+        other = None if announce is None else _other_container(folder, ordered, path, rate, metadata, audio, error)
+        if announce is None or other is None:
+            raise _join_error(folder, path, error, _needed(ordered, audio)) from error
+        announce(f"{path.name} could not be joined ({error}), so the same video was written as {other}.")
+        path = other
     first = ordered[0]
     black = tuple(frame - first.start_frame for segment in ordered for frame in segment.black_frames)
     return WrittenVideo(path, first.width, first.height, ordered[-1].stop_frame - first.start_frame, rate, black)
+
+
+def _join(folder: Path, ordered: list[Segment], path: Path, rate: Fraction, metadata: Mapping, audio) -> None:
+    """The file whole, or not at all."""
+    part = reserve_part(path)
+    try:
+        _mux(folder, ordered, part, rate, metadata, audio)
+        put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _other_container(folder, ordered, path: Path, rate, metadata, audio, error: Exception) -> Path | None:
+    """Where the join was written as .mkv instead; None where that does not help, or fails too."""
+    other = path.with_suffix(LAST_RESORT)
+    if other == path or _cause(error) is not None:
+        return None
+    try:
+        _join(folder, ordered, other, rate, metadata or {}, audio)
+    except (av.error.FFmpegError, OSError, ValueError) as again:
+        log.warning("%s could not be joined either: %s", other.name, again)
+        return None
+    return other
 
 
 def _needed(ordered: list[Segment], audio: AudioTrack | SoundLine | None) -> int:
@@ -273,11 +303,31 @@ def _joined_packets(folder: Path, ordered: list[Segment], rate: Fraction, settin
             raise ValueError(f"{segment.name} holds {count} frames, expected {segment.frames}")
 
 
+def _cause(error: BaseException) -> int | None:
+    """ENOSPC for a full disk, EACCES for a file that is in use or protected; None for other causes.
+
+    Closing a file after a failed write fails as well, so what came first is looked at too.
+    """
+    step: BaseException | None = error
+    while step is not None:
+        if getattr(step, "errno", None) in FULL:
+            return errno.ENOSPC
+        if isinstance(step, PermissionError):
+            return errno.EACCES
+        step = step.__context__
+    return None
+
+
 def _join_error(folder: Path, path: Path, error: Exception, needed: int) -> SegmentError:
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    again = "queue again: nothing is sampled or decoded again."
+    kind = _cause(error)
+    if kind == errno.ENOSPC:
         cause = f"{full_words(path.parent)}, so {path.name}, of about {needed} bytes, could not be joined."
-        remedy = "Free some space and queue again: nothing is sampled or decoded again."
+        remedy = f"Free some space and {again}"
+    elif kind == errno.EACCES:
+        cause = f"{path} may not be replaced: a player has it open, or its folder is protected ({error})."
+        remedy = f"Close the player, or choose a folder that may be written to, and {again}"
     else:
         cause = f"Joining {path.name} failed. The muxer's words: {error}."
-        remedy = "Queue again, or save as .mkv: another container often takes what one refuses."
+        remedy = f"If a segment is damaged, delete it; then {again.split(':')[0]}: only what is missing is made again."
     return SegmentError(f"{cause} The segments stay in {folder}, and each of them plays. {remedy}")

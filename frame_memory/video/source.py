@@ -5,7 +5,6 @@ Shape suffixes: none; no pixels here.
 
 from __future__ import annotations
 
-import math
 import statistics
 from array import array
 from dataclasses import dataclass, replace
@@ -226,25 +225,3 @@ def _with_audio(facts: VideoFacts) -> VideoFacts:
 def grid_frames(facts: VideoFacts, fps: float) -> int:
     """Frames the whole video has at a constant rate: its length times the rate, rounded, at least 1."""
     return max(1, round(facts.seconds * float(fps)))
-
-
-def select(
-    facts: VideoFacts, fps: float, *, first_seconds: float | None = None, last_seconds: float | None = None
-) -> range:
-    """Frame numbers, at a constant rate, of the first or the last seconds; of everything without either.
-
-    More seconds than there are mean everything. Raises HistoryError for both at once and for lengths of 0 or less.
-    """
-    total = grid_frames(facts, fps)
-    asked = [value for value in (first_seconds, last_seconds) if value is not None]
-    if len(asked) == 2:
-        raise HistoryError(f"Ask '{NODE}' for the first seconds or for the last ones, not for both.")
-    if not asked:
-        return range(total)
-    if not math.isfinite(asked[0]) or asked[0] <= 0:
-        raise HistoryError(
-            f"{asked[0]:g} seconds were asked for, expected more than 0; {facts.path.name} has {facts.seconds:.2f} s. "
-            f"Change it in '{NODE}'."
-        )
-    count = min(max(1, round(asked[0] * float(fps))), total)
-    return range(count) if first_seconds is not None else range(total - count, total)

@@ -21,7 +21,6 @@ import torch
 from frame_memory.journal import read_manifest
 from frame_memory.journal.files import JournalError, verify
 from frame_memory.sampling.long_video import Live
-from frame_memory.video import segments
 from frame_memory.video.writer import VideoWriteError
 
 from .conftest import run, start_latent
@@ -86,15 +85,7 @@ class VideoFile:
 @pytest.fixture
 def disk(monkeypatch):
     """Makes a disk that is full from a write on; undone by a number below 0."""
-    real, join_error = av.open, segments._join_error
-
-    def as_of_a_file(folder, path, error, *more):
-        """PyAV has a code of its own for a file object that failed before; libav's own file gives ENOSPC again."""
-        if "PyAV callback" in str(error):
-            error = av.error.FFmpegError(errno.ENOSPC, "No space left on device", str(path))
-        return join_error(folder, path, error, *more)
-
-    monkeypatch.setattr(segments, "_join_error", as_of_a_file)
+    real = av.open
 
     def make(at: int) -> FullAt:
         made = FullAt(at)

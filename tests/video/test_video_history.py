@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frame_memory.plan.errors import PlanError
-from frame_memory.video.history import bucket_size, encode_history, latent_frames_of, read_video
+from frame_memory.video.history import bucket_size, encode_stream, latent_frames_of, read_video
 from frame_memory.video.images import to_bucket
 from frame_memory.video.segments import join_segments, write_segment
-from frame_memory.video.source import HistoryError, grid_frames, probe_video, select
+from frame_memory.video.source import HistoryError, grid_frames, probe_video
 from frame_memory.video.stream import Piece
 
 from .odd_videos import is_upright, number_of, numbered_frame, pitch_of, read_sound, write_video
@@ -146,12 +146,11 @@ def test_fault_26_a_file_without_duration_or_times_is_read(tmp_path):
     facts = probe_video(live)
     assert facts.seconds == pytest.approx(2, abs=0.01)
     assert numbers(facts) == list(range(60))
-    assert numbers(facts, select(facts, 30, last_seconds=0.5)) == list(range(45, 60))
+    assert numbers(facts, range(45, 60)) == list(range(45, 60))
     raw = probe_video(write_video(tmp_path / "raw.h264", STEADY))
     assert not raw.timed and raw.frames == 60 and "no times" in raw.notes[0]
     assert numbers(raw, fps=raw.fps) == list(range(60))
-    wanted = select(raw, raw.fps, last_seconds=5 / raw.fps)
-    assert numbers(raw, wanted, fps=raw.fps) == [55, 56, 57, 58, 59]
+    assert numbers(raw, range(55, 60), fps=raw.fps) == [55, 56, 57, 58, 59]
 
 
 def test_a_file_that_begins_late_or_is_fragmented_begins_at_its_first_picture(tmp_path):
@@ -163,20 +162,14 @@ def test_a_file_that_begins_late_or_is_fragmented_begins_at_its_first_picture(tm
     assert numbers(fragmented) == list(range(60))
 
 
-def test_first_and_last_seconds(tmp_path):
+def test_a_part_of_the_video(tmp_path):
     times = [round(1000 * i / 30) for i in range(200)]
     facts = probe_video(write_video(tmp_path / "a.mp4", times, options={"g": "25"}))
-    assert numbers(facts, select(facts, 30, first_seconds=0.5)) == list(range(15))
-    assert numbers(facts, select(facts, 30, last_seconds=1)) == list(range(170, 200))
+    assert grid_frames(facts, 30) == 200 and grid_frames(facts, 15) == 100
+    assert numbers(facts, range(15)) == list(range(15))
+    assert numbers(facts, range(170, 200)) == list(range(170, 200))
     assert numbers(facts, range(77, 93)) == list(range(77, 93)), "sought to the middle of a group of pictures"
-    assert numbers(facts, select(facts, 15, last_seconds=1), fps=15) == list(range(170, 200, 2))
-    assert select(facts, 30, last_seconds=1000) == select(facts, 30) == range(200)
-    assert select(facts, 30, first_seconds=0.001) == range(1)
-    for bad in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(HistoryError, match="expected more than 0.*Video History"):
-            select(facts, 30, last_seconds=bad)
-    with pytest.raises(HistoryError, match="not for both"):
-        select(facts, 30, last_seconds=1, first_seconds=1)
+    assert numbers(facts, range(85, 100), fps=15) == list(range(170, 200, 2))
 
 
 def test_colours_come_by_the_files_own_tags(tmp_path):
@@ -229,8 +222,7 @@ def test_fault_32_sound_of_the_source_is_offered_with_the_exact_length(tmp_path)
     source = write_video(tmp_path / "in.mp4", STEADY, audio_seconds=2)
     facts = probe_video(source)
     assert (facts.audio.codec, facts.audio.rate, facts.audio.channels) == ("aac", 44100, 1)
-    wanted = select(facts, 30, last_seconds=1.5)
-    track = facts.sound(wanted.start / 30, wanted.stop / 30)
+    track = facts.sound(15 / 30, 60 / 30)
     assert track.seconds == pytest.approx(1.5, abs=0.01)
     made = [write_segment(tmp_path / "s", Piece(0, 60, moving_frames(60)), 30)]
     join_segments(tmp_path / "s", made, tmp_path / "a.mp4", 30, audio=track)
@@ -316,22 +308,10 @@ def chunks_of(count, size=7, seed=0):
     return frames, [frames[i : i + size] for i in range(0, count, size)]
 
 
-@pytest.mark.parametrize(
-    ("frames", "asked", "given"), [(100, 5, 5), (17, 5, 5), (16, 5, 4), (1, 5, 1), (100, None, 25)]
-)
-def test_the_last_latent_frames_are_the_last_pixel_frames(frames, asked, given):
-    vae = CausalEncoder()
-    pixels, chunks = chunks_of(frames)
-    latents = encode_history(vae, iter(chunks), asked)
-    assert latents.shape == (1, 16, given, 2, 2) and latent_frames_of(frames) >= given
-    last = torch.from_numpy(pixels[frames - (4 * given - 3) :]).float() / 255
-    assert torch.allclose(latents, CausalEncoder().encode(last), atol=1e-6)
-
-
 def test_long_histories_are_encoded_in_causal_groups():
     vae = CausalEncoder()
     pixels, chunks = chunks_of(4 * 50 - 3)
-    latents = encode_history(vae, iter(chunks))
+    latents = encode_stream(vae, iter(chunks), 50)
     assert vae.asked[0] == 73 and max(vae.asked) == 73 and all(count % 4 == 1 for count in vae.asked)
     assert torch.allclose(latents, CausalEncoder().encode(torch.from_numpy(pixels).float() / 255), atol=1e-5)
 
@@ -344,7 +324,7 @@ def test_the_shipped_vae_in_groups_is_near_to_one_pass(selftest_vae):
     pixels = frames.mul(255).round().to(torch.uint8).numpy()
     with torch.inference_mode():
         whole = selftest_vae.encode(torch.from_numpy(pixels).float() / 255)
-        groups = encode_history(selftest_vae, [pixels])
+        groups = encode_stream(selftest_vae, [pixels], 29)
     assert groups.shape == whole.shape == (1, 16, 29, 2, 2)
     assert torch.equal(groups[:, :, :19], whole[:, :, :19])
     assert (groups - whole).abs().max() < 0.002 * whole.std()
@@ -356,8 +336,7 @@ def test_a_vae_for_pictures_and_empty_videos_are_refused(tmp_path):
             return torch.zeros(len(pixels), 4, 2, 2)
 
     with pytest.raises(HistoryError, match="Load VAE"):
-        encode_history(Pictures(), chunks_of(9)[1], 2)
-    with pytest.raises(HistoryError, match="no pictures"):
-        encode_history(CausalEncoder(), [], 2)
-    with pytest.raises(HistoryError, match="at least 1"):
-        encode_history(CausalEncoder(), [], 0)
+        encode_stream(Pictures(), chunks_of(9)[1], 2)
+    with pytest.raises(HistoryError, match="ended after 0 frames, 5 were expected"):
+        encode_stream(CausalEncoder(), [], 2)
+    assert [latent_frames_of(frames) for frames in (0, 1, 4, 5, 16, 17)] == [0, 1, 1, 2, 4, 5]

@@ -1,7 +1,9 @@
 """Segments and their join with the real encoder and muxer: what a player reads back, and what stays when it fails."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import textwrap
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from frame_memory.video import files
 from frame_memory.video.audio import AudioTrack
 from frame_memory.video.segments import (
     Segment,
@@ -149,12 +152,78 @@ def test_fault_12_a_join_that_fails_keeps_the_segments_and_says_why(tmp_path):
     with pytest.raises(SegmentError) as error:
         join_segments(folder, made, tmp_path / "a.mp4", 30)
     assert "Invalid data found when processing input" in str(error.value), "libav's own words"
-    assert str(folder) in str(error.value) and "mkv" in str(error.value)
+    assert str(folder) in str(error.value) and "queue again" in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
     (folder / made[2].name).write_bytes(before[made[2].name])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert join_segments(folder, made, tmp_path / "a.mkv", 30).frames == 100
     assert len(planes(tmp_path / "a.mkv")) == 100
+
+
+def test_fault_12_a_container_that_refuses_the_stream_is_replaced_by_mkv(tmp_path):
+    """VP8 has no place in mp4, so libav itself refuses; Matroska takes it."""
+    folder, said = tmp_path / "s", []
+    folder.mkdir()
+    made = write_video(tmp_path / "in.mkv", [round(1000 * i / 30) for i in range(9)], codec="libvpx")
+    shutil.move(made, folder / "0000000-0000009.mp4")
+    segment = Segment("0000000-0000009.mp4", 0, 9, 0, "", 96, 64, "30", 18)
+    with pytest.raises(SegmentError, match="Joining a.mp4 failed.*The segments stay in"):
+        join_segments(folder, [segment], tmp_path / "a.mp4", 30)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    written = join_segments(folder, [segment], tmp_path / "a.mp4", 30, announce=said.append)
+    assert written.path == tmp_path / "a.mkv" and written.frames == 9 == len(planes(written.path))
+    assert len(said) == 1 and "a.mp4 could not be joined" in said[0] and str(written.path) in said[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mkv", "s"]
+    (folder / segment.name).write_bytes(b"this is no video")
+    with pytest.raises(SegmentError, match="Joining a.mp4 failed"):
+        join_segments(folder, [segment], tmp_path / "a.mp4", 30, announce=said.append)
+    assert len(said) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["a.mkv", "s"]
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Files that a player has open, as Windows shows them: replacing them is refused so many times."""
+    replace_file, left = os.replace, {"times": 0, "asked": 0}
+
+    def refuse(source, target):
+        left["asked"] += 1
+        if left["times"]:
+            left["times"] -= 1
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(source), 32, str(target))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files, "LOCKED_WAIT", 0.001)
+    return left
+
+
+def test_fault_47_a_file_that_is_in_use_is_replaced_as_soon_as_it_is_free(tmp_path, locked):
+    part, path = tmp_path / "a.part.mp4", tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    part.write_bytes(b"new")
+    locked["times"] = files.LOCKED_TRIES - 1
+    files.put_in_place(part, path)
+    assert path.read_bytes() == b"new" and not part.exists() and locked["asked"] == files.LOCKED_TRIES
+    part.write_bytes(b"newer")
+    locked["times"] = 10**6
+    with pytest.raises(PermissionError):
+        files.put_in_place(part, path)
+    assert (path.read_bytes(), part.read_bytes()) == (b"new", b"newer"), "neither is lost"
+
+
+def test_fault_47_a_join_over_a_file_in_use_says_so_and_keeps_both(tmp_path, locked):
+    made = segments_of(tmp_path / "s", moving_frames(9), [(0, 9)])
+    (tmp_path / "a.mp4").write_bytes(b"the earlier video")
+    locked["times"], said = 10**6, []
+    with pytest.raises(
+        SegmentError, match=r"a\.mp4 may not be replaced: a player has it open.*Close the player"
+    ) as error:
+        join_segments(tmp_path / "s", made, tmp_path / "a.mp4", 30, announce=said.append)
+    assert "muxer" not in str(error.value) and str(tmp_path / "s") in str(error.value) and said == []
+    assert (tmp_path / "a.mp4").read_bytes() == b"the earlier video"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "s"]
+    locked["times"] = 2
+    assert join_segments(tmp_path / "s", made, tmp_path / "a.mp4", 30).frames == 9
 
 
 def test_fault_12_an_existing_join_survives_a_failed_one(tmp_path):
@@ -215,10 +284,20 @@ def test_fault_06_a_full_disk_leaves_no_torn_segment(tmp_path):
             print(error)
         print(len(made), [segment_problem(folder, m) for m in made if segment_problem(folder, m)])
         print(sorted(p.name for p in folder.iterdir()) == [m.name for m in made])
+        from frame_memory.video.segments import SegmentError, join_segments
+        try:
+            join_segments(folder, made, folder / "a.mp4", 30)
+        except SegmentError as error:
+            print("JOIN", error)
+        print(sorted(p.name for p in folder.iterdir()) == [m.name for m in made])
     """
     result = run_child(textwrap.dedent(body), tmp_path, prefix=mount)
     assert result.returncode == 0, result.stderr
-    assert "No space left on device" in result.stdout and result.stdout.endswith("[]\nTrue\n")
+    segments, _, joined = result.stdout.partition("JOIN ")
+    assert "No space left on device" in segments and segments.endswith("[]\nTrue\n")
+    # libav's own error, through nobody's file object: this is what tests/sampling/test_disk_full.py stands on.
+    words = rf"The disk of {tmp_path} is full \(No space left on device; \d+ bytes are free\), so a\.mp4, of about \d+ "
+    assert re.match(words, joined) and "nothing is sampled or decoded again" in joined and joined.endswith("True\n")
 
 
 def test_fault_13_nan_writes_no_segment_and_black_is_only_refused_as_a_whole(tmp_path):
