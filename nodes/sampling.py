@@ -10,6 +10,7 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
+from ..frame_memory.sampling.handed_out import HandedOut
 from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
 from ..frame_memory.sampling.project_run import ProjectRequest
 from ..frame_memory.sampling.unipc import framepack_unipc
@@ -254,8 +255,8 @@ def _run_inputs() -> list[io.Input]:
             advanced=True,
             tooltip=(
                 "When the project was made with other settings. reuse what fits: sections that the change does not "
-                "touch are kept, replaced ones become takes. fork: go on in a copy beside it. refuse: say what "
-                "differs. Another size or model is always refused, or forked."
+                "touch are kept, replaced ones become takes. fork: a new project beside it. refuse: say what differs. "
+                "Another checkpoint of the same kind makes all anew; another size, batch, or F0 for F1 is refused."
             ),
         ),
     ]
@@ -289,11 +290,20 @@ def _optional_inputs() -> list[io.Input]:
             "vae",
             optional=True,
             tooltip=(
-                "With it every section is decoded and encoded as it finishes: the node plays what is there, Cancel "
-                "leaves an mp4, and the finished mp4 lies in the project. On a GPU, model and VAE take turns in VRAM."
+                "With it every section is decoded (windowed) and encoded as it finishes: the node plays what is there, "
+                "Cancel leaves an mp4, the finished one lies in the project. On a GPU, model and VAE take turns in "
+                "VRAM. Of a batch only the first video."
             ),
         ),
     ]
+
+
+HANDED_OUT = HandedOut()
+
+
+def _whose(node) -> str:
+    """The running node's number in its graph."""
+    return "" if node.hidden is None else str(node.hidden.unique_id)
 
 
 class FrameMemoryAntiDriftSampler(io.ComfyNode):
@@ -310,6 +320,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                 "is finished, in the order that the schedule was trained for."
             ),
             search_aliases=["framepack sampler", "long video", "section sampler", "anti drifting"],
+            is_output_node=True,
             inputs=[*_run_inputs(), *_optional_inputs()],
             outputs=[
                 io.Latent.Output(
@@ -337,6 +348,11 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        """ComfyUI caches by the inputs; the files that the last run has handed out may be gone by now."""
+        return HANDED_OUT.turn(_whose(cls))
+
+    @classmethod
     def execute(
         cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
         if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(), vae=None,
@@ -348,6 +364,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
             changes=changes, project=ProjectRequest(projects_folder(), project, if_changed), live=live,
             say=partial(show, cls),
         )  # fmt: skip
+        HANDED_OUT.note(_whose(cls), done.video)
         if done.video is None:
             return io.NodeOutput(done.latent, done.report, done.project, None, None)
         shown, video = ui.PreviewVideo([saved(done.video)]), InputImpl.VideoFromFile(str(done.video))

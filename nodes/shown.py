@@ -15,6 +15,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..frame_memory.sampling.stored import FOLDER as PROJECTS
+from ..frame_memory.video.place import inside
 
 
 def show(node, text: str) -> None:
@@ -56,14 +57,20 @@ def projects_folder() -> Path:
 
 def saved(path: Path) -> ui.SavedResult:
     """A file in ComfyUI's output folder, as the editor finds it."""
-    inside = path.resolve().relative_to(Path(folder_paths.get_output_directory()).resolve())
-    return ui.SavedResult(inside.name, inside.parent.as_posix(), io.FolderType.output)
+    folder, name = inside(str(path), folder_paths.get_output_directory())
+    return ui.SavedResult(name, folder, io.FolderType.output)
 
 
-def picture_of(path: Path) -> torch.Tensor:
-    """A picture file as an IMAGE `[1, height, width, 3]`, 0..1."""
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+def picture_of(path: Path | None) -> torch.Tensor | None:
+    """A picture file as an IMAGE `[1, height, width, 3]`, 0..1; None where it could not be written or read."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    except OSError as error:
+        logging.warning("%s cannot be read: %s", path, error)
+        return None
 
 
 def show_video(node, path: Path) -> None:

@@ -128,8 +128,8 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             display_name="Save Long Video",
             category="video",
             description=(
-                "Decodes a video latent window by window and writes the mp4 as it goes, so that a video of any length "
-                "never lies in memory as pixels. Windows are crossfaded over 33 frames as FramePack does."
+                "Decodes a video latent, or a project on the disk, piece by piece and writes the mp4 as it goes, so "
+                "that a video of any length never lies in memory as pixels."
             ),
             search_aliases=["framepack decode", "vae decode long video", "save mp4", "streaming decode"],
             is_output_node=True,

@@ -5,8 +5,10 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels; la
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
@@ -108,16 +110,19 @@ def resources(folder: Path | None) -> str:
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     parts = [f"RAM {size_words(used)} used, {size_words(free)} free"]
     if folder is not None:
-        taken = sum(_size(path) for path in folder.rglob("*"))
-        parts.insert(0, f"disk {size_words(taken)} used, {size_words(shutil.disk_usage(folder).free)} free")
+        # A network folder may be away for a while, and no step of a run depends on these numbers.
+        with contextlib.suppress(OSError):
+            taken = sum(_sizes(folder))
+            parts.insert(0, f"disk {size_words(taken)} used, {size_words(shutil.disk_usage(folder).free)} free")
     return " · ".join(parts)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:  # a temporary file that is gone by now
-        return 0
+def _sizes(folder: Path) -> Iterator[int]:
+    """Bytes of every file in a folder; a temporary one that is gone by now counts nothing."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                yield path.stat().st_size
 
 
 def size_words(count: float) -> str:

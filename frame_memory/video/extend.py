@@ -128,7 +128,7 @@ def _report(clip: Clip, target: Clip | None, used: range, count: int, size: tupl
     lines.append(sound)
     if target is not None:
         at = float(target.frames.start / target.fps)
-        lines.append(f"BRIDGE TO the picture at {at:.2f} s of (F0 only)")
+        lines.append(f"Bridge: the new part ends with the picture at {at:.2f} s of the second video (F0 only).")
         lines.append(" ".join([*describe_clip(target), fitting(target, *size)]))
         lines.append(f"Sound: {describe_sound(target)}.")
     if count < SEEN_LATENTS:

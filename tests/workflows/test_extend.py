@@ -66,7 +66,8 @@ def test_the_graph_bridges_two_videos(server, graph):
     assert np.abs(frames[-len(AFTER) :] - pictures(AFTER)).mean() < 4, "the second video's own pictures"
     assert frames[61:97].std() > 20
     report = said(run, graph, HISTORY)
-    assert "61 frames = 16 latent frames" in report and "BRIDGE TO" in report and "Sound: none in the file" in report
+    assert "61 frames = 16 latent frames" in report and "Sound: none in the file" in report
+    assert "Bridge: the new part ends with the picture at 0.00 s of the second video (F0 only)." in report
     assert "2.03 to 3.23 s: new" in said(run, graph, JOIN)
 
 
