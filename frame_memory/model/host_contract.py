@@ -143,10 +143,15 @@ SAMPLING = _needs("""
     comfy.model_management.InterruptProcessingException
     comfy.model_management.is_oom
     comfy.model_management.OOM_EXCEPTION
+    comfy.model_management.should_use_bf16 device
     comfy.model_management.soft_empty_cache
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_management.unload_all_models
+    comfy.model_patcher.ModelPatcher.add_weight_wrapper name function
+    comfy.model_patcher.ModelPatcher.get_model_object name
+    comfy.model_patcher.ModelPatcher.set_model_compute_dtype dtype
     comfy.model_patcher.create_model_options_clone
+    comfy.ops.fp8_ops.Linear
     comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview
     comfy.utils.repeat_to_batch_size tensor batch_size

@@ -80,7 +80,7 @@ class LiveVideo:
     def finish(self) -> Path:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
-        self._judge(again=True)
+        self._may_fail("The last measures cannot be stored in the project", lambda: self._judge(again=True))
         path = self.join(self.project.folder / f"{self.project.name}.mp4", list(self.segments.values()))
         self._remove(PREVIEW, UNFINISHED.format(self.project.name))
         self._save_sheet()

@@ -351,7 +351,7 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
     lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
     if writer is not None:
-        project.keep_segments(segment.name for segment in writer.segments.values())
+        keeper.forget_segments_but(segment.name for segment in writer.segments.values())
     judged = keeper.findings()
     if writer and writer.judged and not judged:
         lines.append(NOTHING_FOUND.format(len(writer.judged)))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..journal.files import write_durable
+from ..journal.files import JournalError, write_durable
 from ..journal.project import IF_CHANGED, Project
 from ..model import tensor_file
 from ..model.framepack import MODEL_OPTION
@@ -177,6 +177,13 @@ class JournalKeeper:
     def content(self, index: int) -> str:
         """The hash that a finished section's file was verified by."""
         return self.project.manifest.sections[index].file.sha256
+
+    def forget_segments_but(self, names: Iterable[str]) -> None:
+        """Of a finished run: pieces of other lengths go. A disk that refuses that is no reason to fail now."""
+        try:
+            self.project.keep_segments(names)
+        except JournalError as error:
+            log.warning("Older pieces of video stay in %s. %s", self.project.folder, error)
 
     def findings(self) -> list[str]:
         """How sections of the run were made where that is unusual, and what their pixels say, in order of time."""

@@ -55,7 +55,7 @@ def story(root, done):
         saved(work, 1, "again")
         done(KEYS["again"])
         work.adopt(KEYS["second"], index=1, start=9, stop=18)
-        work.annotate(1, {"sharpness": 0.5}, ["a seam"])
+        work.annotate({1: {"sharpness": 0.5}})
         work.adopt(KEYS["other"], index=2, start=18, stop=27)
         done(KEYS["other"])
         saved(work, 0, "first")

@@ -10,6 +10,7 @@ from frame_memory.journal import ProjectLock, read_manifest
 from frame_memory.sampling.frames import AT_HAND
 from frame_memory.sampling.save_source import choose
 from frame_memory.video.decode import DecodeError
+from frame_memory.video.guards import warnings_of
 from frame_memory.video.save import plan_save, save_video
 
 from .test_live import marked, pictures
@@ -45,9 +46,9 @@ def test_measures_and_warnings_reach_report_and_manifest_without_a_vae_on_the_sa
     folder = tmp_path / "frame_memory" / "p"
     assert not any(record.measures for record in read_manifest(folder).finished)
     _, report, _ = saved(vae, tmp_path, **{by: "p" if by == "project" else done.latent})
-    records = read_manifest(folder).finished
-    assert all("luma" in record.measures for record in records)
-    notes = [note for record in records for note in record.notes]
+    manifest = read_manifest(folder)
+    assert all("luma" in record.measures for record in manifest.finished)
+    notes = [note for r in manifest.finished for note in warnings_of(manifest.number(r.index), r.measures)]
     assert all(f"Warning: {note}" in report for note in notes)
     assert (folder / "contact_sheet.png").is_file()
     again, _ = made_with(model, tmp_path, start=marked(), seconds=SECONDS)
