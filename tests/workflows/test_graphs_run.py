@@ -1,5 +1,6 @@
 """Every example graph in the real frontend, and on the real server with the self-test models swapped in."""
 
+import io
 import re
 import time
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from frame_memory.journal import read_manifest
-from scripts import workflow
+from scripts import demo, workflow
 from scripts.client import PromptError
 
 from .tiny import (
@@ -65,8 +66,9 @@ def made(request, server, api):
     return prompt, run, server.base / "output" / file["subfolder"] / file["filename"]
 
 
-def test_the_video_is_whole_and_not_black(made):
+def test_the_video_is_whole_and_not_black(made, written):
     _, _, path = made
+    written.check_video(path, frames_of(SECONDS), 30, (64, 64))
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (64, 64, 30)
@@ -91,21 +93,22 @@ def test_one_progress_bar_over_all_steps_of_all_sections(made):
     assert {s["max"] for s in states if s["state"] == "running" and s["max"] > 1} == {SECTIONS * STEPS}
 
 
-def test_a_preview_of_the_growing_video_arrives(made, tmp_path):
+def test_the_growing_video_plays_on_the_sampler(made, server, written):
+    """Longer after each section, and at last the whole one, which lies in the project."""
     prompt, run, _ = made
-    sampler, node = one(prompt, SAMPLER)
-    if "vae" in node["inputs"]:  # it plays the video itself, longer after each section
-        shown = [d["output"]["images"] for d in run.of("executed") if d["node"] == sampler]
-        assert len(shown) == SECTIONS + 1 and all(f["filename"].endswith(".mp4") for (f,) in shown)
-        return
-    pictures = [p for p in run.of("preview") if p.get("node_id") == sampler]
+    sampler = one(prompt, SAMPLER)[0]
+    shown = [d["output"]["images"] for d in run.of("executed") if d["node"] == sampler]
+    assert [f["filename"] for (f,) in shown[:-1]] == ["preview.mp4"] * SECTIONS
+    ((last,),) = shown[-1:]
+    written.check_video(server.base / "output" / last["subfolder"] / last["filename"], frames_of(SECONDS), 30, (64, 64))
+
+
+def check_strips(run, sampler: str, sections: int) -> None:
+    """Without a vae on the sampler: pictures of the sections so far beside each other, one more after each."""
+    pictures = [p["image"] for p in run.of("preview") if p.get("node_id") == sampler]
     assert pictures, "no preview for the sampler"
-    widths = []
-    for picture in pictures:
-        (tmp_path / "p.jpg").write_bytes(picture["image"])
-        with Image.open(tmp_path / "p.jpg") as shown:
-            widths.append(shown.width / shown.height)
-    assert widths[-1] == pytest.approx(SECTIONS, rel=0.1), "a strip with one picture for each section"
+    with Image.open(io.BytesIO(pictures[-1])) as shown:
+        assert shown.width / shown.height == pytest.approx(sections, rel=0.1)
 
 
 def test_fault_24_exact_frames_and_seconds_are_shown_before_the_first_step(made):
@@ -138,8 +141,11 @@ def test_fault_27_a_transparent_end_picture_of_another_shape_through_f0(server, 
     prompt["end"] = {"class_type": "LoadImage", "inputs": picture}
     image_id, image = one(prompt, "FrameMemoryFramePackImage")
     image["inputs"].update(end_image=["end", 0], end_mask=["end", 1])
-    one(prompt, SAMPLER)[1]["inputs"]["end"] = [image_id, 3]
+    sampler, node = one(prompt, SAMPLER)
+    node["inputs"]["end"] = [image_id, 3]
+    del node["inputs"]["vae"]
     run = server.client.queue(prompt, timeout=900)
+    check_strips(run, sampler, sections=2)
     shown = [text for _, node, text in progress_texts(during(run.messages, run.prompt_id)) if node == image_id]
     start, end = shown[-1].split("End: ")
     assert start.startswith("Start: Image") and end.startswith("Image of 80x120 scaled to")
@@ -164,13 +170,7 @@ def test_the_saved_graph_names_only_what_ships_or_is_linked(path):
                 assert file in linked, f"{node['type']} names {file} without a link"
 
 
-def pictures_of(path) -> int:
-    """Frames of a video file, all of them decoded."""
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
-def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(server, api):
+def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(server, api, written):
     """The steps of the graph's note: run, run again with a section picked, and again without it; then go on."""
     graph = ui_graph(REPO / "workflows" / "resume_and_reroll.json")
     (pick,) = [n for n in graph["nodes"] if n["type"] == "FrameMemoryPickSection"]
@@ -190,7 +190,10 @@ def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(serve
     def run(prompt) -> tuple[str, list[str]]:
         """What the sampler said last, and the hashes of the project's sections."""
         done = server.client.queue(prompt, timeout=900)
-        assert len(done.outputs[sheet]["images"]) == 1
+        written.check_video(
+            folder / f"{folder.name}.mp4", frames_of(prompt[sampler]["inputs"]["seconds"]), 30, (64, 64)
+        )
+        assert len(done.outputs[sheet]["images"]) == 1 if sheet in prompt else True
         said = [text for _, node, text in progress_texts(during(done.messages, done.prompt_id)) if node == sampler]
         return said[-1], [r.file.sha256 for _, r in sorted(read_manifest(folder).sections.items())]
 
@@ -203,11 +206,18 @@ def test_resume_and_reroll_reuses_what_fits_and_brings_the_first_take_back(serve
     assert "3 of 3 sections were finished before and reused" in said and third == first
     names = {p.name for p in folder.iterdir()}
     assert {"manifest.json", "sections", "takes", "segments", "contact_sheet.png", f"{folder.name}.mp4"} <= names
-    said, longer = run(workflow.set_inputs(plain, SAMPLER, {"seconds": 4.8}))
+    alone = {i: node for i, node in plain.items() if i not in (sheet, saver(plain))}
+    longer_alone = workflow.set_inputs(alone, SAMPLER, {"seconds": 4.8})
+    said, longer = run(longer_alone)  # the sampler needs no other node behind it
     assert "3 of 4 sections were finished before and reused" in said and longer[:3] == first
+    (folder / f"{folder.name}.mp4").unlink()
+    said, again = run(longer_alone)
+    assert "4 of 4 sections were finished before and reused" in said and again == longer
+    done = server.client.queue(longer_alone, timeout=900)
+    assert sampler in done.of("execution_cached")[0]["nodes"], "nothing is made where nothing has changed"
 
 
-def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api):
+def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api, written):
     """Also after it was cancelled: what is finished; and once more when the project has gone on."""
     project = "cancelled"
     plain = shrink(api(REPO / "workflows" / "resume_and_reroll.json"), seconds=4.8, steps=6)
@@ -224,7 +234,7 @@ def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api):
         run = client.queue({"vae": vae, "save": save}, timeout=600)
         (file,) = run.outputs["save"]["images"]
         said = [text for _, node, text in progress_texts(during(run.messages, run.prompt_id)) if node == "save"]
-        return pictures_of(server.base / "output" / file["subfolder"] / file["filename"]), said[-1]
+        return written.probe(server.base / "output" / file["subfolder"] / file["filename"]).frames, said[-1]
 
     def said_by_sampler(prompt_id: str) -> list[str]:
         messages = during(client.messages, prompt_id)
@@ -241,7 +251,7 @@ def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api):
     unfinished = folder / f"{project}-unfinished.mp4"
     last = said_by_sampler(prompt_id)[-1]
     assert last.startswith("Stopped. Queue again to go on.") and str(unfinished) in last and "2 of 4 sections" in last
-    assert pictures_of(unfinished) == 73
+    written.check_video(unfinished, 73, 30, (64, 64))
     frames, said = saved()
     assert frames == 73 and "is not finished: 2 of 4 sections are there. Saved: 0.0 to 2.4 s of 4.8 s" in said
     run = client.queue(plain, timeout=600)
@@ -251,3 +261,17 @@ def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api):
     save["inputs"]["project"] = "cancelt"
     with pytest.raises(PromptError, match="FrameMemorySaveLongVideo.*no project of that name.*Nearest: 'cancelled'"):
         client.queue({"vae": vae, "save": save}, timeout=600)
+
+
+def test_the_demo_proves_something_each_time(server, capsys):
+    """With the graph's own seed a second run would find all its sections finished."""
+    graph = ui_graph(REPO / "workflows" / "selftest.json")
+
+    def seed(*line: str) -> int:
+        prompt = demo.prepared(server, graph, demo.arguments(list(line)))
+        return one(prompt, "RandomNoise")[1]["inputs"]["noise_seed"]
+
+    before = int(time.time())
+    chosen = seed()
+    assert before <= chosen <= time.time() and f"Seed: {chosen}" in capsys.readouterr().err
+    assert seed("--seed", "5") == 5
