@@ -329,5 +329,5 @@ def _join_error(folder: Path, path: Path, error: Exception, needed: int) -> Segm
         remedy = f"Close the player, or choose a folder that may be written to, and {again}"
     else:
         cause = f"Joining {path.name} failed. The muxer's words: {error}."
-        remedy = f"If a segment is damaged, delete it; then {again.split(':')[0]}: only what is missing is made again."
+        remedy = "Queue again: a damaged segment is made anew, the others are reused."
     return SegmentError(f"{cause} The segments stay in {folder}, and each of them plays. {remedy}")

@@ -152,7 +152,7 @@ def test_fault_12_a_join_that_fails_keeps_the_segments_and_says_why(tmp_path):
     with pytest.raises(SegmentError) as error:
         join_segments(folder, made, tmp_path / "a.mp4", 30)
     assert "Invalid data found when processing input" in str(error.value), "libav's own words"
-    assert str(folder) in str(error.value) and "queue again" in str(error.value)
+    assert str(folder) in str(error.value) and "Queue again" in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
     (folder / made[2].name).write_bytes(before[made[2].name])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
