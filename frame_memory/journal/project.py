@@ -145,6 +145,8 @@ class Project:
             with contextlib.suppress(UnreadableManifest):  # a damaged one is passed over
                 found = cls._open_one(root, fork, if_changed, section_bytes, sections)
             number += 1
+        if wanted.name != name.strip():
+            found.notes.insert(0, f"{name.strip()!r} cannot name a folder: the project is called {wanted.name!r}.")
         if found.name != wanted.name:
             found.notes.insert(0, f"{wanted.name!r} holds another video: this one is made in its fork {found.name!r}.")
         for note in found.notes:
@@ -169,7 +171,7 @@ class Project:
             swept = sweep(folder)
             notes = [lock.note] if lock.note else []
             notes += [f"Removed {len(swept)} unfinished files of a run that was stopped."] if swept else []
-            manifest = _manifest_in(folder)
+            manifest = manifest_in(folder)
             if manifest is None:
                 manifest, missing = wanted, sections
             else:
@@ -361,6 +363,13 @@ class Project:
             except JournalError as error:
                 log.warning("%s", error)
 
+    def holdings(self) -> str:
+        """For the screen before a run, which has to look at every section first: what there is to be reused."""
+        held = len(self.manifest.sections)
+        if not held:
+            return f"Nothing is finished yet in {self.folder}"
+        return f"{held} finished sections are in {self.folder}; those that fit this graph are reused."
+
     def status(self) -> str:
         """For the screen: how many sections of this run are finished, and what the whole project takes."""
         manifest = self.manifest
@@ -544,14 +553,14 @@ def _remove_if_empty(folder: Path) -> None:
             os.rmdir(path)
 
 
-def _manifest_in(folder: Path) -> Manifest | None:
+def manifest_in(folder: Path) -> Manifest | None:
     """A project's manifest; None in a new folder. Sections without a manifest are never written over: refused."""
     if os.path.lexists(folder / NAME):
         return read_manifest(folder)
     if any((folder / SECTIONS).glob("*.safetensors")):
         raise UnreadableManifest(
             f"{folder} holds sections but no {NAME}. Nothing was changed. Put the file back, or choose another name "
-            "for 'project' to start anew."
+            "for 'project' to start anew. An mp4 in the folder still plays."
         )
     return None
 

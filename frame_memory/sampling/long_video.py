@@ -323,7 +323,7 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     keeper = attach(runner, project)
     preview.folder = project.folder
     keep_front(project, inputs.first)
-    _say_all(say, "\n".join([described, project.status(), *project.notes]), warnings)
+    _say_all(say, "\n".join([described, project.holdings(), *project.notes]), warnings)
     writer, announced = None, []
 
     def announce(text: str) -> None:

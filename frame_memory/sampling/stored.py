@@ -21,7 +21,7 @@ from torch import Tensor
 from ..journal.files import JournalError, patiently, safe_name, write_durable
 from ..journal.lock import ProjectLock, is_alive, read_owner
 from ..journal.manifest import Manifest, SectionRecord, read_manifest, write_manifest
-from ..journal.project import Project, list_projects, locate
+from ..journal.project import Project, list_projects, locate, manifest_in
 from ..model import tensor_file
 from ..plan import pixel_frames
 from ..plan.decode import DecodeWindow, decode_windows
@@ -156,6 +156,7 @@ def project_folder(root: Path, name: str) -> Path:
     known = list_projects(root)
     if folder.name in known:
         return folder
+    manifest_in(folder)  # says so where sections are there and only the manifest is gone
     near = difflib.get_close_matches(folder.name, known, SHOWN_NAMES, 0.3) or known[:SHOWN_NAMES]
     there = f"Nearest: {', '.join(map(repr, near))}." if near else "There is no project yet."
     raise JournalError(

@@ -433,3 +433,16 @@ def test_importing_the_journal_brings_in_no_comfy():
     code = "import sys, frame_memory.journal; print([m for m in sys.modules if m.split('.')[0] == 'comfy'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_fault_47_a_name_that_is_no_folder_name_is_told(tmp_path):
+    with opened(tmp_path, "a/b") as work:
+        assert work.name == "a_b" and any("'a/b' cannot name a folder" in note for note in work.notes)
+
+
+def test_what_is_there_is_told_before_a_run(tmp_path):
+    with opened(tmp_path) as work:
+        assert work.holdings().startswith("Nothing is finished yet in")
+        saved(work, 0, A)
+    with opened(tmp_path, fields={"seed": "another"}) as work:
+        assert work.holdings().startswith("1 finished sections are in") and work.status().startswith("0 of")

@@ -107,3 +107,10 @@ def test_the_state_changes_with_what_is_finished_and_not_with_measures(model, tm
     assert first and state_of(root(tmp_path), "p") == first
     made_with(model, tmp_path, seconds=2.4)
     assert state_of(root(tmp_path), "p") != first
+
+
+def test_a_lost_manifest_is_told_apart_from_a_project_that_never_was(tmp_path):
+    (tmp_path / "p" / "sections").mkdir(parents=True)
+    (tmp_path / "p" / "sections" / "000.safetensors").write_bytes(b"x")
+    with pytest.raises(JournalError, match="holds sections but no manifest.json.*Put the file back"):
+        open_stored(tmp_path, "p")
