@@ -120,7 +120,7 @@ def _report(clip: Clip, target: Clip | None, used: range, count: int, size: tupl
     lines = [
         f"History: {begin:.2f} to {end:.2f} s, {len(used)} frames = {count} latent frames."
         + (f" The {left} frames before are kept by 'Join Videos'." if left else ""),
-        " ".join([*describe_clip(clip), fitting(clip, *size)]),
+        *_mapped(clip, size),
     ]
     sound = f"Sound: {describe_sound(clip)}."
     if heard:
@@ -129,8 +129,16 @@ def _report(clip: Clip, target: Clip | None, used: range, count: int, size: tupl
     if target is not None:
         at = float(target.frames.start / target.fps)
         lines.append(f"Bridge: the new part ends with the picture at {at:.2f} s of the second video (F0 only).")
-        lines.append(" ".join([*describe_clip(target), fitting(target, *size)]))
+        lines += _mapped(target, size)
         lines.append(f"Sound: {describe_sound(target)}.")
     if count < SEEN_LATENTS:
         lines.append(f"F1 looks back at {SEEN_LATENTS} latent frames: the missing ones are blank to it.")
-    return "\n".join(lines)
+    return "\n".join(sorted(lines, key=lambda line: not line.startswith("Warning")))
+
+
+def _mapped(clip: Clip, size: tuple[int, int]) -> list[str]:
+    """One line on a clip and what becomes of its pictures; a warning about them stands alone."""
+    fits = fitting(clip, *size)
+    if fits.startswith("Warning"):
+        return [" ".join(describe_clip(clip)), f"{fits} ({clip.facts.path.name})"]
+    return [" ".join([*describe_clip(clip), fits])]
