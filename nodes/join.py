@@ -106,7 +106,7 @@ class FrameMemoryJoinVideos(io.ComfyNode):
             on_frames=progress.update_absolute,
         )
         show(cls, joined.report)
-        shown = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
+        shown = ui.PreviewVideo([ui.SavedResult(joined.written.path.name, subfolder, io.FolderType.output)])
         return io.NodeOutput(InputImpl.VideoFromFile(str(joined.written.path)), joined.report, ui=shown)
 
 

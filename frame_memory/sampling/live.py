@@ -169,9 +169,9 @@ class LiveVideo:
             self._remove(*(f"{SEGMENTS}/{segment.name}" for segment in last))
 
     def join(self, path: Path, segments: list[Segment]) -> Path:
-        """Join pieces of the project into one file."""
-        join_segments(self.folder, segments, path, self.plan.fps, self.metadata)
-        return path
+        """Join pieces of the project into one file; returns its path: .mkv where mp4 cannot be had."""
+        joined = join_segments(self.folder, segments, path, self.plan.fps, self.metadata, announce=self.announce)
+        return joined.path
 
     def _write(self) -> None:
         """Decode and encode everything that has become final."""
@@ -233,7 +233,7 @@ class LiveVideo:
     def _written_before(self, piece: PieceRange) -> Segment | None:
         for record in self.project.manifest.segments.values():
             if (record["start_frame"], record["stop_frame"]) == (piece.start_frame, piece.stop_frame):
-                segment = Segment(**{**record, "black_frames": tuple(record["black_frames"])})
+                segment = Segment(**record)
                 key = self._key(piece)
                 if key is not None and segment.key == key and segment_problem(self.folder, segment) is None:
                     return segment

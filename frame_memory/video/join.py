@@ -137,16 +137,16 @@ def join_videos(
             done += len(chunk_THWC)
             if on_frames is not None:
                 on_frames(done)
-    written = writer.result
+    written, said = writer.result, []
     assert written is not None
     if sound is not None:
         segment = Segment(
             pictures.name, 0, written.frames, 0, "", plan.width, plan.height, str(writer.fps), crf,
             written.black_frames,
         )  # fmt: skip
-        written = join_segments(path.parent, [segment], path, plan.fps, metadata, sound)
+        written = join_segments(path.parent, [segment], path, plan.fps, metadata, sound, announce=said.append)
         pictures.unlink(missing_ok=True)
-    return Joined(written, _report(plan, written, light, sound))
+    return Joined(written, "\n".join([*(f"Warning: {s}" for s in said), _report(plan, written, light, sound)]))
 
 
 def _pictures(plan: JoinPlan, interrupt) -> Iterator[np.ndarray]:

@@ -20,6 +20,7 @@ from frame_memory.plan import decode_windows
 from frame_memory.sampling import live
 from frame_memory.sampling.long_video import Live
 from frame_memory.sampling.preview import resources
+from frame_memory.video import segments
 from frame_memory.video.decode import decode_stream
 from frame_memory.video.vae import VAEError
 
@@ -242,3 +243,18 @@ def image_vae() -> dict:
 
     taesd = TAESD()
     return {f"taesd_{k}": v for k, v in taesd.state_dict().items() if "vae_s" not in k} or taesd.state_dict()
+
+
+def test_fault_12_a_project_whose_mp4_is_refused_ends_as_mkv(model, vae, tmp_path, monkeypatch):
+    """A muxer that is missing, by its name alone: what is written instead is a real mkv."""
+    real = segments._mux
+
+    def picky(folder, ordered, part, *rest):
+        if ".mp4" in part.name:
+            raise ValueError("mp4 is not available")
+        return real(folder, ordered, part, *rest)
+
+    monkeypatch.setattr(segments, "_mux", picky)
+    done, _ = made_with(model, tmp_path, seconds=1.2, live=Live(vae), **small())
+    assert done.video.suffix == ".mkv" and len(pictures(done.video)) == 37
+    assert "mp4 is not available" in done.report and done.video.name in done.report
