@@ -63,7 +63,7 @@ def run_ours(reference, given: pm.Inputs, start_scaled: torch.Tensor, schedule: 
     start = patcher.model.process_latent_out(start_scaled)
     with torch.inference_mode():
         loop = SectionSampler(guider, Noise_RandomNoise(SEED), framepack_unipc(), sigmas)
-        video = patcher.model.process_latent_in(loop.run(plan, LoopInputs(start=start)))
+        video = patcher.model.process_latent_in(loop.run(plan, LoopInputs(start=start)).whole())
     return [video[:, :, s.start : s.stop].clone() for s in plan.sections]
 
 

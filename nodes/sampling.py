@@ -6,15 +6,18 @@ from functools import partial
 
 import node_helpers
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import InputImpl, io, ui
 
+from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
-from ..frame_memory.sampling.long_video import ORDER_AUTO, latent_of, sample_long_video
+from ..frame_memory.sampling.handed_out import HandedOut
+from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
+from ..frame_memory.sampling.project_run import ProjectRequest
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
-from .shown import show
-from .sockets import FrameContextSocket, TimelineSocket
+from .shown import container_metadata, picture_of, projects_folder, saved, show, show_video
+from .sockets import FrameContextSocket, SectionChangesSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
 
@@ -227,6 +230,14 @@ def _run_inputs() -> list[io.Input]:
                 "video has one frame more: the start picture. The exact length is shown before the first step."
             ),
         ),
+        io.String.Input(
+            "project",
+            default="",
+            tooltip=(
+                "Name of the folder in output/frame_memory that keeps every finished section; queue again to go on "
+                "after a crash or Cancel. Empty: one project for each start picture and size, named by itself."
+            ),
+        ),
         io.Combo.Input(
             "order",
             options=[ORDER_AUTO, *ORDERS],
@@ -235,6 +246,17 @@ def _run_inputs() -> list[io.Input]:
             tooltip=(
                 "Which section is made first. The schedule says it; choose another only to experiment. inverted: from "
                 "the end to the start. forward: from the start on. both ends first: the last section, then forward."
+            ),
+        ),
+        io.Combo.Input(
+            "if_changed",
+            options=list(IF_CHANGED),
+            default=IF_CHANGED[0],
+            advanced=True,
+            tooltip=(
+                "When the project was made with other settings. reuse what fits: sections that the change does not "
+                "touch are kept, replaced ones become takes. fork: a new project beside it. refuse: say what differs. "
+                "Another checkpoint of the same kind makes all anew; another size, batch, or F0 for F1 is refused."
             ),
         ),
     ]
@@ -261,7 +283,27 @@ def _optional_inputs() -> list[io.Input]:
         TimelineSocket.Input(
             "timeline", optional=True, tooltip="Prompts over time; takes the place of the guider's positive text."
         ),
+        SectionChangesSocket.Input(
+            "changes", optional=True, tooltip="Sections to make anew with another seed or prompt: Pick Section."
+        ),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip=(
+                "With it every section is decoded (windowed) and encoded as it finishes: the node plays what is there, "
+                "Cancel leaves an mp4, the finished one lies in the project. On a GPU, model and VAE take turns in "
+                "VRAM. Of a batch only the first video."
+            ),
+        ),
     ]
+
+
+HANDED_OUT = HandedOut()
+
+
+def _whose(node) -> str:
+    """The running node's number in its graph."""
+    return "" if node.hidden is None else str(node.hidden.unique_id)
 
 
 class FrameMemoryAntiDriftSampler(io.ComfyNode):
@@ -278,6 +320,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                 "is finished, in the order that the schedule was trained for."
             ),
             search_aliases=["framepack sampler", "long video", "section sampler", "anti drifting"],
+            is_output_node=True,
             inputs=[*_run_inputs(), *_optional_inputs()],
             outputs=[
                 io.Latent.Output(
@@ -286,23 +329,46 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="The plan: frames, seconds and context of each section, and warnings.",
+                    tooltip="The plan: frames, seconds and context of each section, what was reused, and warnings.",
+                ),
+                io.String.Output(display_name="project", tooltip="Name of the project that holds the sections."),
+                io.Video.Output(
+                    display_name="video",
+                    tooltip="The finished mp4 (H.264, 30 fps) in the project's folder; nothing without a vae.",
+                ),
+                io.Image.Output(
+                    display_name="contact_sheet",
+                    tooltip=(
+                        "One picture of each section with its number (for Pick Section) and its time, for Preview "
+                        "Image. It lies in the project as contact_sheet.png; nothing without a vae."
+                    ),
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        """ComfyUI caches by the inputs; the files that the last run has handed out may be gone by now."""
+        return HANDED_OUT.turn(_whose(cls))
+
+    @classmethod
     def execute(
-        cls, noise, guider, sampler, sigmas, frame_context, start, seconds, order=ORDER_AUTO,
-        end=None, history=None, initial=None, timeline=None,
+        cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
+        if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(), vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        latent, report = sample_long_video(
+        live = None if vae is None else Live(vae, container_metadata(cls.hidden), partial(show_video, cls))
+        done = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
             seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
+            changes=changes, project=ProjectRequest(projects_folder(), project, if_changed), live=live,
             say=partial(show, cls),
         )  # fmt: skip
-        return io.NodeOutput(latent, report)
+        HANDED_OUT.note(_whose(cls), done.video)
+        if done.video is None:
+            return io.NodeOutput(done.latent, done.report, done.project, None, None)
+        shown, video = ui.PreviewVideo([saved(done.video)]), InputImpl.VideoFromFile(str(done.video))
+        return io.NodeOutput(done.latent, done.report, done.project, video, picture_of(done.sheet), ui=shown)
 
 
 NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]

@@ -10,6 +10,7 @@ from ..frame_memory.plan import Schedule
 
 FrameContextSocket = io.Custom("FRAME_CONTEXT")
 TimelineSocket = io.Custom("TIMELINE")
+SectionChangesSocket = io.Custom("SECTION_CHANGES")
 
 
 @dataclass(frozen=True)

@@ -7,39 +7,32 @@ import os
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
-from ..frame_memory.video.save import MODES, WINDOWED, describe, plan_save, save_video
+from ..frame_memory.sampling.save_source import choose
+from ..frame_memory.sampling.stored import state_of
+from ..frame_memory.video.save import CARRIED, MODES, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
-from .shown import show
-
-
-def _container_metadata(hidden) -> dict:
-    """Prompt and workflow for the file, as core's Save Video stores them; nothing with --disable-metadata."""
-    if args.disable_metadata or hidden is None:
-        return {}
-    metadata = dict(hidden.extra_pnginfo or {})
-    if hidden.prompt is not None:
-        metadata["prompt"] = hidden.prompt
-    return metadata
+from .shown import Announced, container_metadata, projects_folder, show
 
 
 def _inputs() -> list[io.Input]:
     return [
         io.Latent.Input(
             "samples",
+            optional=True,
             tooltip=(
                 "Video latent from Anti-Drift Sampler; 1 + 9 latent frames a section, 4 pixel frames each. Any "
                 "other video latent works too and is decoded as one video from front to back. "
-                "A batch is saved as one file each."
+                "A batch is saved as one file each. Not needed with 'project'."
             ),
         ),
         io.Vae.Input(
             "vae",
             tooltip=(
                 "The VAE that belongs to the model: the HunyuanVideo VAE for FramePack. Another one with the "
-                "same shape is refused. If a window does not fit into memory, ComfyUI decodes it in tiles."
+                "same shape is refused. What does not fit into memory is decoded in tiles, then in smaller ones, then "
+                "on the CPU, and the report says so."
             ),
         ),
         io.Float.Input(
@@ -82,15 +75,29 @@ def _advanced_inputs() -> list[io.Input]:
         io.Combo.Input(
             "decode",
             options=list(MODES),
-            default=WINDOWED,
+            default=CARRIED,
             advanced=True,
             tooltip=(
-                "windowed: 18 latent frames at a time, neighbours crossfaded over 33 pixel frames, as in "
-                "FramePack; memory does not grow with the length. whole: all in one pass, slightly other "
-                "pixels at the joins, and memory grows with the length."
+                "carried: each latent frame once, with the VAE's state carried on; the pixels of whole in memory that "
+                "does not grow. Wan and self-test VAEs can; others (HunyuanVideo) are decoded windowed. windowed: 18 "
+                "latent frames at a time, neighbours crossfaded over 33 pixel frames, as in FramePack; twice the work. "
+                "whole: all in one pass; memory grows with the length."
             ),
         ),
     ]
+
+
+def _project_input() -> io.Input:
+    return io.String.Input(
+        "project",
+        default="",
+        optional=True,
+        tooltip=(
+            "Instead of 'samples': the name of a folder in output/frame_memory, typed, or connected from Anti-Drift "
+            "Sampler. Its finished sections are read from the disk as they are decoded; of an unfinished one, the part "
+            "that is there. No model but the VAE is needed."
+        ),
+    )
 
 
 def _outputs() -> list[io.Output]:
@@ -121,27 +128,37 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
             display_name="Save Long Video",
             category="video",
             description=(
-                "Decodes a video latent window by window and writes the mp4 as it goes, so that a video of any length "
-                "never lies in memory as pixels. Windows are crossfaded over 33 frames as FramePack does."
+                "Decodes a video latent, or a project on the disk, piece by piece and writes the mp4 as it goes, so "
+                "that a video of any length never lies in memory as pixels."
             ),
             search_aliases=["framepack decode", "vae decode long video", "save mp4", "streaming decode"],
             is_output_node=True,
-            inputs=[*_inputs(), *_advanced_inputs()],
+            inputs=[*_inputs(), *_advanced_inputs(), _project_input()],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, samples, vae, fps, filename_prefix, crf=float(DEFAULT_CRF), decode=WINDOWED) -> io.NodeOutput:
-        plan = plan_save(vae, samples, fps, decode)
+    def fingerprint_inputs(cls, project="", **_):
+        """ComfyUI caches by what is typed; a project of that name may hold another video by now."""
+        return state_of(projects_folder(), project) if project else ""
+
+    @classmethod
+    def execute(
+        cls, samples=None, vae=None, fps=30.0, filename_prefix="video/FrameMemory", crf=float(DEFAULT_CRF),
+        decode=CARRIED, project="",
+    ) -> io.NodeOutput:  # fmt: skip
+        source = choose(projects_folder(), samples, project)
+        plan = plan_save(vae, source.samples, fps, decode, source.windows)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), plan.width, plan.height
         )
-        progress = comfy.utils.ProgressBar(len(plan.windows) * plan.videos)
-        metadata = _container_metadata(cls.hidden)
+        progress = comfy.utils.ProgressBar(plan.steps * plan.videos)
+        metadata = container_metadata(cls.hidden)
         files, reports = [], []
         for item in range(plan.videos):
             file = f"{name}_{counter + item:05}_.mp4"
+            announced = Announced(cls)
             written = save_video(
                 plan,
                 vae,
@@ -151,9 +168,11 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
                 metadata=metadata,
                 interrupt=comfy.model_management.throw_exception_if_processing_interrupted,
                 on_window=lambda done, count: progress.update(1),
+                look=source.begin(plan.fps),
+                announce=announced,
             )
             files.append(ui.SavedResult(file, subfolder, io.FolderType.output))
-            reports.append(describe(plan, written))
+            reports.append("\n".join([describe(plan, written, announced.texts), *source.end(first=item == 0)]))
         show(cls, "\n".join(reports))
         videos = [InputImpl.VideoFromFile(os.path.join(folder, file.filename)) for file in files]
         return io.NodeOutput(videos, reports, ui=ui.PreviewVideo(files))

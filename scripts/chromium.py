@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from scripts import packages
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge", "msedge")
 MAC = (
@@ -37,21 +38,10 @@ def find() -> str | None:
     return next((str(p) for p in places if p.is_file()), None)
 
 
-def may_install() -> bool:
-    """Whether this is a system where apt-get can be run without asking anybody."""
-    return sys.platform.startswith("linux") and bool(shutil.which("apt-get")) and os.geteuid() == 0
-
-
 def find_or_install(say) -> str | None:
     """``find``, after an ``apt-get install chromium`` where nothing was found and that may be run."""
     found = find()
-    if found or os.environ.get("FRAME_MEMORY_CHROMIUM") or not may_install():
+    if found or os.environ.get("FRAME_MEMORY_CHROMIUM"):
         return found
-    say("No Chromium found for the browser tests; installing it with apt-get.")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]
-    for line in (["apt-get", "update", "-qq"], install):
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            say(f"  {' '.join(line)} failed:\n{done.stderr.strip()[-600:]}")
+    packages.install("chromium", "the browser tests", say)
     return find()

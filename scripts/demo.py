@@ -46,7 +46,7 @@ def arguments(line: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="start image (any size; it is fitted); default: the graph's own")
     parser.add_argument("--prompt", help="what happens; the small models know only their own world (see README)")
     parser.add_argument("--seconds", type=float, help="length of the video")
-    parser.add_argument("--seed", type=int, help="seed of the noise; default: the graph's own")
+    parser.add_argument("--seed", type=int, help="seed of the noise; default: one from the clock, printed")
     parser.add_argument("--port", type=int, default=0, help="port of the server; 0 takes a free one")
     parser.add_argument("--keep", action="store_true", help="leave the server running for the editor until Ctrl-C")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
@@ -82,6 +82,11 @@ def main(line: list[str]) -> int:
         return 1
 
 
+def seed_from_clock() -> int:
+    """Another number for each run, short enough to type."""
+    return int(time.time())
+
+
 def own_folder(root: Path) -> Path:
     """The demo's base directory, kept from run to run; another one for each demo that runs beside it."""
     number = 1
@@ -109,8 +114,11 @@ def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
         prompt = workflow.set_inputs(prompt, text_node(prompt), {"text": asked.prompt}, without="negative")
     if asked.seconds is not None:
         prompt = workflow.set_inputs(prompt, SAMPLER, {"seconds": asked.seconds})
-    if asked.seed is not None:
-        prompt = workflow.set_inputs(prompt, "RandomNoise", {"noise_seed": asked.seed})
+    # With one seed a second run would find all its sections finished, and prove nothing.
+    seed = seed_from_clock() if asked.seed is None else asked.seed
+    if asked.seed is not None or any(node["class_type"] == "RandomNoise" for node in prompt.values()):
+        prompt = workflow.set_inputs(prompt, "RandomNoise", {"noise_seed": seed})
+        host.say(f"Seed: {seed}")
     return prompt
 
 

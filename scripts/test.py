@@ -3,7 +3,7 @@
     python scripts/test.py                          everything
     python scripts/test.py tests/plan -k schedule   pytest's arguments: only these tests, no other checks
 
-With CI=true a missing Chromium is a failure; elsewhere the browser tests are then skipped, in loud words.
+With CI=true a missing Chromium or ffprobe is a failure; elsewhere their tests are then skipped, in loud words.
 """
 
 import sys
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import time
 
-from scripts import chromium, host
+from scripts import chromium, ffprobe, host
 
 TOOLS = ("pytest", "hypothesis", "ruff", "playwright", "comfy_test")
 REQUIREMENTS = str(host.REPO / "requirements.txt")
@@ -49,16 +49,8 @@ def main(arguments: list[str]) -> int:
         host.say(f"\n{error}")
         return 1
     environment = host.environment(found)
-    browser = chromium.find_or_install(host.say)
-    if browser:
-        environment["FRAME_MEMORY_CHROMIUM"] = browser
-    else:
-        host.say(
-            "\n*** NO CHROMIUM FOUND: the tests that open the graphs in the real frontend are NOT run. ***\n"
-            "*** Install Chromium, Chrome or Edge, or name one in FRAME_MEMORY_CHROMIUM.             ***\n"
-        )
-        if host.in_ci():
-            return 1
+    if not find_programs(environment) and host.in_ci():
+        return 1
     if not arguments:
         for name, line in steps(found):
             began = time.monotonic()
@@ -70,6 +62,28 @@ def main(arguments: list[str]) -> int:
     config = ["-c", str(host.REPO / "tests" / "pytest.ini"), "--rootdir", str(host.REPO / "tests")]
     line = ["-m", "pytest", "-q", *config, *with_places(arguments)]
     return subprocess.call(host.command(found, line), env=environment)
+
+
+def find_programs(environment: dict[str, str]) -> bool:
+    """Find or install what some tests need and put it into the environment; False, in loud words, where one is missing.
+
+    In CI both are looked for before anything is given up.
+    """
+    complete = True
+    for finder, name, tests, remedy in (
+        (chromium, "CHROMIUM", "that open the graphs in the real frontend", "Chromium, Chrome or Edge"),
+        (ffprobe, "FFPROBE", "that look at written videos with ffprobe", "FFmpeg"),
+    ):
+        found = finder.find_or_install(host.say)
+        if found:
+            environment[f"FRAME_MEMORY_{name}"] = found
+            continue
+        complete = False
+        host.say(
+            f"\n*** NO {name} FOUND: the tests {tests} are NOT run. ***\n"
+            f"*** Install {remedy}, or name one in FRAME_MEMORY_{name}. ***\n"
+        )
+    return complete
 
 
 def with_places(arguments: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What every test needs: ComfyUI importable and on the CPU, few threads, the real server and the real frontend."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -107,3 +108,13 @@ def editor(server, tmp_path_factory):
     opened = Editor(server.address, found, tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def written():
+    """tests/video/probe.py, for tests of other folders: a written video as ffprobe sees it."""
+    name = "written_videos"
+    spec = importlib.util.spec_from_file_location(name, REPO / "tests" / "video" / "probe.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -5,6 +5,7 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,11 +32,17 @@ def layout_of(section: Section) -> ContextLayout:
 
 
 def gather_context(
-    section: Section, video_BCTHW: Tensor, start_BC1HW: Tensor, end_BC1HW: Tensor | None, blank
+    section: Section,
+    video: Tensor | Callable[[int], Tensor],
+    start_BC1HW: Tensor,
+    end_BC1HW: Tensor | None,
+    blank,
 ) -> PackedContext:
-    """Pick a section's context out of a video: `video` holds the frames made so far at their video positions.
+    """Pick a section's context out of a video.
 
-    blank: a tensor `[1, C, 1, 1, 1]` or a number for frames that do not exist (zero in model space).
+    video: `[B, C, T, H, W]` with the frames made so far at their video positions, or what gives one frame
+    `[B, C, 1, H, W]` by its position. blank: a tensor `[1, C, 1, 1, 1]` or a number for frames that do not exist
+    (zero in model space).
     """
     zero = torch.zeros_like(start_BC1HW) + blank
 
@@ -48,7 +55,7 @@ def gather_context(
             if end_BC1HW is None:
                 raise ValueError("The plan shows an end frame, and none was given.")
             return end_BC1HW
-        return video_BCTHW[:, :, ref : ref + 1]
+        return video[:, :, ref : ref + 1] if isinstance(video, Tensor) else video(ref)
 
     latents = [torch.cat([frame(ref) for ref in group.frames], dim=2) for group in section.groups]
     if section.tail is not None and section.tail.frames:

@@ -21,6 +21,17 @@ FRAME_CONTEXT_KEY = "frame_context"
 MODEL_OPTION = "frame_memory"
 
 
+class AloneConstant(comfy.conds.CONDConstant):
+    """Keeps core from computing two prompts in one batch.
+
+    Core does so where memory allows at that moment, and a batch differs from one prompt in the last bits: a resumed
+    video would not be the uninterrupted one. A window is long enough that a batch would gain nothing.
+    """
+
+    def can_concat(self, other) -> bool:
+        return False
+
+
 class FramePack(model_base.HunyuanVideo):
     """Core's HunyuanVideo model whose conditioning also carries the packed history."""
 
@@ -49,7 +60,7 @@ class FramePack(model_base.HunyuanVideo):
         if context is not None:
             latents = [self.process_latent_in(latent) for latent in context["latents"]]
             out["context_latents"] = comfy.conds.CONDList(latents)
-            out["context_layout"] = comfy.conds.CONDConstant(context["layout"])
+            out["context_layout"] = AloneConstant(context["layout"])
         return out
 
     def extra_conds_shapes(self, **kwargs):

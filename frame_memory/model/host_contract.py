@@ -50,10 +50,16 @@ API = _needs("""
     comfy_api.latest.io.Schema node_id display_name category description search_aliases inputs outputs hidden
     comfy_api.latest.io.NodeOutput
     comfy_api.latest.io.Custom
+    comfy.cli_args.args.disable_metadata
+    comfy_api.latest.io.FolderType.output
     comfy_api.latest.io.Hidden.unique_id
     comfy_api.latest.io.Input
     comfy_api.latest.io.Output
+    comfy_api.latest.ui.PreviewVideo
+    comfy_api.latest.ui.SavedResult
+    folder_paths.get_output_directory
     server.PromptServer.send_progress_text text node_id
+    server.PromptServer.send_sync event data sid
 """)
 
 MODEL_CLASS = _needs("""
@@ -131,15 +137,30 @@ SAMPLING = _needs("""
     comfy.clip_vision.Output
     comfy.ldm.modules.attention.attention_pytorch
     comfy.ldm.modules.attention.optimized_attention
+    comfy.model_management.get_torch_device_name device
     comfy.model_management.get_free_memory dev
     comfy.model_management.intermediate_device
+    comfy.model_management.InterruptProcessingException
+    comfy.model_management.is_oom
+    comfy.model_management.OOM_EXCEPTION
+    comfy.model_management.should_use_bf16 device
+    comfy.model_management.soft_empty_cache
     comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_management.unload_all_models
+    comfy.model_patcher.ModelPatcher.add_weight_wrapper name function
+    comfy.model_patcher.ModelPatcher.get_model_object name
+    comfy.model_patcher.ModelPatcher.set_model_compute_dtype dtype
     comfy.model_patcher.create_model_options_clone
+    comfy.ops.fp8_ops.Linear
+    comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview
     comfy.utils.repeat_to_batch_size tensor batch_size
     comfy_extras.nodes_custom_sampler.Noise_RandomNoise
     latent_preview.get_previewer device latent_format
     node_helpers.conditioning_set_values conditioning values
+    comfy_api.latest.InputImpl.VideoFromFile
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
     comfy_api.latest.io.ClipVision.Input
     comfy_api.latest.io.Combo.Input
     comfy_api.latest.io.Conditioning.Input
@@ -157,28 +178,75 @@ SAMPLING = _needs("""
     comfy_api.latest.io.Sampler.Output
     comfy_api.latest.io.Sigmas.Input
     comfy_api.latest.io.Sigmas.Output
+    comfy_api.latest.io.String.Input
     comfy_api.latest.io.String.Output
     comfy_api.latest.io.Vae.Input
+    comfy_api.latest.io.Video.Output
     comfy_api.latest.ui.PreviewText
 """)
 
 VIDEO = _needs("""
-    comfy.cli_args.args.disable_metadata
+    comfy.ldm.wan.vae.CACHE_T
+    comfy.ldm.wan.vae.count_cache_layers model
+    comfy.model_management.cuda_device_context device
+    comfy.model_management.get_free_memory dev
+    comfy.model_management.is_oom
+    comfy.model_management.load_models_gpu models memory_required force_full_load
+    comfy.model_management.soft_empty_cache
+    comfy.model_management.unload_all_models
+    comfy.sd.VAE sd device dtype
+    comfy.utils.tiled_scale_multidim samples function tile overlap upscale_amount out_channels index_formulas
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.utils.ProgressBar.update_absolute value total preview
-    folder_paths.get_output_directory
     folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Combo.Input
     comfy_api.latest.io.Float.Input
-    comfy_api.latest.io.FolderType.output
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
     comfy_api.latest.io.Latent.Input
     comfy_api.latest.io.String.Input
     comfy_api.latest.io.String.Output
     comfy_api.latest.io.Vae.Input
     comfy_api.latest.io.Video.Output
-    comfy_api.latest.ui.PreviewVideo
-    comfy_api.latest.ui.SavedResult
+""")
+
+VIDEO_SOCKETS = _needs("""
+    comfy_api.latest.Input.Video.get_active_trim_window
+    comfy_api.latest.Input.Video.get_frame_rate
+    comfy_api.latest.Input.Video.save_to path crf
+    comfy_api.latest.InputImpl.VideoFromFile.get_stream_source
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Video.Input
+    folder_paths.get_temp_directory
+""")
+
+JOIN = _needs("""
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.utils.ProgressBar.update_absolute value total preview
+    folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Hidden.extra_pnginfo
+    comfy_api.latest.io.Hidden.prompt
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Video.Output
+""")
+
+JOURNAL = _needs("""
+    comfy.clip_vision.Output
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy_api.latest.io.Audio.Output
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.Latent.Output
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewText
 """)
 
 SELFTEST = _needs("""
@@ -200,7 +268,11 @@ FAMILIES: dict[str, Family] = {
         ),
         API + MODEL_CLASS + VAE_FAMILIES + PROMPTS + SAMPLING,
     ),
+    "journal": Family(
+        ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
+    ),
     "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
+    "join": Family(("FrameMemoryJoinVideos",), API + VIDEO_SOCKETS + JOIN),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -195,6 +196,33 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Stored tensors are read and written one at a time. Raises FileError where the disk is too full (before
     anything is written), or the place cannot be written; what was at `path` before is then still there.
     """
+    head, order, size = _layout(tensors, metadata)
+    folder = os.path.dirname(os.path.abspath(path))
+    part = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.part")
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise FileError(f"{path} needs {size} bytes, but {folder} has {free} bytes free.")
+        with open(part, "wb") as file:
+            _write_parts(file, head, order, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise FileError(f"{path} could not be written: {error}. Choose another folder or free the file.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def write_to(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the bytes of a safetensors file to an open one; the caller sees to it that it is complete and flushed."""
+    head, order, _ = _layout(tensors, metadata)
+    _write_parts(file, head, order, tensors)
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str], int]:
+    """The file's first bytes, the order of the tensors behind them, and the bytes of the whole."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {str(k): str(v) for k, v in metadata.items()}}
     offset = 0
@@ -205,21 +233,11 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         offset = stop
     text = json.dumps(header, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    folder = os.path.dirname(os.path.abspath(path))
-    part = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.part")
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < 8 + len(text) + offset:
-            raise FileError(f"{path} needs {8 + len(text) + offset} bytes, but {folder} has {free} bytes free.")
-        with open(part, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(_bytes_of(real(tensors[name]).detach().cpu().contiguous()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error}. Choose another folder or free the file.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+    head = len(text).to_bytes(8, "little") + text
+    return head, order, len(head) + offset
+
+
+def _write_parts(file: BinaryIO, head: bytes, order: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    file.write(head)
+    for name in order:
+        file.write(_bytes_of(real(tensors[name]).detach().cpu().contiguous()))

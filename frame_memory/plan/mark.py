@@ -4,7 +4,8 @@ The Anti-Drift Sampler writes it as a plain dict, so that it survives nodes that
 needs this class to write one:
 
     {"latent_format": "HunyuanVideo", "base": "HunyuanVideo" | "selftest",
-     "order": "inverted" | "forward" | "both ends first", "window": 9, "fps": 30.0}
+     "order": "inverted" | "forward" | "both ends first", "window": 9, "fps": 30.0,
+     "given": 1, "project": "my video"}
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ class MarkError(ValueError):
 
 @dataclass(frozen=True)
 class LatentMark:
-    """What the sampler said about a LATENT. Empty strings and None mean: not said."""
+    """What the sampler said about a LATENT. Empty strings, None and 0 given frames mean: not said.
+
+    given: latent frames in front of the first section. project: name of the project that holds the sections.
+    """
 
     latent_format: str = ""
     base: str = ""
     order: str = "forward"
     window: int = 9
     fps: Fraction | None = None
+    given: int = 0
+    project: str = ""
 
 
 def as_fps(value: float | int | Fraction) -> Fraction:
@@ -72,6 +78,8 @@ def read_mark(samples: Mapping) -> LatentMark | None:
         order=str(raw.get("order") or "forward"),
         window=window,
         fps=None if fps is None else as_fps(fps),
+        given=given if isinstance(given := raw.get("given", 0), int) and given > 0 else 0,
+        project=str(raw.get("project") or ""),
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
@@ -46,8 +50,60 @@ def with_safe_attention(model_options: dict) -> dict:
     return options
 
 
+def with_safe_numbers(patcher) -> tuple[Any, str]:
+    """A clone of a MODEL that overflows less easily, and what is other in it, in words; the MODEL itself and "" where
+    nothing can be safer.
+
+    float16 becomes bfloat16 where core says the device does it, else float32; quantised matrix products, whose inputs
+    are rounded too, become products in that format. The MODEL that is given stays as it is.
+    """
+    quantised = [name for name, module in patcher.model.named_modules() if _multiplies_quantised(module)]
+    words, clone = [], patcher
+    if quantised:
+        clone = patcher.clone()
+        for name in quantised:  # a layer with a function on its weight is computed in full by core
+            clone.add_weight_wrapper(f"{name}.weight", _as_it_is)
+        words.append("without fp8 matrix products")
+    cast = patcher.get_model_object("manual_cast_dtype")
+    if (patcher.model_dtype() if cast is None else cast) == torch.float16:
+        bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        clone = patcher.clone() if clone is patcher else clone
+        clone.set_model_compute_dtype(dtype)
+        words.append(f"computed in {str(dtype).removeprefix('torch.')} in the place of float16")
+    return clone, " and ".join(words)
+
+
+def _multiplies_quantised(module) -> bool:
+    """Whether core multiplies a layer's inputs in fp8 or another quantised format."""
+    if isinstance(module, comfy.ops.fp8_ops.Linear):
+        return module.weight.dtype == torch.float8_e4m3fn
+    return getattr(module, "layout_type", None) is not None and not getattr(module, "_full_precision_mm", True)
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
 def attention_name() -> str:
     """The attention backend the host has chosen, for messages."""
     from comfy.ldm.modules.attention import optimized_attention
 
     return getattr(optimized_attention, "__name__", "unknown").replace("attention_", "")
+
+
+def out_of_memory(patcher, shape: tuple[int, ...], number: int, done: int, sections: int, kept: bool) -> str:
+    """What an artist can do when a section does not fit: needed and free memory, what is kept, cheaper settings.
+
+    shape: of the window, `[B, C, T, H, W]`. number: the section's place in the video; done: how many are finished.
+    """
+    device = patcher.load_device
+    needed = patcher.model_size() + patcher.model.memory_required(list(shape))
+    free = comfy.model_management.get_free_memory(device)
+    there = f"{done} of {sections} sections are finished and kept: queue again to go on there." if kept else ""
+    return (
+        f"Out of memory while sampling section {number} of {sections} on {device}: model and one step may "
+        f"need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free now. {there} Cheaper: a smaller 'size' in "
+        "'FramePack Image'; an fp8 checkpoint, or weight_dtype fp8_e4m3fn in 'Load FramePack Model'; a schedule with "
+        "fewer frames at full rate in 'Frame Context Packer'."
+    )

@@ -6,10 +6,13 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_management import intermediate_device
 from torch import Tensor
 
 from ..model.framepack import MODEL_OPTION, is_framepack
@@ -29,9 +32,16 @@ from ..plan import (
 )
 from ..plan.errors import SAMPLER
 from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
+from ..video.vae import check_vae
+from .attention_check import checked_attention
+from .changes import SectionChange, by_index
+from .judged import NOTHING_FOUND
+from .live import LiveVideo
 from .preview import GrowingPreview
+from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, SectionSampler
+from .stored import keep_front
 
 ORDER_AUTO = "from frame context"
 
@@ -228,16 +238,57 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
     return "\n".join(lines), warnings + ([shortage] if shortage else [])
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a run gives back.
+
+    project: the name of the project that holds its sections, "" without one. video: the mp4 of it, sheet: one frame
+    a section as PNG; both None without a VAE.
+    """
+
+    latent: dict
+    report: str
+    project: str = ""
+    video: Path | None = None
+    sheet: Path | None = None
+
+
+@dataclass(frozen=True)
+class Live:
+    """How the video is written while it is made. show: gets the path of a playable mp4 of what is finished so far."""
+
+    vae: object
+    metadata: Mapping | None = None
+    show: Callable[[Path], None] = lambda _: None
+
+
+def _mark(guider, base: str, plan: LongVideoPlan) -> dict:
+    return {
+        "latent_format": type(guider.model_patcher.model.latent_format).__name__,
+        "base": base,
+        "order": plan.order,
+        "window": plan.schedule.window,
+        "fps": plan.fps,
+        "given": max(plan.given_frames, 1),
+    }
+
+
 def sample_long_video(
     *, noise, guider, sampler, sigmas: Tensor, schedule: Schedule, start: Mapping, seconds: float,
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
-    initial: Mapping | None = None, timeline: EncodedTimeline | None = None, say: Callable[[str], None] = logging.info,
-) -> tuple[dict, str]:  # fmt: skip
-    """Plan, check, sample; returns `(LATENT, report)`.
+    initial: Mapping | None = None, timeline: EncodedTimeline | None = None,
+    changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None, live: Live | None = None,
+    say: Callable[[str], None] = logging.info,
+) -> Finished:  # fmt: skip
+    """Plan, check, sample.
 
-    say: shown on the node while it runs. Raises PlanError before any sampling for input that cannot work.
+    project: where finished sections are kept and found again; without one they are in memory only. live: needs one.
+    say: shown on the node while it runs. Raises PlanError, VAEError or JournalError before any sampling for what
+    cannot work.
     """
     warnings = check_model(guider, schedule)
+    guider, wrong = checked_attention(guider)
+    warnings += wrong
     base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
     inputs = _read(start, end, history, initial)
     if sigmas.shape[0] < 2:
@@ -251,16 +302,78 @@ def sample_long_video(
     warnings += more
     for warning in warnings:
         logging.warning("Anti-Drift Sampler: %s", warning)
-    _say_all(say, described, warnings)
-    runner = SectionSampler(guider, noise, sampler, sigmas, timeline)
-    preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say)
-    video = runner.run(plan, inputs, preview)
-    mark = {
-        "latent_format": type(guider.model_patcher.model.latent_format).__name__,
-        "base": base,
-        "order": plan.order,
-        "window": schedule.window,
-        "fps": plan.fps,
-    }
-    report = _say_all(say, described, [*warnings, *runner.notes])
-    return {"samples": video, KEY: mark}, report
+    mark = _mark(guider, base, plan)
+    if live is not None:
+        check_vae(live.vae, inputs.start, read_mark({KEY: mark}))
+    runner = SectionSampler(guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan))
+    preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say, picture=live is None)
+    if project is None:
+        _say_all(say, described, warnings)
+        video = runner.run(plan, inputs, preview).whole()
+        done = Finished({"samples": video, KEY: mark}, _say_all(say, described, [*warnings, *runner.notes]))
+    else:
+        with open_project(project, runner, plan, inputs, mark, base, changes, live is not None) as opened:
+            done = _run_in(opened, runner, plan, inputs, preview, live, mark, (say, described, warnings))
+    return replace(done, latent={**done.latent, "samples": done.latent["samples"].to(intermediate_device())})
+
+
+def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live: Live | None, mark, shown) -> Finished:
+    """Run with sections kept in a project, and the video written as it grows where a VAE is there for it."""
+    say, described, warnings = shown
+    keeper = attach(runner, project)
+    preview.folder = project.folder
+    keep_front(project, inputs.first)
+    _say_all(say, "\n".join([described, project.holdings(), *project.notes]), warnings)
+    writer, announced = None, []
+
+    def announce(text: str) -> None:
+        logging.warning("Anti-Drift Sampler: %s", text)
+        announced.append(text)
+        say(text)
+
+    def go_on() -> None:
+        """While pictures are decoded: Cancel is heard, and the project stays ours."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        project.alive()
+
+    if live is not None:
+        writer = LiveVideo(
+            project, plan, live.vae, metadata=live.metadata, show=live.show, announce=announce,
+            interrupt=go_on, say=say,
+        )  # fmt: skip
+    try:
+        frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
+        path = writer.finish() if writer else None
+    except BaseException:
+        say(_stopped(project, writer))
+        raise
+    latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
+    lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
+    lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
+    if writer is not None:
+        keeper.forget_segments_but(segment.name for segment in writer.segments.values())
+    judged = keeper.findings()
+    if writer and writer.judged and not judged:
+        lines.append(NOTHING_FOUND.format(len(writer.judged)))
+    lines += project.notes
+    report = _say_all(say, "\n".join(lines), list(dict.fromkeys([*warnings, *runner.notes, *announced, *judged])))
+    return Finished(latent, f"{described}\n{report}", project.name, path, writer.sheet if writer else None)
+
+
+NOT_JUDGED = (
+    "Frozen sections, jumps and drift are looked for when the video is decoded: in Save Long Video, or here with a vae."
+)
+
+
+def _stopped(project, writer: LiveVideo | None) -> str:
+    """What is left after Cancel or an error; never raises, since the reason of the stop must reach the artist."""
+    lines = ["Stopped. Queue again to go on.", project.status()]
+    try:
+        unfinished = writer.keep() if writer else None
+    except Exception as error:
+        logging.exception("The unfinished video could not be written.")
+        lines.append(f"The video so far could not be written: {error}")
+        unfinished = None
+    if unfinished is not None:
+        lines.insert(1, f"What is finished: {unfinished}")
+    return "\n".join(lines)

@@ -29,3 +29,15 @@ class SectionNoise:
         noise = copy.copy(self.noise)
         noise.seed = self.noise.seed + section
         return noise.generate_noise({"samples": torch.zeros(shape)})
+
+    def state(self, shape: tuple[int, ...]) -> tuple | None:
+        """What says the next noise of `shape` exactly without drawing it; None where only the noise itself does."""
+        if self.generator is None:
+            return None
+        return type(self.noise).__name__, self.generator.get_state(), shape
+
+    def with_seed(self, seed: int) -> SectionNoise:
+        """The same kind of NOISE begun anew with another seed."""
+        noise = copy.copy(self.noise)
+        noise.seed = seed
+        return SectionNoise(noise)

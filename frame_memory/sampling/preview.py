@@ -5,43 +5,126 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels; la
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
 import comfy.utils
 import latent_preview
+import psutil
 import torch
 
 from ..plan import LongVideoPlan
 from .section_loop import Moment
 
-STRIP_FRAMES = 6
+# Seconds between two texts on the node within one section; each is a message to the browser.
+SAY_EVERY = 2.0
 
 
 class GrowingPreview:
-    """One progress bar over all steps of all sections, with a film strip of what there is of the video.
+    """One progress bar over all steps of all sections, words about the run, and a film strip of what there is.
 
     The strip shows the newest finished sections in order of making and, last, the section at work.
+    folder: of the project, once it is open.
     """
 
-    def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None):
+    def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None, *, picture: bool = True):
         self.latent_format = model_patcher.model.latent_format
-        self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
-        self.sections, self.steps, self.say = len(plan.sections), steps, say
+        # A picture would hide the playable video where there is one (comfyui-host.md section 1).
+        self.previewer = None
+        if picture:
+            self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
+        self.plan, self.sections, self.steps, self.say = plan, len(plan.sections), steps, say
         self.bar = comfy.utils.ProgressBar(self.sections * steps)
-        # Each line takes the plan's place on the node, so each must say the exact length (faults.md 24).
-        self.length = f"{plan.pixel_frames} frames = {plan.seconds:.2f} s"
-        self.named = -1
+        self.folder: Path | None = None
+        self.left = TimeLeft(self.sections * steps)
+        self.named, self.said_at, self.resources = -1, 0.0, ""
 
     def __call__(self, moment: Moment) -> None:
-        if self.say is not None and moment.section != self.named:
-            self.named = moment.section
-            self.say(f"section {moment.section + 1} of {moment.sections} · {self.length}")
         value = moment.section * self.steps + min(moment.step, self.steps)
+        now = time.monotonic()
+        self.left.see(value, now)
+        new = moment.section != self.named
+        if self.say is not None and (new or now - self.said_at > SAY_EVERY):
+            if new:
+                self.resources = resources(self.folder)
+            self.named, self.said_at = moment.section, now
+            self.say(self._words(moment))
         self.bar.update_absolute(value, self.sections * self.steps, self._picture(moment))
+
+    def _words(self, moment: Moment) -> str:
+        plan = self.plan
+        made = 4 * plan.schedule.window * moment.section / plan.fps
+        # Each text takes the plan's place on the node, so each must say the exact length (faults.md 24).
+        lines = [
+            f"section {moment.section + 1} of {moment.sections} · {plan.pixel_frames} frames = {plan.seconds:.2f} s",
+            " · ".join(filter(None, [f"{made:.1f} s finished", self.left.words()])),
+            self.resources,
+        ]
+        return "\n".join(lines)
 
     def _picture(self, moment: Moment):
         if self.previewer is None:
             return None
         estimate = moment.estimate[:1].float().cpu()
         middle = estimate.shape[2] // 2
-        finished = [self.latent_format.process_in(f) for f in moment.finished[-(STRIP_FRAMES - 1) :]]
+        finished = [self.latent_format.process_in(f) for f in moment.finished]
         strip = torch.cat([*finished, estimate[:, :, middle : middle + 1]], dim=-1)
         return self.previewer.decode_latent_to_preview_image("JPEG", strip.to(moment.estimate.device))
+
+
+class TimeLeft:
+    """How long the rest takes, from the steps of this run so far; what lies between sections counts in."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.first: tuple[int, float] | None = None
+        self.seconds: float | None = None
+
+    def see(self, done: int, now: float) -> None:
+        """done: steps of `total` that are behind. The first one seen only starts the clock: it loads the model."""
+        if self.first is None:
+            self.first = done, now
+        elif done > self.first[0]:
+            self.seconds = (now - self.first[1]) / (done - self.first[0]) * (self.total - done)
+
+    def words(self) -> str:
+        """For the node; empty while nothing is known."""
+        return "" if self.seconds is None else f"about {duration(self.seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time as an artist says it: '40 s', '3 min', '2 h 5 min'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def resources(folder: Path | None) -> str:
+    """Disk that the project takes and that is free, RAM that ComfyUI takes and that is free."""
+    used = psutil.Process().memory_info().rss
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    parts = [f"RAM {size_words(used)} used, {size_words(free)} free"]
+    if folder is not None:
+        # A network folder may be away for a while, and no step of a run depends on these numbers.
+        with contextlib.suppress(OSError):
+            taken = sum(_sizes(folder))
+            parts.insert(0, f"disk {size_words(taken)} used, {size_words(shutil.disk_usage(folder).free)} free")
+    return " · ".join(parts)
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Bytes of every file in a folder; a temporary one that is gone by now counts nothing."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                yield path.stat().st_size
+
+
+def size_words(count: float) -> str:
+    """Bytes in GB, small ones in MB."""
+    return f"{count / 2**20:.1f} MB" if count < 2**30 / 10 else f"{count / 2**30:.1f} GB"

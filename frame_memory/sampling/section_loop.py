@@ -9,20 +9,39 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
 
 import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor
 
+from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
 from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
-from ..plan import LongVideoPlan, PlanError, Section
-from .guards import BrokenStep, SectionError, attention_name, broken_share, with_safe_attention
+from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
+from .changes import SectionChange
+from .device import named_if_lost
+from .frames import LatentFrames
+from .guards import (
+    BrokenStep,
+    SectionError,
+    attention_name,
+    broken_share,
+    out_of_memory,
+    with_safe_attention,
+    with_safe_numbers,
+)
+from .identity import RunIdentity
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
+
+STRIP_FRAMES = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,12 @@ class Inputs:
     end: Tensor | None = None
     given: Tensor | None = None
     initial: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The frames in front of the first section, `[B, C, T, H, W]` fp32: an existing video, or the start frame."""
+        first = (self.given if self.given is not None else self.start).float().cpu()
+        return first.expand(self.start.shape[0], -1, -1, -1, -1)
 
     def check(self) -> None:
         """Raise PlanError where sizes or batches do not belong together, naming both."""
@@ -57,96 +82,223 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where the run is, given to the watcher after every step."""
+    """Where the run is, given to the watcher after every step. finished: one frame of each of the last sections."""
 
     section: int
     sections: int
     step: int
     steps: int
     estimate: Tensor
-    finished: list[Tensor]
+    finished: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A section that is finished. seconds: wall time its sampling took, 0 where it was found.
+
+    notes: what is to be known of how it was made, without its number. fields: what decided it, in readable words.
+    """
+
+    section: Section
+    window: Tensor
+    key: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def number_in_time(plan: LongVideoPlan, section: Section) -> int:
+    """A section's place in the video, from 1: the number an artist knows it by."""
+    return sorted(s.start for s in plan.sections).index(section.start) + 1
+
+
+class Keeper(Protocol):
+    """Where finished sections are kept."""
+
+    def find(self, section: Section, key: str) -> Tensor | None:
+        """A finished section with this key, or None."""
+
+    def keep(self, made: Made) -> None:
+        """Keep a section that was just sampled; it counts as finished when this returns."""
+
+    def load(self, index: int) -> Tensor:
+        """A section found or kept before."""
+        ...
+
+    def alive(self) -> None:
+        """Called after every step."""
+
+    def content(self, index: int) -> str:
+        """What says the numbers of a section found or kept before exactly."""
+        ...
 
 
 class SectionSampler:
-    """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section."""
+    """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section.
 
-    def __init__(self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None):
+    keeper: finished sections go there, and those it has are not sampled again. identity: needed with it.
+    changes: sections, by their place in the order of making, that get another seed or other words.
+    """
+
+    def __init__(
+        self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None, *,
+        keeper: Keeper | None = None, identity: RunIdentity | None = None,
+        changes: Mapping[int, SectionChange] = MappingProxyType({}),
+    ):  # fmt: skip
         self.guider, self.sampler, self.sigmas, self.timeline = guider, sampler, sigmas, timeline
         self.noise = SectionNoise(noise)
+        self.keeper, self.identity, self.changes = keeper, identity, changes
         self.notes: list[str] = []
 
-    def run(self, plan: LongVideoPlan, inputs: Inputs, watch: Callable[[Moment], None] | None = None) -> Tensor:
-        """Sample every section; returns the whole video `[B, C, total_frames, H, W]` fp32 on the intermediate device.
+    def run(
+        self,
+        plan: LongVideoPlan,
+        inputs: Inputs,
+        watch: Callable[[Moment], None] | None = None,
+        on_section: Callable[[Made, LatentFrames], None] | None = None,
+    ) -> LatentFrames:
+        """Sample every section that is not kept already; returns the frames of the whole video, fp32.
 
-        Raises PlanError for inputs that do not fit together, SectionError for a section that stays broken.
+        watch: after every step. on_section: after every section, found or made.
+        Raises PlanError for inputs that do not fit together, SectionError for a section that stays broken, DeviceLost
+        where the GPU gave up.
         """
         inputs.check()
-        batch, channels, _, height, width = inputs.start.shape
-        video = torch.zeros((batch, channels, plan.total_frames, height, width))
-        first = inputs.given if inputs.given is not None else inputs.start
-        video[:, :, : first.shape[2]] = first
-        finished: list[Tensor] = []
+        frames = LatentFrames(inputs.first, plan.total_frames)
+        frames.load = None if self.keeper is None else self.keeper.load
+        strip: deque[Tensor] = deque(maxlen=STRIP_FRAMES)
         for section in plan.sections:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            window = self._sample_section(plan, section, video, inputs, watch, finished)
-            video[:, :, section.start : section.stop] = window
-            finished.append(window[:1, :, window.shape[2] // 2 : window.shape[2] // 2 + 1])
-        return video.to(comfy.model_management.intermediate_device())
+            number, count = number_in_time(plan, section), len(plan.sections)
+            with named_if_lost(number, section.index, count, self.keeper is not None):
+                made = self._section(plan, section, frames, inputs, watch, strip)
+                frames.put(section.index, section.start, made.window)
+                middle = made.window.shape[2] // 2
+                strip.append(made.window[:1, :, middle : middle + 1].clone())
+                if on_section is not None:
+                    on_section(made, frames)
+        return frames
 
-    def _sample_section(self, plan, section: Section, video, inputs: Inputs, watch, finished) -> Tensor:
-        guider = self._guider_for(plan, section, video, inputs)
-        shape = (*video.shape[:2], section.stop - section.start, *video.shape[3:])
-        noise = self.noise.draw(section.index, shape)
-        begin = torch.zeros(shape)
-        if inputs.initial is not None:
-            begin = begin + inputs.initial[:, :, section.start : section.stop]
+    def _section(self, plan, section: Section, frames: LatentFrames, inputs: Inputs, watch, strip) -> Made:
+        shape = (*frames.first.shape[:2], section.stop - section.start, *frames.first.shape[3:])
+        noise, seed, state = self._noise_of(section, shape)
+        begin = None if inputs.initial is None else inputs.initial[:, :, section.start : section.stop]
+        conds, key, fields = self._conds_of(plan, section), "", {}
+        if self.keeper is not None:
+            seen = self._seen(section, frames, inputs)
+            key = self.identity.section_key(section, conds, seen, noise if state is None else state, begin, seed)
+            found = self.keeper.find(section, key)
+            if found is not None:
+                return Made(section, found, key, 0.0)
+            fields = self.identity.section_fields(conds, seed)
 
+        begin = torch.zeros(shape) if begin is None else begin + torch.zeros(shape)
+        guider = self._guider_for(conds, section, frames, inputs)
         broken = BrokenStep()
 
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             broken.see(step + 1, x0)
+            if self.keeper is not None:
+                self.keeper.alive()
             if watch is not None:
-                watch(Moment(section.index, len(plan.sections), step + 1, total, x0, finished))
+                watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
-        seed = self.noise.seed + section.index
+        began, number = time.monotonic(), number_in_time(plan, section)
+        try:
+            window, note = self._sample(guider, number, noise, begin, callback, seed, broken)
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            # A type that ComfyUI takes for what it is: it frees the models then.
+            done, count, kept = section.index, len(plan.sections), self.keeper is not None
+            words = out_of_memory(guider.model_patcher, shape, number, done, count, kept)
+            raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
+        made = Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields)
+        if self.keeper is not None:
+            self.keeper.keep(made)
+        return made
+
+    def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep) -> tuple[Tensor, str]:
+        """A section's window, fp32 on the CPU, and what is to be known of it."""
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
+        note = ""
         if broken_share(made):
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
-            made = self._retry(guider, section, noise, begin, callback, seed, broken_share(made), where)
-        return made.float().cpu()
+            made, note = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
+        return made.float().cpu(), note
 
-    def _retry(self, guider, section: Section, noise, begin, callback, seed: int, share: float, where: str) -> Tensor:
-        """Once more with plain attention; a backend that overflows is the usual cause (faults.md 13)."""
-        note = (
-            f"Section {section.index + 1} came out with {share:.1%} NaN or infinite values "
-            f"(first {where}); it was made again with plain PyTorch attention."
-        )
-        logging.warning(note)
-        self.notes.append(note)
-        guider.model_options = with_safe_attention(guider.model_options)
+    def _retry(self, guider, number: int, noise, begin, callback, seed: int, share: float, where: str):
+        """Once more with plain attention in numbers that reach further: what overflows is one of the two (fault 13)."""
+        patcher, numbers = with_safe_numbers(guider.model_patcher)
+        safe = "plain PyTorch attention" + (f", {numbers}" if numbers else "")
+        note = f"came out with {share:.1%} NaN or infinite values (first {where}); it was made again with {safe}."
+        logging.warning("Section %d %s", number, note)
+        self.notes.append(f"Section {number} {note}")
+        guider.model_patcher, guider.model_options = patcher, with_safe_attention(guider.model_options)
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
+            kept = "is kept, and the project goes on from there" if self.keeper is not None else "was only in memory"
             raise SectionError(
-                f"Section {section.index + 1} holds NaN or infinite values, first {where}, and again with plain "
-                f"PyTorch attention (weights: {dtype}). Nothing of this video is kept: the sections before it were "
-                "whole, but they are only in memory until the node is done. Try weight_dtype 'default' in "
-                "'Load FramePack Model', or take out the last LoRA."
+                f"Section {number} holds NaN or infinite values, first {where}, and again with {safe} "
+                f"(weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
+                "'default' in 'Load FramePack Model', or take out the last LoRA."
             )
-        return made
+        return made, note
 
-    def _guider_for(self, plan: LongVideoPlan, section: Section, video: Tensor, inputs: Inputs):
-        blank = unscaled_blank(self.guider.model_patcher.model, (1, video.shape[1], 1, 1, 1))
-        end = inputs.end
-        if end is not None:
-            end = comfy.utils.repeat_to_batch_size(end, video.shape[0])
-        context = gather_context(section, video, inputs.start, end, blank)
-        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
-        guider = copy.copy(self.guider)
-        conds = {k: [{**c, **carried} for c in v] for k, v in self.guider.original_conds.items()}
+    def _noise_of(self, section: Section, shape: tuple[int, ...]) -> tuple[Tensor, int, tuple | None]:
+        """Noise and seed of a section, and what says the noise where that is shorter.
+
+        One generator runs through all sections, so it draws for those too that are found or have their own seed.
+        """
+        state = self.noise.state(shape)
+        noise, seed = self.noise.draw(section.index, shape), self.noise.seed + section.index
+        change = self.changes.get(section.index)
+        if change is not None and change.seed is not None:
+            own = self.noise.with_seed(change.seed)
+            state = own.state(shape)
+            noise, seed = own.draw(0, shape), change.seed
+        return noise, seed, state
+
+    def _seen(self, section: Section, frames: LatentFrames, inputs: Inputs) -> list:
+        """What says the frames of a section's context exactly: a finished section's file is named by its hash."""
+
+        def say(ref: int):
+            if ref == BLANK:
+                return "blank"
+            if ref in (START, END):
+                return self.identity.digest(inputs.start if ref == START else inputs.end)
+            made = frames.made_by(ref)
+            if made is not None:
+                return self.keeper.content(made[0]), made[1]
+            return fingerprint(frames.frame(ref))
+
+        groups = [group.frames for group in section.groups]
+        groups += [] if section.tail is None else [section.tail.frames]
+        return [[say(ref) for ref in group] for group in groups]
+
+    def _conds_of(self, plan: LongVideoPlan, section: Section) -> dict:
+        """The guider's prompts as this section has them, without its context."""
+        conds = dict(self.guider.original_conds)
         if self.timeline is not None and "positive" in conds:
             start_s, _ = plan.span_seconds(section)
             section_s = 4 * plan.schedule.window / plan.fps
             conds["positive"] = with_text(conds["positive"], *section_text(self.timeline, start_s, section_s))
-        guider.original_conds = conds
+        change = self.changes.get(section.index)
+        if change is not None and change.positive is not None:
+            text, extra = change.positive[0]
+            conds["positive"] = with_text(conds["positive"], text, extra.get("pooled_output"))
+        return conds
+
+    def _guider_for(self, conds: Mapping, section: Section, frames: LatentFrames, inputs: Inputs):
+        """A copy of the guider that sees this section's prompts and context."""
+        first = frames.first
+        blank = unscaled_blank(self.guider.model_patcher.model, (1, first.shape[1], 1, 1, 1))
+        end = inputs.end
+        if end is not None:
+            end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
+        context = gather_context(section, frames.frame, inputs.start, end, blank)
+        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
+        guider = copy.copy(self.guider)
+        guider.original_conds = {k: [{**c, **carried} for c in v] for k, v in conds.items()}
         return guider

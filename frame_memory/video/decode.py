@@ -34,6 +34,24 @@ class Window(Protocol):
 DecodeFn = Callable[[torch.Tensor], torch.Tensor]
 
 
+class LatentSource(Protocol):
+    """A video latent that does not lie in memory: read from files, a few frames at a time."""
+
+    # [B,C,T,H,W]
+    shape: tuple[int, ...]
+
+    def frames(self, item: int, start: int, stop: int) -> torch.Tensor:
+        """Latent frames [start, stop) of one video of the batch, [1,C,t,H,W]."""
+        ...
+
+
+def latent_reader(latents: torch.Tensor | LatentSource, item: int) -> Callable[[int, int], torch.Tensor]:
+    """`read(start, stop)` for one video's latent frames [1,C,t,H,W]; of a tensor it gives views."""
+    if isinstance(latents, torch.Tensor):
+        return lambda start, stop: latents[item : item + 1, :, start:stop]
+    return lambda start, stop: latents.frames(item, start, stop)
+
+
 def crossfade_weights(frames: int, *, device: torch.device | None = None) -> torch.Tensor:
     """Weights of the earlier window over `frames` shared pixel frames: 1 to 0, both ends included. Shape [frames]."""
     return torch.linspace(1.0, 0.0, frames, device=device)
@@ -72,23 +90,31 @@ def check_windows(windows: Sequence[Window], total: int) -> None:
             )
 
 
-def _decode_window(decode_fn: DecodeFn, latents_BCTHW: torch.Tensor, window: Window) -> torch.Tensor:
-    """Pixels of one window as float32 [T,H,W,C], with the frame count of a 4x causal VAE checked."""
-    part_BCTHW = latents_BCTHW[:, :, window.start : window.stop]
-    pixels_BTHWC = decode_fn(part_BCTHW)
-    expected = TEMPORAL_RATIO * (window.stop - window.start) - (TEMPORAL_RATIO - 1)
-    if pixels_BTHWC.ndim != 5 or pixels_BTHWC.shape[:2] != (1, expected):
+def decode_window(decode_fn: DecodeFn, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Pixels of one window `latents [1,C,t,H,W]` as float32 [4t-3,H,W,C]; DecodeError for any other frame count."""
+    pixels_BTHWC = decode_fn(latents_BCTHW)
+    check_pixels(pixels_BTHWC, latents_BCTHW.shape[2])
+    return pixels_BTHWC[0].float()
+
+
+def check_pixels(pixels_BTHWC: torch.Tensor, latent_frames: int, expected: int | None = None) -> None:
+    """Raise DecodeError unless a decode has the frame count of a 4x causal VAE: [1, 4t-3, height, width, colours].
+
+    `expected` pixel frames instead where the latent frames do not begin a clip.
+    """
+    if expected is None:
+        expected = TEMPORAL_RATIO * latent_frames - (TEMPORAL_RATIO - 1)
+    if pixels_BTHWC.ndim != 5 or tuple(pixels_BTHWC.shape[:2]) != (1, expected):
         raise DecodeError(
-            f"The VAE made a tensor of shape {tuple(pixels_BTHWC.shape)} from {part_BCTHW.shape[2]} latent frames; "
+            f"The VAE made a tensor of shape {tuple(pixels_BTHWC.shape)} from {latent_frames} latent frames; "
             f"expected [1, {expected}, height, width, colours], as a video VAE with 4 pixel frames per latent frame "
             "makes. Change the file in the node 'Load VAE'."
         )
-    return pixels_BTHWC[0].float()
 
 
 def decode_stream(
     decode_fn: DecodeFn,
-    latents_BCTHW: torch.Tensor,
+    latents_BCTHW: torch.Tensor | LatentSource,
     windows: Sequence[Window],
     *,
     item: int | None = None,
@@ -105,10 +131,10 @@ def decode_stream(
     window and stops the decode by raising. `on_window(done, count)` is called after every decoded window.
     Raises DecodeError at once, before anything is decoded, for bad shapes or windows.
     """
-    if latents_BCTHW.ndim != 5:
+    if len(latents_BCTHW.shape) != 5:
         raise DecodeError(
             f"Expected a video latent with 5 dimensions [batch, channels, frames, height, width], "
-            f"got {latents_BCTHW.ndim}: {tuple(latents_BCTHW.shape)}."
+            f"got {len(latents_BCTHW.shape)}: {tuple(latents_BCTHW.shape)}."
         )
     batch, _, total = latents_BCTHW.shape[:3]
     if item is None:
@@ -118,12 +144,12 @@ def decode_stream(
     if not 0 <= item < batch:
         raise DecodeError(f"Video {item} was asked for, but the latent holds {batch} (counted from 0).")
     check_windows(windows, total)
-    return _blend(decode_fn, latents_BCTHW[item : item + 1], tuple(windows), interrupt, on_window)
+    return _blend(decode_fn, latent_reader(latents_BCTHW, item), tuple(windows), interrupt, on_window)
 
 
 def _blend(
     decode_fn: DecodeFn,
-    latents_BCTHW: torch.Tensor,
+    read: Callable[[int, int], torch.Tensor],
     windows: tuple[Window, ...],
     interrupt: Callable[[], None] | None,
     on_window: Callable[[int, int], None] | None,
@@ -132,7 +158,7 @@ def _blend(
     for i, window in enumerate(windows):
         if interrupt is not None:
             interrupt()
-        pixels_THWC = _decode_window(decode_fn, latents_BCTHW, window)
+        pixels_THWC = decode_window(decode_fn, read(window.start, window.stop))
         if on_window is not None:
             on_window(i + 1, len(windows))
         head = 0

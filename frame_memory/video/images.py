@@ -83,6 +83,13 @@ def _fill_and_crop(picture: Image.Image, width: int, height: int) -> Image.Image
     return resized.crop((left, top, left + width, top + height))
 
 
+def fit_frame(frame_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
+    """One uint8 RGB frame [H,W,3] at width x height, by the rule of `to_bucket`; the frame itself where it fits."""
+    if frame_HWC.shape[:2] == (height, width):
+        return frame_HWC
+    return np.asarray(_fill_and_crop(Image.fromarray(frame_HWC), width, height))
+
+
 def _report(shape: torch.Size, width: int, height: int, background: str) -> str:
     count, source_height, source_width, channels = shape
     lines = []

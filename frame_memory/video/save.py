@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,24 +15,54 @@ import torch
 
 from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
 from ..plan.mark import LatentMark, read_mark, resolve_fps
-from .decode import DecodeError, decode_stream
+from .carried import CarriedDecoder, can_carry, steps
+from .decode import DecodeError, LatentSource, decode_stream
+from .ladder import DecodeLadder
 from .vae import VAEIdentity, check_vae
 from .writer import DEFAULT_CRF, NODE, VideoWriter, WrittenVideo
 
 log = logging.getLogger(__name__)
 
+CARRIED = "carried"
 WINDOWED = "windowed"
 WHOLE = "whole"
-MODES = (WINDOWED, WHOLE)
+MODES = (CARRIED, WINDOWED, WHOLE)
+
+
+@dataclass(frozen=True, eq=False)
+class LookedAt:
+    """A latent tensor as a LatentSource that refuses NaN and Inf in the frames that are asked for."""
+
+    latents_BCTHW: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B,C,T,H,W]"""
+        return tuple(self.latents_BCTHW.shape)
+
+    def frames(self, item: int, start: int, stop: int) -> torch.Tensor:
+        """Latent frames [start, stop) of one video as a view [1,C,t,H,W]. Raises DecodeError."""
+        frames_BCTHW = self.latents_BCTHW[item : item + 1, :, start:stop]
+        if not bool(torch.isfinite(frames_BCTHW).all()):
+            raise DecodeError(
+                f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf in latent frames {start} to {stop}, "
+                "which would be saved as black. The sampling broke: try another attention backend or weight dtype in "
+                "'Load FramePack Model'."
+            )
+        return frames_BCTHW
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Everything that is known before the first frame is decoded. Owns no copy of the latents."""
+    """Everything that is known before the first frame is decoded. Owns no copy of the latents.
 
-    latents_BCTHW: torch.Tensor
+    `mode` is how it will be decoded: CARRIED only where the VAE allows it. `windows` are those of the other modes.
+    """
+
+    latents_BCTHW: LatentSource
     mark: LatentMark | None
     vae: VAEIdentity
+    mode: str
     windows: tuple[DecodeWindow, ...]
     fps: Fraction
     width: int
@@ -47,12 +77,22 @@ class SavePlan:
         """Pixel frames of each video: 4n-3 of n latent frames."""
         return pixel_frames(self.latents_BCTHW.shape[2])
 
+    @property
+    def steps(self) -> int:
+        """Decode steps of each video, after which `on_window` is called."""
+        return steps(self.latents_BCTHW.shape[2]) if self.mode == CARRIED else len(self.windows)
 
-def video_latents(samples: Mapping) -> torch.Tensor:
-    """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError."""
+
+def video_latents(samples: Mapping) -> torch.Tensor | LatentSource:
+    """The latents [B,C,T,H,W] of a LATENT dict; of a LATENT with sound, the pictures. Raises DecodeError.
+
+    Looks at none of the numbers: ten minutes of them may lie on disk. A source in the place of the tensor is passed on.
+    """
     latents = samples["samples"]
     if getattr(latents, "is_nested", False):
         latents = latents.unbind()[0]
+    if not isinstance(latents, torch.Tensor):
+        return latents
     if latents.ndim != 5:
         raise DecodeError(
             f"The socket 'samples' of '{NODE}' got a latent of shape {tuple(latents.shape)}, expected a video latent "
@@ -60,36 +100,42 @@ def video_latents(samples: Mapping) -> torch.Tensor:
         )
     if 0 in latents.shape:
         raise DecodeError(f"The socket 'samples' of '{NODE}' got an empty latent of shape {tuple(latents.shape)}.")
-    if not bool(torch.isfinite(latents).all()):
-        raise DecodeError(
-            f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf, which would be saved as black. The "
-            "sampling broke: try another attention backend or weight dtype in 'Load FramePack Model'."
-        )
     return latents
 
 
-def plan_save(vae, samples: Mapping, fps: float | Fraction = 0, mode: str = WINDOWED) -> SavePlan:
-    """Check a LATENT against a VAE and a frame rate, and choose the decode windows. Decodes nothing.
+def plan_save(
+    vae,
+    samples: Mapping,
+    fps: float | Fraction = 0,
+    mode: str = CARRIED,
+    windows: tuple[DecodeWindow, ...] | None = None,
+) -> SavePlan:
+    """Check a LATENT against a VAE and a frame rate, and choose how to decode it. Decodes nothing.
 
-    `mode` "windowed" follows the order in which the latent was made (its mark says so; without one: forward), "whole"
-    decodes all of it in one pass. Raises DecodeError, MarkError, VAEError or PlanError.
+    `mode` "carried" goes from front to back with carried state, and is "windowed" for a VAE that cannot. "windowed"
+    follows the order in which the latent was made (its mark says so; without one: forward), "whole" decodes all of it
+    in one pass. windows: those of mode "windowed" where the latent is a part of a longer video. Raises DecodeError,
+    MarkError, VAEError or PlanError.
     """
+    if mode not in MODES:
+        raise DecodeError(f"decode in '{NODE}' is \"{mode}\", expected one of: {', '.join(MODES)}.")
     mark = read_mark(samples)
     rate = resolve_fps(mark, fps)
     latents_BCTHW = video_latents(samples)
     found = check_vae(vae, latents_BCTHW, mark)
     total = latents_BCTHW.shape[2]
-    if mode == WHOLE:
+    if mode == CARRIED and not can_carry(vae):
+        mode = WINDOWED
+    if mode != WINDOWED:
         windows = (DecodeWindow(0, total),)
-    elif mode == WINDOWED:
+    elif windows is None:
         order, window = ("forward", 9) if mark is None else (mark.order, mark.window)
         windows = decode_windows(order, total, window)
-    else:
-        raise DecodeError(f"decode in '{NODE}' is \"{mode}\", expected one of: {', '.join(MODES)}.")
     return SavePlan(
-        latents_BCTHW=latents_BCTHW,
+        latents_BCTHW=LookedAt(latents_BCTHW) if isinstance(latents_BCTHW, torch.Tensor) else latents_BCTHW,
         mark=mark,
         vae=found,
+        mode=mode,
         windows=windows,
         fps=rate,
         width=latents_BCTHW.shape[4] * found.spatial,
@@ -107,25 +153,39 @@ def save_video(
     metadata: Mapping | None = None,
     interrupt: Callable[[], None] | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    look: Callable[[int, torch.Tensor], None] = lambda *_: None,
+    announce: Callable[[str], None] = log.warning,
 ) -> WrittenVideo:
-    """Decode one video of a plan window by window and write it as it comes; at most two windows are held as floats.
+    """Decode one video of a plan step by step and write it as it comes; at most two windows are held as floats.
 
-    An out-of-memory decode is retried in tiles by core's `VAE.decode`. Raises VideoWriteError, DecodeError, and
-    whatever the VAE or `interrupt` raises; finished frames are then kept (see VideoWriter).
+    look: gets (first frame number, float pixels [T,H,W,C]) of everything that is written, in order; it keeps none of
+    it. on_window: gets (done, count) after each of the plan's steps. announce: gets a sentence for every rung of the
+    ladder that an out-of-memory decode goes down (see DecodeLadder). NaN is looked for in each piece before its decode.
+    Raises VideoWriteError, DecodeError, and whatever the VAE, `look` or `interrupt` raises; finished frames are then
+    kept (see VideoWriter).
     """
-    stream = decode_stream(
-        vae.decode, plan.latents_BCTHW, plan.windows, item=item, interrupt=interrupt, on_window=on_window
-    )
+    stream = _stream(plan, vae, item, interrupt, on_window, announce)
     with VideoWriter(
         path, plan.width, plan.height, plan.fps, crf=crf, metadata=metadata, expected_frames=plan.frames
     ) as writer:
+        first = 0
         for chunk_THWC in stream:
             writer.write(chunk_THWC)
+            look(first, chunk_THWC)
+            first += len(chunk_THWC)
             del chunk_THWC
     assert writer.result is not None
     for warning in warnings(writer.result):
         log.warning("%s: %s", writer.result.path.name, warning)
     return writer.result
+
+
+def _stream(plan: SavePlan, vae, item: int, interrupt, on_window, announce) -> Iterator[torch.Tensor]:
+    if plan.mode == CARRIED:
+        carried = CarriedDecoder(vae, announce)
+        return carried.stream(plan.latents_BCTHW, item=item, interrupt=interrupt, on_step=on_window)
+    decode = DecodeLadder(vae, announce)
+    return decode_stream(decode, plan.latents_BCTHW, plan.windows, item=item, interrupt=interrupt, on_window=on_window)
 
 
 def warnings(written: WrittenVideo) -> tuple[str, ...]:
@@ -139,15 +199,19 @@ def warnings(written: WrittenVideo) -> tuple[str, ...]:
     )
 
 
-def describe(plan: SavePlan, written: WrittenVideo) -> str:
-    """What was saved and how, for the artist."""
-    windows = "in one pass" if len(plan.windows) == 1 else f"in {len(plan.windows)} windows"
+def describe(plan: SavePlan, written: WrittenVideo, announced: Sequence[str] = ()) -> str:
+    """What was saved and how, for the artist. `announced` are the sentences of the ladder."""
     order = f", order {plan.mark.order}" if plan.mark is not None else ""
+    if plan.mode == CARRIED:
+        how = "frame after frame with carried state"
+    else:
+        how = ("in one pass" if len(plan.windows) == 1 else f"in {len(plan.windows)} windows") + order
     lines = [
         str(written.path),
         f"{written.frames} frames, {written.seconds:.2f} s at {float(written.fps):g} fps, "
         f"{written.width}x{written.height}",
-        f"decoded {windows}{order} with {plan.vae}",
+        f"decoded {how} with {plan.vae}",
+        *announced,
         *(f"Warning: {text}" for text in warnings(written)),
     ]
     return "\n".join(lines)

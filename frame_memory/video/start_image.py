@@ -63,7 +63,7 @@ def prepare(
         check_image(end_image, "end_image")
         end_image = with_mask(end_image, end_mask, "end_mask")
         end_picture, end_report = to_bucket(end_image, width, height, background=background, socket="end_image")
-        report = f"Start: {report}\nEnd: {end_report}\nFor the end picture connect 'end' to Anti-Drift Sampler."
+        report = f"Start: {report}\nEnd: {end_report}\nThis node's 'end' is for the socket 'end' of Anti-Drift Sampler."
         end = encode_pictures(vae, end_picture)
         if vision is not None:
             vision = mean_vision(vision, clip_vision.encode_image(end_picture, crop=False))

@@ -21,6 +21,7 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
 
 from ..plan.mark import LatentMark
+from .decode import LatentSource
 
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"
@@ -136,7 +137,7 @@ def check_video_vae(vae) -> VAEIdentity:
     return found
 
 
-def check_vae(vae, latents_BCTHW: torch.Tensor, mark: LatentMark | None = None) -> VAEIdentity:
+def check_vae(vae, latents_BCTHW: torch.Tensor | LatentSource, mark: LatentMark | None = None) -> VAEIdentity:
     """Refuse a VAE that does not belong to a latent; return what it is.
 
     Without a mark only the shape can be checked: a video VAE with this many channels and 4 pixel frames per latent

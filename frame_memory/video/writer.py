@@ -26,6 +26,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from ..plan.mark import as_fps
+from .files import full_words, put_in_place, reserve_part
 from .fragments import cut_to_finished
 
 NODE = "Save Long Video"
@@ -37,6 +38,8 @@ BLACK_LEVEL = 2
 # A key frame, and so a playable fragment, at least this often: one FramePack section.
 GOP_SECONDS = 1.2
 DISK_MARGIN = 16 * 2**20
+# Frames converted to 8 bits together: each takes its size in floats three times over.
+CONVERTED_FRAMES = 4
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +85,26 @@ def check_disk(path: Path, width: int, height: int, frames: int, crf: float = DE
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise VideoWriteError(
-            f"The disk of {path.parent} has {_megabytes(free)} free, and {frames} frames of {width}x{height} may need "
-            f"{_megabytes(needed)}. Nothing was written. Free some space, or raise crf in '{NODE}' (6 more halves it)."
+            f"The disk of {path.parent} has {in_bytes(free)} free, and {frames} frames of {width}x{height} may need "
+            f"{in_bytes(needed)}. Nothing was written. Free some space, or raise crf in '{NODE}' (6 more halves it)."
         )
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MB"
+def lacking(folder: Path, needed: int) -> str | None:
+    """Words for a disk with less than `needed` bytes and a margin free; None where there is room, or nobody knows."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        log.debug("free space of %s is not known: %s", folder, error)
+        return None
+    if free >= needed + DISK_MARGIN:
+        return None
+    return f"needs {in_bytes(needed + DISK_MARGIN)} more and has {in_bytes(free)} free"
+
+
+def in_bytes(count: int) -> str:
+    """A size for people and for programs."""
+    return f"{count / 2**20:.1f} MB ({count} bytes)"
 
 
 def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
@@ -154,7 +170,7 @@ class VideoWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.expected_frames is not None:
                 check_disk(self.path, self.width, self.height, self.expected_frames, self.crf)
-            self._part = self._reserve_part()
+            self._part = reserve_part(self.path)
         except OSError as error:
             raise VideoWriteError(
                 f"Cannot write into {self.path.parent}: {error.strerror or error}. Nothing was written. Choose another "
@@ -171,17 +187,6 @@ class VideoWriter:
                 f"The encoder's words: {error}"
             ) from error
         return self
-
-    def _reserve_part(self) -> Path:
-        """Create the temporary file under a free name: an earlier one may be all that is left of a render."""
-        for number in range(1, 10_000):
-            part = self.path.with_name(f"{self.path.stem}.part{'' if number == 1 else number}.mp4")
-            try:
-                part.open("xb").close()
-            except FileExistsError:
-                continue
-            return part
-        raise FileExistsError(errno.EEXIST, f"9999 unfinished videos named {self.path.stem}.part*.mp4 are in the way")
 
     def _open(self) -> None:
         # negative_cts_offsets: B-frames would otherwise shift the start by two frames, since this kind of file has no
@@ -211,15 +216,19 @@ class VideoWriter:
             av.logging.set_level(level)
 
     def write(self, frames_THWC: torch.Tensor | np.ndarray) -> None:
-        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Only this chunk is copied. Not mutated."""
+        """Encode frames [T,H,W,3]: uint8, or floats 0..1 on any device. Copied a few at a time. Not mutated.
+
+        Stops before the disk is full, with VideoWriteError, so that what is finished can be closed properly.
+        """
         if tuple(frames_THWC.shape[1:]) != (self.height, self.width, 3):
             raise VideoWriteError(
                 f"Frames of shape {tuple(frames_THWC.shape)} came, expected [frames, {self.height}, {self.width}, 3]."
             )
-        frames_THWC = _to_uint8(frames_THWC, self.frames)
+        self._check_room(len(frames_THWC))
         try:
-            for image_HWC in frames_THWC:
-                self._encode(image_HWC)
+            for start in range(0, len(frames_THWC), CONVERTED_FRAMES):
+                for image_HWC in _to_uint8(frames_THWC[start : start + CONVERTED_FRAMES], self.frames):
+                    self._encode(image_HWC)
         except av.error.FFmpegError as error:
             self._failed = True
             raise self._write_error(error) from error
@@ -239,11 +248,21 @@ class VideoWriter:
             self.black_frames.append(self.frames)
         self.frames += 1
 
+    def _check_room(self, frames: int) -> None:
+        lack = lacking(self.path.parent, estimate_bytes(self.width, self.height, frames, self.crf))
+        if lack is not None:
+            self._keep()
+            self._failed = True
+            raise VideoWriteError(
+                f"The disk of {self.path.parent} is nearly full: {self.path.name} {lack}, after {self.frames} frames. "
+                f"{self._kept_words()} Free some space and queue again."
+            )
+
     def _write_error(self, error: OSError) -> VideoWriteError:
         """Close what is there, keep it, and say so with the cause."""
         self._keep()
         if error.errno == errno.ENOSPC:
-            cause = f"The disk of {self.path.parent} is full (No space left on device) after {self.frames} frames."
+            cause = f"{full_words(self.path.parent)} after {self.frames} frames."
             remedy = "Free some space and queue again."
         else:
             cause = f"Writing {self.path.name} failed after {self.frames} frames. The encoder's words: {error}."
@@ -309,9 +328,7 @@ class VideoWriter:
                 f"{self._kept_words()}"
             )
         try:
-            _flush_to_disk(self._part)
-            os.replace(self._part, self.path)
-            _flush_to_disk(self.path.parent)
+            put_in_place(self._part, self.path)
         except OSError as error:
             self.kept_path = self._part if self._part.exists() else self.path
             raise VideoWriteError(
@@ -319,20 +336,3 @@ class VideoWriter:
                 f"{self._kept_words()}"
             ) from error
         self.result = WrittenVideo(self.path, self.width, self.height, self.frames, self.fps, tuple(self.black_frames))
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system has that (not on Windows)."""
-    folder = path.is_dir()
-    if folder and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Network and FUSE folders may refuse to be flushed; the file itself must not.
-        if not folder:
-            raise
-        log.debug("folder %s cannot be flushed: %s", path, error)
-    finally:
-        os.close(handle)

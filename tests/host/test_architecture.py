@@ -25,10 +25,12 @@ HOST += ("latent_preview", "nodes", "protocol", "app")
 BELOW = {
     "frame_memory.plan": set(),
     "kernels": {"frame_memory.plan"},
-    "frame_memory.journal": {"frame_memory.plan"},
+    "frame_memory.journal": {"frame_memory.plan", "frame_memory.model"},
     "frame_memory.video": {"frame_memory.plan", "frame_memory.model", "kernels"},
     "frame_memory.model": {"frame_memory.plan", "kernels"},
-    "frame_memory.sampling": {"frame_memory.plan", "frame_memory.model", "kernels"},
+    "frame_memory.sampling": {
+        "frame_memory.plan", "frame_memory.model", "frame_memory.journal", "frame_memory.video", "kernels",
+    },
     "frame_memory.forcing": {"frame_memory.plan", "frame_memory.model", "kernels"},
 }
 LIBRARY = set(BELOW)

@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import InputImpl
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from safetensors.torch import save_file
 
@@ -30,6 +31,7 @@ from .source import REPO
 
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
+VIDEO = InputImpl.VideoFromFile(str(SELFTEST / "frame_memory_before.mp4"))
 PACK = "frame_memory_pack_of_input_tests"
 IDS = [node for family in FAMILIES.values() for node in family.nodes]
 
@@ -106,11 +108,12 @@ def graph(nodes):
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(2.0)
+    change = importlib.import_module(f"{PACK}.frame_memory.sampling.changes").SectionChange
     timeline = parse_timeline("0-1.2: a\n1.2-: b", 1)
     socket = importlib.import_module(f"{PACK}.nodes.sockets").FrameContext(parse_schedule(PRESETS["F1 forward"]))
     return SimpleNamespace(
         model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
-        context=socket, timeline=EncodedTimeline(timeline, (positive, negative)),
+        context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
 
@@ -153,6 +156,16 @@ def inputs_of(node_id: str, g) -> dict:
             "noise": Noise_RandomNoise(3), "guider": g.guider, "sampler": framepack_unipc(),
             "sigmas": torch.tensor([1.0, 0.6, 0.0]), "frame_context": g.context, "start": g.latent(1, 1),
             "seconds": 1.2, "history": g.latent(5, 2), "initial": g.latent(14, 3), "timeline": g.timeline,
+            "vae": g.vae, "changes": (g.change(1, 5, g.positive),),
+        },
+        "FrameMemoryPickSection": lambda: {
+            "section": 2, "seed": 5, "positive": g.positive, "changes": (g.change(1, None, g.negative),),
+        },
+        "FrameMemoryVideoHistory": lambda: {
+            "video": VIDEO, "vae": g.vae, "seconds": 0.5, "size": 64, "bridge_to": VIDEO,
+        },
+        "FrameMemoryJoinVideos": lambda: {
+            "video": VIDEO, "made": VIDEO, "filename_prefix": "a", "overlap": 5, "then": VIDEO,
         },
         "FrameMemorySaveLongVideo": lambda: {
             "samples": g.latent(10, 5), "vae": g.vae, "fps": 30.0, "filename_prefix": "a",

@@ -203,7 +203,8 @@ def test_guidance_default_is_ten(patcher):
     assert not torch.equal(sample(patcher), sample(patcher, guidance=6.0))
 
 
-def test_positive_and_negative_of_one_length_share_a_call(patcher):
+def test_positive_and_negative_are_computed_alone_whatever_memory_is_free(patcher):
+    """In one batch, as core would where memory allows, their last bits differ: a resume must not depend on that."""
     calls = []
 
     def count(executor, x, *args, **kwargs):
@@ -219,7 +220,7 @@ def test_positive_and_negative_of_one_length_share_a_call(patcher):
     noise = torch.randn(1, 16, 9, 6, 10)
     with torch.inference_mode():
         made.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]))
-    assert calls == [2]
+    assert calls == [1, 1]
 
 
 def test_batch_with_unlike_prompts_equals_single_runs(patcher):

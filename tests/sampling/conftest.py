@@ -73,4 +73,5 @@ def run(model, *, kind="F1", preset="F1 forward", seconds=2.4, steps=3, seed=7, 
         "say": lambda _: None,
     }
     with torch.inference_mode():
-        return sample_long_video(**{**settings, **more})
+        made = sample_long_video(**{**settings, **more})
+    return (made.latent, made.report) if "project" not in more else made

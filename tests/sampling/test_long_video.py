@@ -44,8 +44,8 @@ def test_warnings_are_shown_and_logged_before_the_first_step(model, caplog):
 def test_every_line_of_progress_keeps_the_exact_length(model):
     said = []
     run(model, seconds=2.4, say=said.append)
-    progress = [text for text in said if text.startswith("section ")]
-    assert progress == [f"section {k} of 2 · 73 frames = 2.43 s" for k in (1, 2)]
+    progress = [text.split("\n")[0] for text in said if text.startswith("section ")]
+    assert [*dict.fromkeys(progress)] == [f"section {k} of 2 · 73 frames = 2.43 s" for k in (1, 2)]
 
 
 SOCKETS = ("start", "end", "history", "initial")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,11 +13,16 @@ import pytest
 import torch
 
 from frame_memory.plan.mark import MarkError
+from frame_memory.video.carried import CarriedDecoder, can_carry
 from frame_memory.video.decode import DecodeError
+from frame_memory.video.ladder import DecodeMemoryError
 from frame_memory.video.save import describe, plan_save, save_video
 from frame_memory.video.vae import VAEError
 
 from .reference import reference_video
+from .test_video_carried import tight_decoder
+from .test_video_ladder import tight
+from .test_video_writer import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +44,7 @@ def read_back(path) -> np.ndarray:
 def test_the_file_shows_the_reference_video(tmp_path, tiny_vae, order):
     latent = long_latent(3, order=order)
     with torch.inference_mode():
-        plan = plan_save(tiny_vae, latent, 30.0)
+        plan = plan_save(tiny_vae, latent, 30.0, "windowed")
         written = save_video(plan, tiny_vae, tmp_path / "a.mp4", crf=0)
         expected = reference_video(tiny_vae.decode, latent["samples"], order, 3)
     assert (written.frames, written.fps, written.width, written.height) == (109, 30, 48, 32)
@@ -63,9 +69,52 @@ def test_whole_is_one_pass(tmp_path, tiny_vae):
     assert ((got @ luma) - (expected @ luma)).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("order", ["inverted", "forward"])
+def test_carried_is_whole_in_every_byte_of_the_file(tmp_path, tiny_vae, order):
+    latent = long_latent(3, order=order)
+    with torch.inference_mode():
+        plan = plan_save(tiny_vae, latent)
+        seen = []
+        written = save_video(plan, tiny_vae, tmp_path / "a.mp4", on_window=lambda *at: seen.append(at))
+        save_video(plan_save(tiny_vae, latent, 0, "whole"), tiny_vae, tmp_path / "b.mp4")
+    assert plan.mode == "carried" and "frame after frame with carried state" in describe(plan, written)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    # 28 latent frames: one, then two at a time.
+    assert seen == [(done + 1, plan.steps) for done in range(15)] and written.frames == 109
+
+
+def test_a_vae_that_cannot_carry_is_decoded_in_windows(tiny_vae):
+    """HunyuanVideo's class: its middle block looks at the whole clip."""
+    import copy
+
+    other = copy.copy(tiny_vae)
+    other.first_stage_model = torch.nn.Identity()
+    assert can_carry(tiny_vae) and not can_carry(other)
+    unmarked = {"samples": torch.zeros(1, 16, 28, 4, 6)}
+    plan = plan_save(other, unmarked)
+    assert plan.mode == "windowed" and len(plan.windows) == 3 == plan.steps
+
+
+@pytest.mark.parametrize("mode", ["windowed", "carried"])
+def test_fault_02_the_save_announces_every_rung_in_its_report(tmp_path, tiny_vae, mode):
+    latent = {"samples": long_latent(2)["samples"]}
+    small = tight(tiny_vae, 3 * 6) if mode == "windowed" else tight_decoder(tiny_vae, 3 * 6)
+    said = []
+    with torch.inference_mode(), pytest.raises(DecodeMemoryError, match="nothing is sampled again"):
+        save_video(plan_save(small, latent, 0, mode), small, tmp_path / "a.mp4", announce=said.append)
+    assert [text.split("decoding again ")[1].split(" of")[0] for text in said] == ["in tiles", "in tiles"]
+    assert list(tmp_path.iterdir()) == []
+    small, said = (tight(tiny_vae, 32 * 6) if mode == "windowed" else tight_decoder(tiny_vae, 32 * 6)), []
+    tall = {"samples": torch.randn(1, 16, 4, 34, 6)}
+    with torch.inference_mode():
+        plan = plan_save(small, tall, 0, mode)
+        written = save_video(plan, small, tmp_path / "a.mp4", announce=said.append)
+    assert len(said) == 1 and "in tiles of 256 pixels" in said[0] and said[0] in describe(plan, written, said)
+
+
 @pytest.mark.parametrize("frames", [1, 4, 10, 21, 30])
 def test_any_video_latent_is_one_forward_video(tiny_vae, frames):
-    plan = plan_save(tiny_vae, {"samples": torch.zeros(1, 16, frames, 4, 6)}, 24)
+    plan = plan_save(tiny_vae, {"samples": torch.zeros(1, 16, frames, 4, 6)}, 24, "windowed")
     assert plan.frames == 4 * frames - 3 and plan.fps == 24
     assert plan.windows[0].start == 0 and plan.windows[-1].stop == frames
 
@@ -75,15 +124,50 @@ def test_planning_names_the_mistake(tiny_vae):
         plan_save(tiny_vae, {"samples": torch.zeros(1, 16, 8, 8)})
     with pytest.raises(DecodeError, match="empty latent"):
         plan_save(tiny_vae, {"samples": torch.zeros(0, 16, 10, 8, 8)})
-    with pytest.raises(DecodeError, match="expected one of: windowed, whole"):
+    with pytest.raises(DecodeError, match="expected one of: carried, windowed, whole"):
         plan_save(tiny_vae, long_latent(), 30, "sideways")
 
 
-def test_fault_13_nan_latents_are_refused_before_decoding(tiny_vae):
-    latent = long_latent()
-    latent["samples"][0, 3, 12] = float("nan")
-    with pytest.raises(DecodeError, match="NaN or Inf"):
-        plan_save(tiny_vae, latent)
+@pytest.mark.parametrize("mode", ["carried", "windowed", "whole"])
+def test_fault_13_nan_in_the_latents_ends_the_save_and_keeps_what_comes_before_it(tmp_path, tiny_vae, mode):
+    latent = long_latent(6, order="forward")
+    sound, broken = tmp_path / "sound.mp4", tmp_path / "broken.mp4"
+    with torch.inference_mode():
+        save_video(plan_save(tiny_vae, latent, 0, mode), tiny_vae, sound)
+        latent["samples"][0, 3, 40, 1, 2] = float("nan")
+        plan = plan_save(tiny_vae, latent, 0, mode)
+        with pytest.raises(DecodeError, match="'samples' of 'Save Long Video' holds NaN or Inf.*attention backend"):
+            save_video(plan, tiny_vae, broken)
+    # Carried: 39 latent frames were decoded. Windowed: 4 windows, whose last 33 frames wait for the next one.
+    frames = {"carried": 4 * 39 - 3, "windowed": 37 + 3 * 36 - 33, "whole": 0}[mode]
+    part = tmp_path / "broken.part.mp4"
+    assert not broken.exists() and part.exists() == bool(frames)
+    if frames:
+        assert np.array_equal(read_back(part), read_back(sound)[:frames])
+
+
+def resident_bytes(path: Path) -> int:
+    """Bytes of a mapped file that lie in this process's memory, as the system counts them."""
+    found, counting = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counting = words[-1] == str(path)
+        elif counting and words[0] == "Rss:":
+            found += 1024 * int(words[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what of a file is in memory")
+def test_fault_45_a_latent_in_a_mapped_file_is_not_read_through_before_the_decode(tmp_path, tiny_vae):
+    path = tmp_path / "latent"
+    shape = (512, 1, 16, 16, 16)
+    path.write_bytes(bytes(4 * int(np.prod(shape))))
+    mapped = torch.from_file(str(path), shared=False, size=int(np.prod(shape)), dtype=torch.float32).view(shape)
+    plan = plan_save(tiny_vae, {"samples": mapped.permute(1, 2, 0, 3, 4)}, 30)
+    assert resident_bytes(path) < path.stat().st_size // 16
+    assert plan.latents_BCTHW.frames(0, 0, 512).shape == (1, 16, 512, 16, 16)
+    assert resident_bytes(path) == path.stat().st_size, "the counter sees a file that was read"
 
 
 def test_fault_22_the_wrong_vae_is_refused_by_the_save(tiny_vae):
@@ -108,7 +192,7 @@ def test_fault_05_a_stopped_save_keeps_what_is_finished(tmp_path, tiny_vae):
         if len(calls) == 4:
             raise InterruptProcessingException
 
-    plan = plan_save(tiny_vae, long_latent(6, order="forward"))
+    plan = plan_save(tiny_vae, long_latent(6, order="forward"), 0, "windowed")
     with torch.inference_mode(), pytest.raises(InterruptProcessingException):
         save_video(plan, tiny_vae, tmp_path / "a.mp4", interrupt=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["a.part.mp4"]
@@ -116,12 +200,64 @@ def test_fault_05_a_stopped_save_keeps_what_is_finished(tmp_path, tiny_vae):
     assert len(read_back(tmp_path / "a.part.mp4")) == 76
 
 
-def test_inputs_are_left_alone(tmp_path, tiny_vae):
+def test_fault_05_a_stopped_carried_save_keeps_every_decoded_frame(tmp_path, tiny_vae):
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        save_video(plan_save(tiny_vae, long_latent(6)), tiny_vae, tmp_path / "a.mp4", interrupt=interrupt)
+    assert len(read_back(tmp_path / "a.part.mp4")) == 1 + 8 + 8
+
+
+def test_fault_06_a_disk_that_is_full_at_any_write_of_a_save_leaves_a_playable_part_or_nothing(tmp_path, tiny_vae):
+    """Room for a tenth of the file, two tenths, and so on: what is kept is a beginning of the same video."""
+    latent = long_latent(4, order="forward")
+    with torch.inference_mode():
+        plan = plan_save(tiny_vae, latent, 30)
+        whole = save_video(plan, tiny_vae, tmp_path / "whole.mp4", crf=10)
+        pixels = torch.cat(list(CarriedDecoder(tiny_vae).stream(latent["samples"])))
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    size = whole.path.stat().st_size
+    body = """
+        import json, resource, sys
+        import numpy as np
+        import frame_memory.video.writer as writer
+        from frame_memory.video.fragments import finished_bytes
+        frames, size = np.load(folder / "pixels.npy"), int(sys.argv[2])
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        for tenth in range(10):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * tenth // 10, hard))
+            out = VideoWriter(folder / f"{tenth}.mp4", 48, 32, 30, crf=10)
+            try:
+                with out:
+                    for start in range(0, len(frames), 8):
+                        out.write(frames[start : start + 8])
+                raise SystemExit(f"nothing failed at {tenth}")
+            except VideoWriteError as error:
+                assert str(folder) in str(error), error
+    """
+    result = run_child(textwrap.dedent(body), tmp_path, more=[str(size)])
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("?.mp4"))
+    kept = sorted(tmp_path.glob("?.part.mp4"))
+    counts = [len(read_back(path)) for path in kept]
+    assert counts and counts == sorted(counts) and 0 < counts[-1] < whole.frames
+    shown = read_back(whole.path)
+    for path, count in zip(kept, counts):
+        assert np.array_equal(read_back(path), shown[:count])
+
+
+@pytest.mark.parametrize("mode", ["carried", "windowed"])
+def test_inputs_are_left_alone(tmp_path, tiny_vae, mode):
     latent = long_latent(2)
     before = latent["samples"].clone()
     marks = dict(latent["frame_memory"])
     with torch.inference_mode():
-        save_video(plan_save(tiny_vae, latent), tiny_vae, tmp_path / "a.mp4")
+        save_video(plan_save(tiny_vae, latent, 0, mode), tiny_vae, tmp_path / "a.mp4")
     assert torch.equal(latent["samples"], before) and latent["frame_memory"] == marks
 
 
@@ -205,7 +341,7 @@ def test_progress_counts_windows_and_cancel_stops(node, output_folder, tiny_vae)
     comfy.utils.set_progress_bar_global_hook(hook)
     try:
         with torch.inference_mode(), pytest.raises(comfy.model_management.InterruptProcessingException):
-            node.execute(long_latent(4, order="forward"), tiny_vae, 30.0, "c")
+            node.execute(long_latent(4, order="forward"), tiny_vae, 30.0, "c", decode="windowed")
     finally:
         comfy.utils.set_progress_bar_global_hook(before)
         comfy.model_management.interrupt_current_processing(False)

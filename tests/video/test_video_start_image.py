@@ -41,7 +41,7 @@ def test_vision_is_the_mean_of_both_pictures_and_the_report_names_both(vae):
     assert made.end["samples"].shape == made.start["samples"].shape == (1, 16, 1, height // 8, width // 8)
     assert made.end["frame_memory"] == made.start["frame_memory"] == {"base": "selftest"}
     first, second = made.report.split("\nEnd: ")
-    assert "connect 'end' to Anti-Drift Sampler" in second and "'end'" not in alone.report
+    assert "'end' is for the socket 'end' of Anti-Drift Sampler" in second and "'end'" not in alone.report
     assert first.startswith("Start: Image of 96x64") and "Transparency" not in first
     assert second.startswith("Image of 80x120") and "Centre crop" in second
     assert "Transparency laid over black" in second

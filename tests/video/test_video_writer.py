@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 
 from frame_memory.video.fragments import cut_to_finished, finished_bytes
 from frame_memory.video.writer import VideoWriteError, VideoWriter, check_disk, estimate_bytes
+
+from .probe import check_video
 
 WIDTH, HEIGHT = 96, 64
 
@@ -66,22 +69,20 @@ def test_a_player_reads_what_was_written(tmp_path, fps):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4"]
 
 
-def test_ffprobe_agrees(tmp_path):
-    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30) as out:
+@pytest.mark.parametrize("fps", [30, Fraction(24000, 1001)])
+def test_ffprobe_agrees(tmp_path, fps):
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, fps, metadata={"workflow": {"a": 1}}) as out:
         out.write(moving_frames(37))
-    command = ["ffprobe", "-v", "error", "-count_frames", "-show_streams", "-of", "json", str(tmp_path / "a.mp4")]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("ffprobe is not installed")
-    stream = json.loads(result.stdout)["streams"][0]
-    assert result.stderr == ""
-    assert stream["nb_frames"] == stream["nb_read_frames"] == "37"
-    assert (stream["r_frame_rate"], stream["avg_frame_rate"]) == ("30/1", "30/1")
-    assert float(stream["duration"]) == pytest.approx(37 / 30, abs=1e-6)
-    assert float(stream["start_time"]) == 0
-    assert stream["color_range"] == "tv"
-    assert {stream["color_space"], stream["color_transfer"], stream["color_primaries"]} == {"bt709"}
+    seen = check_video(tmp_path / "a.mp4", 37, fps, (WIDTH, HEIGHT))
+    assert seen.audio is None and json.loads(seen.tags["workflow"]) == {"a": 1}
+
+
+def test_ffprobe_reads_what_a_stopped_writer_kept(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.write(moving_frames(50))
+        raise KeyboardInterrupt
+    check_video(writer.kept_path, 50, 30, (WIDTH, HEIGHT))
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128), (200, 97, 40), (60, 150, 90)]
@@ -248,8 +249,8 @@ def run_child(body: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
     """
     script = textwrap.dedent(head) + textwrap.dedent(body)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    prefix = kwargs.pop("prefix", [])
-    command = [*prefix, sys.executable, "-c", script, str(folder)]
+    prefix, more = kwargs.pop("prefix", []), kwargs.pop("more", [])
+    command = [*prefix, sys.executable, "-c", script, str(folder), *more]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
 
 
@@ -270,6 +271,8 @@ def test_fault_03_a_killed_process_leaves_a_playable_file(tmp_path):
 
 
 FULL_DISK = """
+    import frame_memory.video.writer as writer
+    writer.DISK_MARGIN = -10**9  # so that the check before every write lets it through
     try:
         with VideoWriter(folder / "a.mp4", 96, 64, 30) as out:
             for _ in range(20):
@@ -321,6 +324,23 @@ def test_fault_06_the_disk_is_checked_before(tmp_path):
     check_disk(tmp_path / "a.mp4", 96, 64, 1)
 
 
+def test_fault_06_the_disk_is_checked_again_at_each_write(tmp_path, monkeypatch):
+    """It fills up while the video is written: what is there is closed properly, and the numbers are told."""
+    room = [10**12]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=room[0]))
+    with (
+        pytest.raises(VideoWriteError, match=r"is nearly full: a\.mp4 needs \d+\.\d MB \(\d+ bytes\) more") as error,
+        VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30, expected_frames=72) as out,
+    ):
+        out.write(moving_frames(36))
+        room[0] = 1000
+        out.write(moving_frames(36))
+    assert "1000 bytes" in str(error.value) and str(tmp_path) in str(error.value)
+    check_video(out.kept_path, 36, 30, (WIDTH, HEIGHT))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.part.mp4"]
+
+
 def test_the_estimate_is_above_what_grainy_video_takes(tmp_path):
     """Noise of a standard deviation of 10 levels, far more grain than a decoded video has."""
     generator = torch.Generator().manual_seed(1)
@@ -352,7 +372,8 @@ def test_fault_13_nan_in_pixels_raises_with_the_frame(tmp_path, poison):
     ):
         out.write(frames)
         out.write(bad)
-    assert probe(out.kept_path)["frames"] == 20
+    # The frames before it in the same chunk, which are converted four at a time, are kept too.
+    assert probe(out.kept_path)["frames"] == 24
     assert not (tmp_path / "a.mp4").exists()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from scripts import workflow
 
-from .tiny import PICTURE_NAME, START_PICTURE
+from .tiny import PICTURE_NAME, SELFTEST_VIDEOS, START_PICTURE
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,9 @@ def definitions(server):
 
 @pytest.fixture(scope="session")
 def picture(server):
-    """The self-test's start picture in the server's input folder."""
+    """The self-test's start picture, and its two videos, in the server's input folder."""
+    for path in SELFTEST_VIDEOS:
+        server.client.upload_image(path, path.name)
     return server.client.upload_image(START_PICTURE, PICTURE_NAME)
 
 

@@ -23,7 +23,15 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((REPO / "workflows").glob("*.json"))
+SELFTEST_GRAPHS = (
+    "extend_and_bridge",
+    "resume_and_reroll",
+    "selftest",
+)  # those made for the models that ship with the pack
 START_PICTURE = REPO / "selftest_models" / "start.png"
+SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
+# Graphs that begin with a picture; the other one is run in test_extend.py.
+PICTURE_GRAPHS = [path for path in GRAPHS if path.stem != "extend_and_bridge"]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
 ENCODERS = "FrameMemorySelfTestEncoders"
@@ -41,6 +49,13 @@ def one(prompt: dict, class_type: str) -> tuple[str, dict]:
     """(id, node) of the only node of a class."""
     ((node_id, node),) = [(i, n) for i, n in prompt.items() if n["class_type"] == class_type]
     return node_id, node
+
+
+def saver(prompt: dict) -> str:
+    """Id of the node that writes the video: ours, or core's where the sampler makes the video itself."""
+    savers = ("FrameMemorySaveLongVideo", "SaveVideo")
+    (node_id,) = [i for i, node in prompt.items() if node["class_type"] in savers]
+    return node_id
 
 
 def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:

@@ -1,0 +1,212 @@
+"""`manifest.json`: what a project is, and which of its sections are finished. It is replaced whole, never edited."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from .files import FileRecord, JournalError, patiently, write_durable
+
+FORMAT = 1
+NAME = "manifest.json"
+# Characters of a value that a difference shows.
+SHOWN = 60
+
+
+class UnreadableManifest(JournalError):
+    """A manifest that is missing, damaged, or of another format."""
+
+
+@dataclass(frozen=True)
+class SectionRecord:
+    """A finished section. index: order of making; start, stop: its latent frames; key: fingerprint of what decides it.
+
+    fields: the same in readable words; measures: numbers taken of its pixels among their neighbours; notes: how it was
+    made, without its number; seconds: wall time it took; finished: ISO time, UTC.
+    """
+
+    index: int
+    start: int
+    stop: int
+    key: str
+    file: FileRecord
+    fields: dict[str, str] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    finished: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A project. shape: what one video must share; fields: everything else of the run, in words; plan: JSON values.
+
+    sections: the current one of each index; takes: replaced ones; run: indices that the latest run has found or made,
+    so the sections that make one video (others wait from an earlier run); segments: encoded pieces, by name.
+    parent: the project this one was forked from. format: the version of this file.
+    """
+
+    name: str
+    shape: dict[str, str]
+    fields: dict[str, str]
+    plan: dict[str, Any]
+    created: str
+    sections: dict[int, SectionRecord] = field(default_factory=dict)
+    takes: tuple[SectionRecord, ...] = ()
+    run: tuple[int, ...] = ()
+    segments: dict[str, dict] = field(default_factory=dict)
+    parent: str | None = None
+    format: int = FORMAT
+
+    @property
+    def finished(self) -> tuple[SectionRecord, ...]:
+        """The sections of the latest run, in order of making."""
+        return tuple(self.sections[i] for i in sorted(self.run) if i in self.sections)
+
+    def number(self, index: int) -> int:
+        """The place in the video, from 1, of the section that is made as number `index` (from 0).
+
+        Where the plan does not list its sections' latent frames, the place in the order of making.
+        """
+        try:
+            starts = [int(start) for start, _ in self.plan["sections"]]
+            return sorted(starts).index(starts[index]) + 1
+        except (KeyError, IndexError, TypeError, ValueError):
+            return index + 1
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a project's folder.
+
+    Raises UnreadableManifest where it is missing or damaged, or was written in another format; nothing is changed then.
+    """
+    path = folder / NAME
+    try:
+        text = patiently(path.read_bytes).decode("utf-8")
+    except FileNotFoundError as error:
+        raise UnreadableManifest(
+            f"There is no project in {folder}: it has no {NAME}. Check the name in 'project'."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    try:
+        data = json.loads(text)
+        found = data["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        advice = "Update Frame Memory" if newer else "Open it with the version that wrote it"
+        raise UnreadableManifest(
+            f"{path} has format {found!r}, written by {data.get('written_by', 'an unknown version')}; this Frame "
+            f"Memory reads and writes format {FORMAT}. Nothing was changed. {advice}, or choose another name for "
+            "'project'."
+        )
+    try:
+        return _decode(data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest. Raises DiskFull or JournalError; the old one is then still there, whole."""
+    data = encode(manifest)
+    write_durable(folder / NAME, lambda file: file.write(data))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of the file: strict JSON in UTF-8."""
+    data = asdict(manifest)
+    data = {"format": data.pop("format"), "written_by": f"Frame Memory journal {FORMAT}", **data}
+    data["sections"] = {str(i): _plain(manifest.sections[i]) for i in sorted(manifest.sections)}
+    data["takes"] = [_plain(record) for record in manifest.takes]
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
+
+
+def _plain(record: SectionRecord) -> dict:
+    """JSON has no NaN and no infinity: those numbers are written as words."""
+    numbers = {k: v if math.isfinite(v) else str(v) for k, v in record.measures.items()}
+    return {**asdict(record), "measures": numbers}
+
+
+def _decode(data: dict) -> Manifest:
+    sections = {int(i): _section(record) for i, record in data["sections"].items()}
+    if any(i != record.index for i, record in sections.items()):
+        raise ValueError("a section stands under another section's number")
+    parent = data["parent"]
+    return Manifest(
+        name=str(data["name"]),
+        shape=_strings(data["shape"]),
+        fields=_strings(data["fields"]),
+        plan=dict(data["plan"]),
+        created=str(data["created"]),
+        sections=sections,
+        takes=tuple(_section(record) for record in data["takes"]),
+        run=tuple(int(i) for i in data["run"]),
+        segments={str(k): dict(v) for k, v in data["segments"].items()},
+        parent=None if parent is None else str(parent),
+        format=data["format"],
+    )
+
+
+def _section(data: dict) -> SectionRecord:
+    file = FileRecord(_inside(data["file"]["name"]), int(data["file"]["bytes"]), str(data["file"]["sha256"]))
+    return SectionRecord(
+        index=int(data["index"]),
+        start=int(data["start"]),
+        stop=int(data["stop"]),
+        key=str(data["key"]),
+        file=file,
+        fields=_strings(data["fields"]),
+        measures={str(k): float(v) for k, v in data["measures"].items()},
+        notes=tuple(str(note) for note in data["notes"]),
+        seconds=float(data["seconds"]),
+        finished=str(data["finished"]),
+    )
+
+
+def _inside(name: str) -> str:
+    """A file's name, if it stays inside the project: a manifest may come from somebody else."""
+    posix = PurePosixPath(name)
+    if posix.is_absolute() or ".." in posix.parts or "\\" in name or PureWindowsPath(name).drive or not posix.parts:
+        raise ValueError(f"the file name {name!r} leads out of the project")
+    return name
+
+
+def _strings(data: Mapping) -> dict[str, str]:
+    return {str(k): str(v) for k, v in data.items()}
+
+
+def _damaged(path: Path, why: str) -> UnreadableManifest:
+    return UnreadableManifest(
+        f"{path} is damaged ({why}). Nothing was changed; finished sections are still in {path.parent / 'sections'}. "
+        "Put a copy of the file back, or choose another name for 'project' to start anew."
+    )
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What changed, one line a field, sorted: `  prompt: was 'a cat', now 'a dog'`. Empty when nothing did."""
+    lines = []
+    for name in sorted({*old, *new}):
+        if name not in new:
+            lines.append(f"  {name}: was {_shown(old[name], '')}, now not given")
+        elif name not in old:
+            lines.append(f"  {name}: was not given, now {_shown(new[name], '')}")
+        elif old[name] != new[name]:
+            lines.append(f"  {name}: was {_shown(old[name], new[name])}, now {_shown(new[name], old[name])}")
+    return "\n".join(lines)
+
+
+def _shown(text: str, other: str) -> str:
+    """The value, or of a long one the part around the first place where the two differ."""
+    if len(text) <= SHOWN:
+        return repr(text)
+    first = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
+    start = max(0, min(first - SHOWN // 3, len(text) - SHOWN))
+    before, after = "..." if start else "", "..." if start + SHOWN < len(text) else ""
+    return before + repr(text[start : start + SHOWN]) + after

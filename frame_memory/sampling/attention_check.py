@@ -1,0 +1,78 @@
+"""One block of attention against PyTorch's own, before a run: a backend wrong for this GPU or head size fails here.
+
+SageAttention, FlashAttention and xformers give black frames or garbage on some pairs of GPU and head size and say
+nothing (faults.md 14). Two small calls find that out in milliseconds; minutes of sampling would not say why.
+
+Shape suffixes: B batch, H heads, L tokens, D numbers a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+
+from .guards import attention_name, with_safe_attention
+
+# A length that is no multiple of a kernel's tile, so that its edge is looked at too.
+TOKENS = 333
+# SageAttention's 8-bit keys and values are off by 1 to 4 % here, bf16 by 0.4 %; what is broken is off by 30 % or more.
+ALLOWED = 0.1
+
+# What was found, by backend, head size, number format and device: words only, never tensors.
+_found: dict[tuple, str | None] = {}
+
+
+def checked_attention(guider) -> tuple[Any, list[str]]:
+    """The guider, and no warning, where its attention agrees with PyTorch's to 10 % (relative L2 norm of one call).
+
+    Elsewhere a copy of it that uses PyTorch's, and a warning that names backend, device, head size and format.
+    """
+    patcher = guider.model_patcher
+    transformer = patcher.model.diffusion_model
+    head = transformer.hidden_size // transformer.num_heads
+    dtype, device = patcher.model.get_dtype_inference(), patcher.load_device
+    override = guider.model_options.get("transformer_options", {}).get("optimized_attention_override")
+    name = attention_name() if override is None else getattr(override, "__qualname__", type(override).__name__)
+    if override is not None:  # of another pack, and perhaps made anew for every run under one name: always looked at
+        problem = attention_problem(override, head, dtype, device)
+    else:
+        key = (name, head, dtype, comfy.model_management.get_torch_device_name(device))
+        if key not in _found:
+            _found[key] = attention_problem(None, head, dtype, device)
+        problem = _found[key]
+    if problem is None:
+        return guider, []
+    safe = copy.copy(guider)
+    safe.model_options = with_safe_attention(guider.model_options)
+    return safe, [
+        f"The attention backend '{name}' is wrong on {device} for heads of {head} in {dtype}: {problem}. Plain PyTorch "
+        "attention is used instead, which is slower. Update the backend, or start ComfyUI with "
+        "--use-pytorch-cross-attention."
+    ]
+
+
+def attention_problem(override, head: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with the host's attention, or with an `override` as ComfyUI calls it, in words; None if nothing."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, 2, TOKENS, head, generator=generator).to(device, dtype) for _ in range(3)]
+    options = {} if override is None else {"optimized_attention_override": override}
+    expected_BLD = attention_pytorch(*(part.float() for part in parts), heads=2, skip_reshape=True)
+    try:
+        made_BLD = optimized_attention(*parts, heads=2, skip_reshape=True, transformer_options=options)
+        finite = bool(torch.isfinite(made_BLD).all())
+    except Exception as error:  # whatever a backend raises here, it would raise in the middle of a run
+        logging.debug("attention check", exc_info=True)
+        return f"it fails ({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})"
+    if made_BLD.shape != expected_BLD.shape:
+        return f"it gives the shape {list(made_BLD.shape)}, expected {list(expected_BLD.shape)}"
+    if not finite:
+        return "it gives NaN or infinite values"
+    off = float((made_BLD.float() - expected_BLD).norm() / expected_BLD.norm())
+    return None if off <= ALLOWED else f"it is off by {off:.0%} of PyTorch's result, at most {ALLOWED:.0%} is expected"
