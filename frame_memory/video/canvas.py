@@ -1,0 +1,180 @@
+"""FFGo's first frame, drawn: pictures flattened, scaled and pasted as a layout says; and the layout with its labels.
+
+Shape suffixes: B batch, H height, W width, C channels.
+Source: reference/ffgo.md section 2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..plan.canvas import BACKGROUND, NODE, OFFICIAL_SIZE, CanvasError, CanvasLayout, Region
+from .images import check_image, with_mask
+
+# A mask is content where it is at least this much; less is the haze that segmentation leaves around things.
+CONTENT = 0.02
+LINE_COLOURS = ((232, 74, 39), (30, 136, 229), (67, 160, 71), (253, 167, 32), (142, 36, 170), (0, 151, 167))
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """'#rrggbb' as three numbers of 0 to 255. Raises CanvasError."""
+    digits = text.strip().lstrip("#")
+    try:
+        if len(digits) == 3:
+            digits = "".join(2 * digit for digit in digits)
+        if len(digits) != 6:
+            raise ValueError
+        return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)
+    except ValueError:
+        raise CanvasError(
+            f"canvas_colour of '{NODE}' is {text!r}; expected a colour such as #ffffff, the white FFGo was trained on."
+        ) from None
+
+
+def cut_out(image_BHWC: torch.Tensor, mask_BHW: torch.Tensor | None, socket: str, *, crop: bool) -> list[Image.Image]:
+    """Pictures of a batch as RGB or RGBA. mask: 1 where the thing is, as SAM 3 and BiRefNet give it.
+
+    crop: an RGBA picture is cut to its content, so that an empty border takes no room of the canvas. Raises ImageError
+    or CanvasError naming `socket` for what is no picture, no mask of it, or transparent throughout.
+    """
+    check_image(image_BHWC, socket)
+    if mask_BHW is not None:
+        if not bool(mask_BHW.any()):
+            raise CanvasError(
+                f"The mask of '{socket}' of '{NODE}' is empty: nothing of the picture would be seen. Masks are 1 where "
+                "the thing is; invert it with 'Invert Mask', or take it out to use the whole picture."
+            )
+        image_BHWC = with_mask(image_BHWC, 1.0 - mask_BHW.clamp(0.0, 1.0), f"mask of {socket}")
+    return [_picture(image_HWC, socket, crop) for image_HWC in image_BHWC]
+
+
+def _picture(image_HWC: torch.Tensor, socket: str, crop: bool) -> Image.Image:
+    image_HWC = image_HWC.detach().float().cpu().clamp(0.0, 1.0)
+    if image_HWC.shape[-1] == 1:
+        image_HWC = image_HWC.expand(-1, -1, 3)
+    picture = Image.fromarray(np.ascontiguousarray(image_HWC.mul(255.0).round().to(torch.uint8).numpy()))
+    if picture.mode != "RGBA":
+        return picture
+    seen = np.asarray(picture.getchannel("A")) >= 255 * CONTENT
+    box = Image.fromarray(seen).getbbox()
+    if box is None:
+        raise CanvasError(f"The picture at '{socket}' of '{NODE}' is transparent throughout; connect another one.")
+    return picture.crop(box) if crop else picture
+
+
+def flatten(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """RGB; what is transparent shows the canvas. Done at full size, before scaling, so that edges get no dark rim."""
+    if picture.mode != "RGBA":
+        return picture.convert("RGB")
+    flat = Image.new("RGB", picture.size, colour)
+    flat.paste(picture, mask=picture.getchannel("A"))
+    return flat
+
+
+def compose(
+    layout: CanvasLayout, pictures: dict[str, Image.Image], colour: tuple[int, int, int], *,
+    keep_background_aspect: bool = False, free: bool = False,
+) -> Image.Image:  # fmt: skip
+    """The canvas. pictures: RGB or RGBA by region name.
+
+    In free boxes a picture with transparency is laid over what is drawn already; else everything is flattened first,
+    as the official script does it.
+    """
+    canvas = Image.new("RGB", (layout.width, layout.height), colour)
+    for region in layout.regions:
+        picture = pictures[region.name]
+        squeezed = region.name == BACKGROUND and not keep_background_aspect and not free
+        if free and picture.mode == "RGBA":
+            scaled = _scaled_with_alpha(picture, region)
+            canvas.paste(scaled, (region.box.x, region.box.y), scaled.getchannel("A"))
+        else:
+            flat = flatten(picture, colour)
+            if squeezed:
+                flat = flat.resize(OFFICIAL_SIZE)
+            canvas.paste(_scaled(flat, region), (region.box.x, region.box.y))
+    return canvas
+
+
+def _scaled(picture: Image.Image, region: Region) -> Image.Image:
+    size = region.box.width, region.box.height
+    if picture.size == size:
+        return picture
+    shrunk = size[0] <= picture.width and size[1] <= picture.height
+    if shrunk:
+        small = picture.copy()
+        small.thumbnail((region.cell.width, region.cell.height), Image.Resampling.LANCZOS)
+        if small.size == size:  # Pillow's own way of shrinking, which the published canvases were made with
+            return small
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _scaled_with_alpha(picture: Image.Image, region: Region) -> Image.Image:
+    """Scaled with colours weighted by alpha, so that colours of transparent pixels do not bleed into the edge."""
+    size = region.box.width, region.box.height
+    return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def compose_batch(
+    layout_of, pictures: dict[str, list[Image.Image]], colour: tuple[int, int, int], *,
+    keep_background_aspect: bool = False, free: bool = False,
+) -> tuple[torch.Tensor, list[CanvasLayout]]:  # fmt: skip
+    """Canvases of a batch as IMAGE [B,H,W,3], and their layouts. One picture serves every canvas of a larger batch.
+
+    layout_of: called with the sizes of one canvas's pictures by name. Raises CanvasError for batches that do not fit
+    together.
+    """
+    counts = {name: len(made) for name, made in pictures.items()}
+    count = max(counts.values())
+    odd = [f"{name} has {n}" for name, n in counts.items() if n not in (1, count)]
+    if odd:
+        raise CanvasError(
+            f"The pictures of '{NODE}' come in batches of different lengths: the longest has {count}, {', '.join(odd)}."
+            f" Expected 1 or {count} of each."
+        )
+    canvases, layouts = [], []
+    for i in range(count):
+        chosen = {name: made[i if len(made) > 1 else 0] for name, made in pictures.items()}
+        layout = layout_of({name: picture.size for name, picture in chosen.items()})
+        canvas = compose(layout, chosen, colour, keep_background_aspect=keep_background_aspect, free=free)
+        canvases.append(np.asarray(canvas))
+        layouts.append(layout)
+    return torch.from_numpy(np.stack(canvases)).float() / 255.0, layouts
+
+
+def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
+    """The canvas with each region framed and named, IMAGE [1,H,W,3]; the canvas itself is not changed."""
+    picture = Image.fromarray(canvas_HWC.mul(255.0).round().to(torch.uint8).numpy())
+    drawing = ImageDraw.Draw(picture)
+    line = max(min(layout.width, layout.height) // 240, 1)
+    font = ImageFont.load_default(size=max(min(layout.width, layout.height) // 28, 10))
+    for i, region in enumerate(layout.regions):
+        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
+        box = region.box
+        drawing.rectangle((box.x, box.y, box.x + box.width - 1, box.y + box.height - 1), outline=colour, width=line)
+        text = f"{region.label} {box.width}x{box.height}"
+        at = (min(max(box.x, 0), layout.width - 8), min(max(box.y, 0), layout.height - 8))
+        drawing.rectangle(drawing.textbbox(at, text, font=font), fill=colour)
+        drawing.text(at, text, fill=(255, 255, 255), font=font)
+    return torch.from_numpy(np.asarray(picture)).float().unsqueeze(0) / 255.0
+
+
+def named_pictures(
+    references: dict[int, torch.Tensor], masks: dict[int, torch.Tensor], background: torch.Tensor | None, *, crop: bool
+) -> dict[str, list[Image.Image]]:
+    """Every picture of a canvas by region name: 'background', and references counted from 1 in the order of sockets.
+
+    references, masks: by the number of their socket. Raises CanvasError for a mask without its reference.
+    """
+    lone = [number for number in masks if number not in references]
+    if lone:
+        raise CanvasError(
+            f"mask_{lone[0]} of '{NODE}' has no reference_{lone[0]}. Connect the picture it belongs to, or take it out."
+        )
+    made: dict[str, list[Image.Image]] = {}
+    if background is not None:
+        made[BACKGROUND] = cut_out(background, None, BACKGROUND, crop=False)
+    for place, (number, image) in enumerate(references.items(), 1):
+        made[str(place)] = cut_out(image, masks.get(number), f"reference_{number}", crop=crop)
+    return made

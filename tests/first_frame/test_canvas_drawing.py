@@ -1,0 +1,174 @@
+"""The canvas pixel for pixel against the published rules, written here once more in plain Pillow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from frame_memory.plan.canvas import FREE, CanvasError, lay_out
+from frame_memory.video.canvas import compose, compose_batch, cut_out, labelled, named_pictures, parse_colour
+from frame_memory.video.images import ImageError
+
+WHITE = (255, 255, 255)
+
+
+def drawn(width: int, height: int, seed: int, alpha: bool) -> Image.Image:
+    """A picture with edges, gradients and, with `alpha`, soft transparency over loud hidden colours."""
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((width // 4, height // 4, 3 * width // 4 + 1, 3 * height // 4 + 1), fill=(200, 30, int(seed) % 256))
+    if alpha:
+        soft = rng.integers(0, 256, (height, width), dtype=np.uint8)
+        soft[height // 3 :] = 255
+        picture.putalpha(Image.fromarray(soft))
+    return picture
+
+
+def published(background: Image.Image, references: list[Image.Image], width=1280, height=720) -> np.ndarray:
+    """reference/ffgo.md section 2, step by step."""
+    half = width // 2
+    canvas = Image.new("RGB", (width, height), WHITE)
+    scene = background.convert("RGB").resize((1280, 720))
+    scene.thumbnail((half, height), Image.LANCZOS)
+    canvas.paste(scene, (half + (half - scene.width) // 2, (height - scene.height) // 2))
+    slot = height // len(references)
+    for i, reference in enumerate(references):
+        if reference.mode == "RGBA":
+            white = Image.new("RGB", reference.size, WHITE)
+            white.paste(reference, mask=reference.split()[3])
+            reference = white
+        small = reference.copy()
+        small.thumbnail((half, slot), Image.LANCZOS)
+        canvas.paste(small, ((half - small.width) // 2, i * slot + (slot - small.height) // 2))
+    return np.asarray(canvas)
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
+
+
+def ours(background, references, width=1280, height=720) -> np.ndarray:
+    inputs = {i: as_image(picture) for i, picture in enumerate(references, 1)}
+    pictures = named_pictures(inputs, {}, as_image(background), crop=False)
+    images, _ = compose_batch(
+        lambda sizes: lay_out(width, height, [s for n, s in sizes.items() if n != "background"], sizes["background"]),
+        pictures, WHITE,
+    )  # fmt: skip
+    assert images.shape == (1, height, width, 3) and images.dtype == torch.float32
+    return images[0].mul(255).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_the_canvas_is_the_published_one_pixel_for_pixel(count, alpha):
+    sizes = [(1300, 900), (64, 700), (900, 120), (333, 334), (2100, 2050)]
+    references = [drawn(*sizes[i], seed=i, alpha=alpha) for i in range(count)]
+    background = drawn(1501, 1003, seed=99, alpha=False)
+    assert np.array_equal(ours(background, references), published(background, references))
+
+
+@given(st.lists(st.tuples(st.integers(1, 250), st.integers(1, 250)), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_any_mixture_of_sizes_is_drawn_as_published(sizes, alpha):
+    references = [drawn(*size, seed=i, alpha=alpha) for i, size in enumerate(sizes)]
+    background = drawn(64, 48, seed=7, alpha=False)
+    assert np.array_equal(ours(background, references, 832, 480), published(background, references, 832, 480))
+
+
+def test_fault_27_hidden_colours_leave_no_rim():
+    """A red disc cut out of a black picture: on white nothing may be darker than the disc."""
+    mask = torch.zeros(1, 200, 200)
+    y, x = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    mask[0][(x - 100) ** 2 + (y - 100) ** 2 < 80**2] = 1
+    image = torch.zeros(1, 200, 200, 3)
+    image[..., 0] = mask
+    for free, boxes in ((False, ""), (True, "1: 100, 100, 77 x 77")):
+        pictures = {"1": cut_out(image, mask, "reference_1", crop=True)[0]}
+        assert pictures["1"].size == (159, 159)
+        layout = lay_out(640, 368, [pictures["1"].size], layout=FREE if free else "official stack", boxes=boxes)
+        canvas = np.asarray(compose(layout, pictures, WHITE, free=free)).astype(int)
+        assert canvas[..., 0].min() >= 250, "a dark rim"
+        assert (canvas[..., 1] < 128).sum() > 1000, "no disc"
+
+
+def test_in_free_boxes_the_transparent_part_shows_what_lies_below():
+    blue = Image.new("RGB", (100, 100), (0, 0, 255))
+    hole = Image.new("RGBA", (100, 100), (255, 0, 0, 255))
+    hole.paste((255, 0, 0, 0), (25, 25, 75, 75))
+    layout = lay_out(128, 128, [(100, 100)] * 2, layout=FREE, boxes="1: 0,0,128x128\n2: 0,0,128x128")
+    canvas = np.asarray(compose(layout, {"1": blue, "2": hole}, WHITE, free=True))
+    assert tuple(canvas[64, 64]) == (0, 0, 255) and tuple(canvas[5, 5]) == (255, 0, 0)
+
+
+def test_masks_as_segmentation_gives_them_cut_out_and_crop():
+    image = torch.rand(1, 90, 120, 3)
+    mask = torch.zeros(1, 90, 120)
+    mask[:, 20:50, 30:100] = 1
+    picture = cut_out(image, mask, "reference_1", crop=True)[0]
+    assert picture.size == (70, 30) and picture.mode == "RGBA"
+    assert np.array_equal(np.asarray(picture)[..., :3], (image[0, 20:50, 30:100] * 255).round().byte().numpy())
+    assert cut_out(image, mask, "reference_1", crop=False)[0].size == (120, 90)
+
+
+def test_haze_around_a_mask_does_not_keep_the_crop_open():
+    mask = torch.full((1, 60, 60), 0.01)
+    mask[:, 10:20, 10:30] = 1
+    assert cut_out(torch.rand(1, 60, 60, 3), mask, "reference_1", crop=True)[0].size == (20, 10)
+
+
+def test_batches_make_a_canvas_each_and_single_pictures_serve_all():
+    images = {1: torch.rand(3, 50, 40, 3), 2: torch.rand(1, 20, 30, 4)}
+    before = {k: v.clone() for k, v in images.items()}
+    pictures = named_pictures(images, {}, torch.rand(3, 64, 64, 1), crop=False)
+
+    def layout_of(sizes):
+        return lay_out(320, 192, [sizes["1"], sizes["2"]], sizes["background"])
+
+    made, layouts = compose_batch(layout_of, pictures, WHITE)
+    assert made.shape == (3, 192, 320, 3) and len(layouts) == 3
+    assert all(torch.equal(images[k], before[k]) for k in images)
+    for i in range(3):
+        alone = {name: [p[i if len(p) > 1 else 0]] for name, p in pictures.items()}
+        assert torch.equal(compose_batch(layout_of, alone, WHITE)[0][0], made[i])
+    pictures["2"] = pictures["2"] * 2
+    with pytest.raises(CanvasError, match="the longest has 3, 2 has 2"):
+        compose_batch(layout_of, pictures, WHITE)
+
+
+def test_a_picture_of_one_pixel_is_seen():
+    one = torch.zeros(1, 1, 1, 3)
+    made, _ = compose_batch(lambda s: lay_out(64, 64, [s["1"]]), named_pictures({1: one}, {}, None, crop=True), WHITE)
+    assert int((made[0].sum(-1) == 0).sum()) == 1
+
+
+def test_fault_28_odd_inputs_name_their_socket():
+    with pytest.raises(ImageError, match="reference_2"):
+        named_pictures({2: torch.zeros(0, 8, 8, 3)}, {}, None, crop=True)
+    with pytest.raises(CanvasError, match="mask_3.*no reference_3"):
+        named_pictures({1: torch.zeros(1, 8, 8, 3)}, {3: torch.ones(1, 8, 8)}, None, crop=True)
+    with pytest.raises(CanvasError, match="reference_1.*is empty"):
+        cut_out(torch.rand(1, 8, 8, 3), torch.zeros(1, 8, 8), "reference_1", crop=True)
+    with pytest.raises(CanvasError, match="transparent throughout"):
+        cut_out(torch.zeros(1, 8, 8, 4), None, "reference_1", crop=True)
+
+
+@pytest.mark.parametrize(("text", "colour"), [("#ffffff", WHITE), (" 0af ", (0, 170, 255)), ("#102030", (16, 32, 48))])
+def test_colours(text, colour):
+    assert parse_colour(text) == colour
+
+
+@pytest.mark.parametrize("text", ["", "white", "#12345", "#gggggg"])
+def test_other_words_are_no_colour(text):
+    with pytest.raises(CanvasError, match="#ffffff"):
+        parse_colour(text)
+
+
+def test_the_labelled_layout_leaves_the_canvas_alone():
+    canvas = torch.ones(96, 160, 3)
+    shown = labelled(canvas, lay_out(160, 96, [(50, 50)], (160, 90)))
+    assert shown.shape == (1, 96, 160, 3) and not torch.equal(shown[0], canvas) and bool((canvas == 1).all())
