@@ -119,7 +119,7 @@ def _outputs() -> list[io.Output]:
 
 
 class FrameMemorySaveLongVideo(io.ComfyNode):
-    """Decode a video latent in overlapping windows and encode it as it comes."""
+    """Decode a video latent, or a project, piece by piece and encode it as it comes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..plan.canvas import BACKGROUND, NODE, OFFICIAL_SIZE, CanvasError, CanvasLayout, Region
 from .images import check_image, with_mask
@@ -57,7 +57,8 @@ def _picture(image_HWC: torch.Tensor, socket: str, crop: bool) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(image_HWC.mul(255.0).round().to(torch.uint8).numpy()))
     if picture.mode != "RGBA":
         return picture
-    box = picture.getchannel("A").point(lambda a: 255 if a >= 255 * CONTENT else 0).getbbox()
+    seen = np.asarray(picture.getchannel("A")) >= 255 * CONTENT
+    box = Image.fromarray(seen).getbbox()
     if box is None:
         raise CanvasError(f"The picture at '{socket}' of '{NODE}' is transparent throughout; connect another one.")
     return picture.crop(box) if crop else picture
@@ -144,8 +145,6 @@ def compose_batch(
 
 def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
     """The canvas with each region framed and named, IMAGE [1,H,W,3]; the canvas itself is not changed."""
-    from PIL import ImageDraw, ImageFont
-
     picture = Image.fromarray(canvas_HWC.mul(255.0).round().to(torch.uint8).numpy())
     drawing = ImageDraw.Draw(picture)
     line = max(min(layout.width, layout.height) // 240, 1)

@@ -49,7 +49,7 @@ def published(background: Image.Image, references: list[Image.Image], width=1280
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture)).float().unsqueeze(0) / 255.0
+    return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
 
 
 def ours(background, references, width=1280, height=720) -> np.ndarray:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import textwrap
 from dataclasses import replace
 from fractions import Fraction
@@ -28,6 +27,7 @@ from frame_memory.video.segments import (
 from frame_memory.video.stream import Piece, StreamDecoder
 from frame_memory.video.writer import VideoWriteError
 
+from . import small_disk
 from .odd_videos import number_of, numbered_frame, pitch_of, read_sound, write_video
 from .probe import check_video
 from .test_video_decode import causal_decode, latents
@@ -264,13 +264,7 @@ def test_fault_06_room_is_looked_for_before_a_join(tmp_path, monkeypatch):
 
 
 def test_fault_06_a_full_disk_leaves_no_torn_segment(tmp_path):
-    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=900k tmpfs "$0" && exec "$@"', str(tmp_path)]
-    try:
-        allowed = subprocess.run([*mount, "true"], capture_output=True, timeout=30).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    if not allowed:
-        pytest.skip("this system does not let a test mount a file system")
+    mount = small_disk.command_on(tmp_path, 900)
     body = """
         import frame_memory.video.writer as writer
         writer.DISK_MARGIN = -10**9  # so that the check before writing lets it through

@@ -18,6 +18,7 @@ import torch
 from frame_memory.video.fragments import cut_to_finished, finished_bytes
 from frame_memory.video.writer import VideoWriteError, VideoWriter, check_disk, estimate_bytes
 
+from . import small_disk
 from .probe import check_video
 
 WIDTH, HEIGHT = 96, 64
@@ -299,13 +300,7 @@ def test_fault_12_a_failed_write_keeps_the_finished_part(tmp_path):
 
 def test_fault_06_a_full_disk_is_named(tmp_path):
     """A real file system of 700 KB, in a mount namespace of its own."""
-    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=700k tmpfs "$0" && exec "$@"', str(tmp_path)]
-    try:
-        allowed = subprocess.run([*mount, "true"], capture_output=True, timeout=30).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    if not allowed:
-        pytest.skip("this system does not let a test mount a file system")
+    mount = small_disk.command_on(tmp_path, 700)
     result = run_child(FULL_DISK, tmp_path, prefix=mount)
     assert result.returncode == 0, result.stderr
     assert "No space left on device" in result.stdout and str(tmp_path) in result.stdout
