@@ -26,17 +26,10 @@ _NAMED = re.compile(
     r"\b(?:an?|the|his|her|their|its|this|that|two|three|four|five|six|several|some)\s+([\w'-]+(?:\s+[\w'-]+){0,3})",
     re.IGNORECASE,
 )
-<<<<<<< HEAD
-_JOINS = set(
-    "a an the of in on at with without and or to is are was as by from that which who while where beside near behind "
-    "under over into onto through it its his her their has have wearing holding riding walks stands sits".split()
-)
-=======
 _JOINS = """
     a an the of in on at with without and or to is are was as by from that which who while where beside near behind
     under over into onto through it its his her their has have wearing holding riding walks stands sits
 """
->>>>>>> main
 # Words that follow an article in nearly every caption and name no reference.
 _FILM = {
     "camera", "scene", "video", "shot", "background", "foreground", "frame", "view", "medium", "wide", "close-up",
@@ -58,11 +51,7 @@ def things_named(caption: str) -> tuple[str, ...]:
     body = " ".join(_TRIGGER.sub(" ", caption).split())
     found: dict[str, None] = {}
     for match in _NAMED.finditer(body):
-<<<<<<< HEAD
-        words = list(itertools.takewhile(lambda word: word not in _JOINS, match[1].lower().split()))
-=======
         words = list(itertools.takewhile(lambda word: word not in _JOINS.split(), match[1].lower().split()))
->>>>>>> main
         if words and not _FILM.intersection(words):
             found.setdefault(words[-1].removesuffix("'s"))
     for match in re.finditer(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*", body):
