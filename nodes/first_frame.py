@@ -15,7 +15,7 @@ from ..frame_memory.video import transition
 from .shown import show
 
 CATEGORY = "image/first frame"
-MOST_REFERENCES = 8
+MOST_REFERENCES = 10
 # Longest side in pixels of the pictures the editor draws.
 THUMBNAIL = 512
 REFERENCES = [f"reference_{i}" for i in range(1, MOST_REFERENCES + 1)]
@@ -38,7 +38,7 @@ def _composer_inputs() -> list[io.Input]:
                 names=REFERENCES,
                 min=0,
             ),
-            tooltip="Up to 4 pictures work well, 8 are possible; another socket appears when one is connected.",
+            tooltip="Up to 4 pictures work well, 10 are possible; another socket appears when one is connected.",
         ),
         io.Autogrow.Input(
             "masks",
@@ -102,12 +102,14 @@ def _composer_advanced() -> list[io.Input]:
         io.Boolean.Input(
             "keep_background_aspect",
             default=False,
+            optional=True,
             advanced=True,
             tooltip="Off: the background is squeezed to 16:9 first, as the LoRA was trained. On: it keeps its aspect.",
         ),
         io.Boolean.Input(
             "enlarge_small",
             default=False,
+            optional=True,
             advanced=True,
             tooltip=(
                 "Off: pictures smaller than their room keep their size, as the LoRA was trained. On: they fill it "
@@ -117,12 +119,14 @@ def _composer_advanced() -> list[io.Input]:
         io.Boolean.Input(
             "crop_to_content",
             default=True,
+            optional=True,
             advanced=True,
             tooltip="Cuts off the transparent border of references, so that the thing is as large as its room allows.",
         ),
         io.String.Input(
             "canvas_colour",
             default="#ffffff",
+            optional=True,
             advanced=True,
             tooltip="Colour of the empty canvas as #rrggbb. The LoRA was trained on white.",
         ),

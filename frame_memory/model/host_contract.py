@@ -256,6 +256,28 @@ SELFTEST = _needs("""
     comfy_api.latest.io.ClipVision.Output
 """)
 
+FIRST_FRAME = _needs("""
+    comfy_api.latest.InputImpl.VideoFromComponents components
+    comfy_api.latest.Types.VideoComponents
+    comfy_api.latest.io.Autogrow.Input id template tooltip
+    comfy_api.latest.io.Autogrow.TemplateNames input names min
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Image.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.Latent
+    comfy_api.latest.io.Mask.Input
+    comfy_api.latest.io.MultiType.Input id types
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Video.Output
+    comfy_api.latest.ui.PreviewImage image cls
+    comfy_api.latest.ui.PreviewText
+    folder_paths.get_temp_directory
+""")
+
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
@@ -273,6 +295,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
     "join": Family(("FrameMemoryJoinVideos",), API + VIDEO_SOCKETS + JOIN),
+    "first_frame": Family(
+        ("FrameMemoryFirstFrameComposer", "FrameMemoryFFGoPrompt", "FrameMemoryDropTransitionFrames"),
+        API + FIRST_FRAME,
+    ),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

@@ -157,7 +157,7 @@ def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
         at = (min(max(box.x, 0), layout.width - 8), min(max(box.y, 0), layout.height - 8))
         drawing.rectangle(drawing.textbbox(at, text, font=font), fill=colour)
         drawing.text(at, text, fill=(255, 255, 255), font=font)
-    return torch.from_numpy(np.asarray(picture)).float().unsqueeze(0) / 255.0
+    return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
 
 
 def named_pictures(
