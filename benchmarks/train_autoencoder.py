@@ -1,4 +1,6 @@
-"""Train the self-test autoencoder: `python scripts/run.py -m benchmarks.train_autoencoder`.
+"""Train the self-test autoencoders: `python scripts/run.py -m benchmarks.train_autoencoder [--world shots]`.
+
+One is for the FramePack models and the world of single sprites, one for the Wan-class model and the world of shots.
 
 Core's Wan autoencoder class at tiny width, taught by the linear codec: the encoder learns to make the codec's latents,
 the decoder to draw pixels from them (and from slightly wrong ones, as a video model makes them). Works on 32x32 crops:
@@ -15,21 +17,25 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from comfy.latent_formats import HunyuanVideo, LatentFormat, Wan21
 from comfy.ldm.wan.vae import WanVAE
 from torch import Tensor, nn
 
 from frame_memory.forcing.loop import Trainer, TrainSettings, run
 
+from . import shot_clips
 from .clips import fit_codec, video_of
-from .codec import LATENT_SCALE, LinearCodec
-from .world import SIZE, random_scene
+from .codec import LinearCodec
+from .world import random_scene
 
-DIM = 6
+DIMS = {"sprites": 6, "shots": 8}
+# Latents of the file to latents the video model works on.
+FORMATS: dict[str, type[LatentFormat]] = {"sprites": HunyuanVideo, "shots": Wan21}
 CROP = 32
 FRAMES = 9
 
 
-def build(dim: int = DIM) -> WanVAE:
+def build(dim: int = DIMS["sprites"]) -> WanVAE:
     """The network as core builds it from a file, initialised so that its residual branches start silent."""
     model = WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True])
     for name, p in model.named_parameters():
@@ -47,11 +53,9 @@ def build(dim: int = DIM) -> WanVAE:
 def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid."""
     crops = []
+    places = [len(videos), videos.shape[1] - FRAMES + 1, *((side - CROP) // 8 + 1 for side in videos.shape[2:4])]
     for _ in range(batch):
-        i, f, y, x = (
-            int(torch.randint(high, (), generator=generator))
-            for high in (len(videos), videos.shape[1] - FRAMES + 1, (SIZE - CROP) // 8 + 1, (SIZE - CROP) // 8 + 1)
-        )
+        i, f, y, x = (int(torch.randint(high, (), generator=generator)) for high in places)
         crops.append(videos[i, f : f + FRAMES, y * 8 : y * 8 + CROP, x * 8 : x * 8 + CROP])
     return torch.stack(crops).float()
 
@@ -63,11 +67,11 @@ class DistilLoss:
     """
 
     def __init__(
-        self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int, decoder_only: bool = False,
-        noise: float = 0.1,
+        self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int, latent_format: LatentFormat,
+        decoder_only: bool = False, noise: float = 0.1,
     ):  # fmt: skip
         self.model, self.codec, self.videos, self.batch, self.stills = model, codec, videos, batch, stills
-        self.decoder_only, self.noise = decoder_only, noise
+        self.format, self.decoder_only, self.noise = latent_format, decoder_only, noise
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         loss = self._clips(generator)
@@ -79,7 +83,7 @@ class DistilLoss:
         f = torch.randint(self.videos.shape[1], (self.stills,), generator=generator)
         pictures = self.videos[i, f].float().unsqueeze(1)
         latents = torch.stack([self.codec.encode(p) for p in pictures])
-        made = self.model.encode(pictures.permute(0, 4, 1, 2, 3) * 2 - 1) * LATENT_SCALE
+        made = self.format.process_in(self.model.encode(pictures.permute(0, 4, 1, 2, 3) * 2 - 1))
         return 2 * (made - latents).square().mean()
 
     def _clips(self, generator: torch.Generator) -> Tensor:
@@ -88,12 +92,12 @@ class DistilLoss:
         pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
         level = self.noise * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
         noisy = latents + level * torch.randn(latents.shape, generator=generator)
-        drawn = self.model.decode(noisy / LATENT_SCALE)
+        drawn = self.model.decode(self.format.process_out(noisy))
         error = drawn - pixels
         drawing = error.abs().mean() + 4 * error.square().mean()
         if self.decoder_only:
             return drawing
-        made = self.model.encode(pixels) * LATENT_SCALE
+        made = self.format.process_in(self.model.encode(pixels))
         return (made - latents).square().mean() + drawing
 
 
@@ -103,20 +107,18 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def report(model: WanVAE, codec: LinearCodec, seed: int = 99, scenes: int = 12) -> str:
+def report(model: WanVAE, codec: LinearCodec, videos: list[Tensor], latent_format: LatentFormat) -> str:
     """PSNR on unseen whole frames: codec alone, decoder on the codec's latents, encoder and decoder together."""
-    rng = np.random.default_rng(seed)
     rows = []
-    for _ in range(scenes):
-        video = video_of(random_scene(rng, tidy=True), 17)
+    for video in videos:
         latent = codec.encode(video)[None]
         pixels = (video * 2 - 1).permute(3, 0, 1, 2)[None]
 
         def draw(z: Tensor) -> Tensor:
-            return (model.decode(z / LATENT_SCALE)[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
+            return (model.decode(latent_format.process_out(z))[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
 
-        made = model.encode(pixels) * LATENT_SCALE
-        still = model.encode(pixels[:, :, :1]) * LATENT_SCALE
+        made = latent_format.process_in(model.encode(pixels))
+        still = latent_format.process_in(model.encode(pixels[:, :, :1]))
         error = float((still - latent[:, :, :1]).square().mean().sqrt())
         rows.append((psnr(codec.decode(latent[0]), video), psnr(draw(latent), video), psnr(draw(made), video), error))
     columns = [sum(c) / len(c) for c in zip(*rows, strict=True)]
@@ -125,8 +127,23 @@ def report(model: WanVAE, codec: LinearCodec, seed: int = 99, scenes: int = 12) 
     )
 
 
+def material(world: str) -> tuple[LinearCodec, Tensor, list[Tensor]]:
+    """Codec, videos to learn from `[N, T, H, W, 3]` float16, and unseen ones."""
+    rng, unseen = np.random.default_rng(7), np.random.default_rng(99)
+    if world == "shots":
+        videos = [torch.from_numpy(shot_clips.any_pixels(rng)).half() for _ in range(600)]
+        return (
+            shot_clips.fit_codec(),
+            torch.stack(videos),
+            [torch.from_numpy(shot_clips.any_pixels(unseen)) for _ in range(12)],
+        )
+    videos = [video_of(random_scene(rng, tidy=i % 2 == 0), 41).half() for i in range(400)]
+    return fit_codec(), torch.stack(videos), [video_of(random_scene(unseen, tidy=True), 17) for _ in range(12)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=tuple(FORMATS), default="sprites")
     parser.add_argument("--work", type=Path, default=Path("training"))
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=12)
@@ -141,18 +158,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
-    codec = fit_codec()
-    rng = np.random.default_rng(7)
-    videos = torch.stack([video_of(random_scene(rng, tidy=i % 2 == 0), 41).half() for i in range(400)])
-    model = build()
+    codec, videos, unseen = material(args.world)
+    latent_format = FORMATS[args.world]()
+    model = build(DIMS[args.world])
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))
     trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=args.rate, weight_decay=0.0, average=0.99))
     stills = 0 if args.decoder_only else args.stills
-    loss = DistilLoss(model, codec, videos, args.batch, stills, args.decoder_only, args.noise)
+    loss = DistilLoss(model, codec, videos, args.batch, stills, latent_format, args.decoder_only, args.noise)
     for step, _ in run(trainer, loss, args.work / f"{args.name}.safetensors"):
         if step % 100 == 0:
-            print(report(trainer.averaged_model(), codec), flush=True)
+            print(report(trainer.averaged_model(), codec, unseen, latent_format), flush=True)
     safetensors.torch.save_file(trainer.averaged(), args.work / f"{args.name}.weights.safetensors")
 
 

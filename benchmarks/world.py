@@ -140,29 +140,32 @@ def positions(scene: Scene, frames: np.ndarray) -> np.ndarray:
     return np.stack([x, y], axis=-1)
 
 
-def shape_mask(shape: str, radius: float, centres: np.ndarray) -> np.ndarray:
+def shape_mask(shape: str, radius: float, centres: np.ndarray, width: int = SIZE, height: int = SIZE) -> np.ndarray:
     """Coverage `[T, H, W]` in 0..1 of a sprite at `centres [T, 2]`, edges one pixel soft."""
-    grid = np.arange(SIZE, dtype=np.float32) + 0.5
-    dx = grid[None, None, :] - centres[:, 0].astype(np.float32)[:, None, None]
-    dy = grid[None, :, None] - centres[:, 1].astype(np.float32)[:, None, None]
+    columns, rows = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32) + 0.5
+    dx = columns[None, None, :] - centres[:, 0].astype(np.float32)[:, None, None]
+    dy = rows[None, :, None] - centres[:, 1].astype(np.float32)[:, None, None]
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.88
     elif shape == "diamond":
         distance = (np.abs(dx) + np.abs(dy) - radius * 1.25) * np.float32(0.7071)
+    elif shape == "cross":
+        long, short = np.maximum(np.abs(dx), np.abs(dy)), np.minimum(np.abs(dx), np.abs(dy))
+        distance = np.maximum(long - radius, short - radius * 0.38)
     else:
         distance = np.maximum(dy - radius * 0.75, (np.abs(dx) * 1.732 - dy - radius * 1.15) * np.float32(0.5))
     return np.clip(0.5 - distance, 0, 1)
 
 
-def background(scene: Scene, frames: np.ndarray) -> np.ndarray:
-    """The ground alone, `[T, H, W, 3]`."""
+def background(scene: Scene, frames: np.ndarray, width: int = SIZE) -> np.ndarray:
+    """The ground alone, `[T, H, W, 3]`; it repeats every `GROUND_PERIOD` pixels."""
     frames = np.asarray(frames, dtype=np.float32)
     dark, light = (np.array(c, dtype=np.float32) for c in GROUND_COLOURS[scene.ground_colour])
-    grid = np.arange(SIZE, dtype=np.float32) + 0.5
-    x = grid[None, None, :] + np.float32(scene.phase) + np.float32(scene.pan) * frames[:, None, None]
-    y = grid[None, :, None]
+    columns, rows = np.arange(width, dtype=np.float32) + 0.5, np.arange(SIZE, dtype=np.float32) + 0.5
+    x = columns[None, None, :] + np.float32(scene.phase) + np.float32(scene.pan) * frames[:, None, None]
+    y = rows[None, :, None]
     turn = np.float32(2 * np.pi / GROUND_PERIOD)
     if scene.ground == "hills":
         horizon = 34 + 9 * np.sin(2 * turn * x) + 5 * np.sin(3 * turn * x + 1)
@@ -170,8 +173,8 @@ def background(scene: Scene, frames: np.ndarray) -> np.ndarray:
     elif scene.ground == "stripes":
         mix = 0.5 + 0.5 * np.sin(4 * turn * x) * np.ones_like(y)
     else:
-        mix = np.broadcast_to(y / SIZE, (len(frames), SIZE, SIZE))
-    mix = np.broadcast_to(mix, (len(frames), SIZE, SIZE))[..., None]
+        mix = y / SIZE
+    mix = np.broadcast_to(mix, (len(frames), SIZE, width))[..., None]
     return dark + (light - dark) * mix
 
 
