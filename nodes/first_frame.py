@@ -16,6 +16,8 @@ from .shown import show
 
 CATEGORY = "image/first frame"
 MOST_REFERENCES = 10
+# Sockets that are there from the start, the four of the paper: a mask can be given to any of these alone.
+SHOWN = canvas.MOST_SUBJECTS
 # Longest side in pixels of the pictures the editor draws.
 THUMBNAIL = 512
 REFERENCES = [f"reference_{i}" for i in range(1, MOST_REFERENCES + 1)]
@@ -23,35 +25,37 @@ MASKS = [f"mask_{i}" for i in range(1, MOST_REFERENCES + 1)]
 FIXED, SAFE, DETECT = "4 (official)", "5 (safe)", "find the cut"
 
 
-def _composer_inputs() -> list[io.Input]:
+def _pictures() -> list[io.Input]:
     return [
         io.Autogrow.Input(
             "references",
             template=io.Autogrow.TemplateNames(
                 io.Image.Input(
                     "reference",
+                    optional=True,
                     tooltip=(
                         "A person, animal or thing to appear in the video: best cut out, with transparency or with the "
                         "mask of the same number, else on white. A batch makes one canvas for each picture."
                     ),
                 ),
                 names=REFERENCES,
-                min=0,
+                min=SHOWN,
             ),
-            tooltip="Up to 4 pictures work well, 10 are possible; another socket appears when one is connected.",
+            tooltip="Up to 4 pictures work well, 10 are possible: when the last socket is connected, another appears.",
         ),
         io.Autogrow.Input(
             "masks",
             template=io.Autogrow.TemplateNames(
                 io.Mask.Input(
                     "mask",
+                    optional=True,
                     tooltip=(
                         "Mask for the reference of the same number: 1 where the thing is, as SAM 3 and BiRefNet give "
                         "it. The mask of Load Image is the other way round: put 'Invert Mask' between."
                     ),
                 ),
                 names=MASKS,
-                min=0,
+                min=SHOWN,
             ),
             tooltip="Masks by number; none is needed for pictures with transparency, or for whole pictures.",
         ),
@@ -60,6 +64,12 @@ def _composer_inputs() -> list[io.Input]:
             optional=True,
             tooltip="The place where the video happens, without the references. It goes to the right half.",
         ),
+    ]
+
+
+def _composer_inputs() -> list[io.Input]:
+    return [
+        *_pictures(),
         io.Int.Input(
             "width",
             default=canvas.OFFICIAL_SIZE[0],
@@ -150,7 +160,10 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
             inputs=[*_composer_inputs(), *_composer_advanced()],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The canvas at width x height; one for each of a batch."),
-                io.Image.Output(display_name="layout", tooltip="The canvas with every region framed and named."),
+                io.Image.Output(
+                    display_name="layout",
+                    tooltip="The canvas with every region framed and named; the first of a batch.",
+                ),
                 io.Int.Output(display_name="count", tooltip="Number of references, the background not counted."),
                 io.String.Output(display_name="report", tooltip="Each region in pixels, and warnings."),
             ],
@@ -162,13 +175,14 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
         cls, width, height, layout, boxes, references=None, masks=None, background=None, keep_background_aspect=False,
         enlarge_small=False, crop_to_content=True, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
-        pictures = drawing.named_pictures(_numbered(references), _numbered(masks), background, crop=crop_to_content)
+        references, masks = _numbered(references), _numbered(masks)
+        pictures = drawing.named_pictures(references, masks, background, crop=crop_to_content)
         colour = drawing.parse_colour(canvas_colour)
 
         def layout_of(sizes):
             return canvas.lay_out(
-                width, height, [size for name, size in sizes.items() if name != canvas.BACKGROUND],
-                sizes.get(canvas.BACKGROUND), layout=layout, boxes=boxes,
+                width, height, [sizes[str(number)] for number in references], sizes.get(canvas.BACKGROUND),
+                names=[str(number) for number in references], layout=layout, boxes=boxes,
                 keep_background_aspect=keep_background_aspect, enlarge=enlarge_small,
             )  # fmt: skip
 
@@ -176,14 +190,14 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
             layout_of, pictures, colour, keep_background_aspect=keep_background_aspect, free=layout == canvas.FREE
         )
         shown = drawing.labelled(images[0], layouts[0])
-        report = canvas.describe(layouts[0])
+        report = canvas.describe_all(layouts, drawing.mask_notes(references, masks))
         show(cls, report)
-        count = sum(name != canvas.BACKGROUND for name in pictures)
         preview = ui.PreviewImage(shown, cls=cls).as_dict()
         # For the editor in the node: where everything is, and the pictures to drag.
         preview["boxes"] = [canvas.write_boxes(layouts[0])]
+        preview["frame_memory_canvas"] = [{"width": width, "height": height}]
         preview["frame_memory_pictures"] = _thumbnails(pictures)
-        return io.NodeOutput(images, shown, count, report, ui=preview)
+        return io.NodeOutput(images, shown, len(references), report, ui=preview)
 
 
 def _thumbnails(pictures: dict) -> list[dict]:
@@ -196,7 +210,8 @@ def _thumbnails(pictures: dict) -> list[dict]:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         file = f"frame_memory_{name}_{uuid.uuid4().hex[:12]}.png"
         small.save(folder / file)
-        files.append({"name": name, "filename": file, "subfolder": "", "type": "temp"})
+        width, height = made[0].size
+        files.append({"name": name, "width": width, "height": height, "filename": file, "type": "temp"})
     return files
 
 

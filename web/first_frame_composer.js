@@ -2,85 +2,90 @@
  * The canvas of First Frame Composer, inside the node: references are dragged, scaled and put in order.
  *
  * The text widget `boxes` is the truth. The editor reads it, draws it, and writes it; a workflow that is shared carries
- * it as any other value, and the node works the same without this file.
+ * it as any other value, and the node works the same without this file. Nothing else is stored: pictures come from the
+ * nodes before this one, and from its last run.
  */
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import * as layout from "./first_frame_layout.js"
 
 const NODE = "FrameMemoryFirstFrameComposer"
-const FREE = "free boxes"
-const COLOURS = ["#e84a27", "#1e88e5", "#43a047", "#fda720", "#8e24aa", "#0097a7"]
-const LINE = /^(background|reference\s*\d+|\d+)\s*:\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(\d+)\s*[x×,]\s*(\d+)$/i
+const COLOURS = ["#d8431f", "#1a76d2", "#2e8b3d", "#b86e00", "#8e24aa", "#007c8a"]
+/** CSS pixels: the square at a corner, how near a pointer must come, the room around the canvas. */
 const HANDLE = 9
-const LEAST = 8
+const NEAR = 10
+const MARGIN = 12
+/** Milliseconds between looks at what the graph has changed, and how many nodes back a picture is looked for. */
+const LOOK = 250
+const STEPS_BACK = 4
+const MOST_PIXELS = 4096
 
-/** Boxes of the text by name, in the order they are drawn; lines that cannot be read are left to the node to refuse. */
-export function parseBoxes(text) {
-  const boxes = new Map()
-  for (const line of text.split("\n")) {
-    const found = LINE.exec(line.split("#")[0].trim())
-    if (!found) continue
-    const name = found[1].toLowerCase().replace(/reference\s*/, "").replace(/^0+(?=\d)/, "")
-    const [x, y, width, height] = found.slice(2).map(Number)
-    boxes.set(name, { x, y, width, height })
-  }
-  return boxes
+const STYLE = {
+  root: "display:flex;flex-direction:column;gap:4px;width:100%;height:100%;min-height:0;box-sizing:border-box;font:12px sans-serif",
+  canvas: "flex:1 1 0;min-height:0;min-width:0;width:100%;border-radius:6px;touch-action:none;outline-offset:-2px;background:var(--comfy-input-bg,#222)",
+  line: "flex:none;display:flex;gap:4px;align-items:center;min-width:0",
+  said: "flex:1 1 0;min-width:0;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;color:var(--input-text,#ddd)",
+  button:
+    "flex:none;padding:3px 8px;border:1px solid var(--border-color,#555);border-radius:4px;font:inherit;cursor:pointer;" +
+    "background:var(--comfy-input-bg,#222);color:var(--input-text,#ddd)",
 }
 
-/** The text of boxes, as the node reads it. */
-export function writeBoxes(boxes) {
-  return [...boxes].map(([name, b]) => `${name}: ${b.x}, ${b.y}, ${b.width} x ${b.height}`).join("\n")
+function made(tag, style, properties = {}) {
+  const element = Object.assign(document.createElement(tag), properties)
+  element.style.cssText = style
+  return element
 }
 
-/** The usual places: the background right, references under one another on the left, each the whole of its slot. */
-export function usualBoxes(names, width, height) {
-  const boxes = new Map()
-  const references = names.filter((name) => name !== "background")
-  const left = names.includes("background") ? Math.floor(width / 2) : width
-  if (names.includes("background")) {
-    const tall = Math.min(Math.round((left * 9) / 16), height)
-    boxes.set("background", { x: left, y: Math.floor((height - tall) / 2), width: left, height: tall })
-  }
-  const slot = Math.floor(height / Math.max(references.length, 1))
-  references.forEach((name, i) => boxes.set(name, { x: 0, y: i * slot, width: left, height: slot }))
-  return boxes
-}
+const label = (name) => (name === layout.BACKGROUND ? name : `reference ${name}`)
+const numberOf = (name) => (name === layout.BACKGROUND ? 0 : Number(name))
 
 class Editor {
   constructor(node) {
     this.node = node
     this.selected = null
     this.drag = null
+    /** By name: {picture, size, source, ran}. source: which output it came from, so that another one replaces it. */
     this.pictures = new Map()
-    this.made = new Map()
-    this.element = document.createElement("div")
-    this.element.className = "frame-memory-composer"
-    this.element.style.cssText = "display:flex;flex-direction:column;gap:4px;width:100%;height:100%;min-height:0"
-    this.canvas = document.createElement("canvas")
-    this.canvas.style.cssText = "flex:1;min-height:0;width:100%;background:#2a2a2e;border-radius:4px;touch-action:none"
-    this.canvas.tabIndex = 0
-    this.canvas.setAttribute("aria-label", "Canvas: drag a reference to move it, its corner to scale it")
+    this.lastSize = null
+    this.drawn = ""
+    this.element = made("div", STYLE.root, { className: "frame-memory-composer" })
+    this.canvas = made("canvas", STYLE.canvas, { tabIndex: 0 })
+    this.canvas.setAttribute("role", "application")
+    this.canvas.setAttribute(
+      "aria-label",
+      "Canvas of the first frame. Number keys select a reference, B the background; arrow keys move it, plus and minus " +
+        "scale it, square brackets change the order, Delete puts it back.",
+    )
+    this.said = made("span", STYLE.said)
+    this.said.setAttribute("aria-live", "polite")
     this.element.append(this.canvas, this.bar())
     this.listen()
-    new ResizeObserver(() => this.draw()).observe(this.canvas)
+    this.resized = new ResizeObserver(() => this.draw())
+    this.resized.observe(this.canvas)
+    this.timer = setInterval(() => this.look(), LOOK)
+  }
+
+  remove() {
+    clearInterval(this.timer)
+    this.resized.disconnect()
+    this.pictures.clear()
   }
 
   bar() {
-    const bar = document.createElement("div")
-    bar.style.cssText = "display:flex;gap:4px;flex:none"
+    const bar = made("div", STYLE.line)
     const buttons = [
-      ["Forward", "Draw the selected picture later, over others (or press ])", () => this.reorder(1)],
-      ["Back", "Draw the selected picture earlier, under others (or press [)", () => this.reorder(-1)],
-      ["Reset", "Back to the usual places", () => this.reset()],
+      ["Forward", "Draw the selected picture later, over others (key ])", () => this.reorder(1)],
+      ["Back", "Draw the selected picture earlier, under others (key [)", () => this.reorder(-1)],
+      ["Reset", "The selected picture back to its usual place (Delete); with none selected: all of them", () => this.reset()],
     ]
-    for (const [text, title, action] of buttons) {
-      const button = document.createElement("button")
-      Object.assign(button, { type: "button", textContent: text, title, onclick: action })
-      button.style.cssText = "flex:1;padding:2px 6px;border:0;border-radius:4px;background:#3a3a40;color:#ddd;cursor:pointer"
-      bar.append(button)
+    bar.append(this.said)
+    for (const [textContent, title, onclick] of buttons) {
+      bar.append(made("button", STYLE.button, { type: "button", textContent, title, onclick }))
     }
     return bar
   }
+
+  // The node's widgets.
 
   widget(name) {
     return this.node.widgets?.find((widget) => widget.name === name)
@@ -94,67 +99,154 @@ class Editor {
     const widget = this.widget(name)
     if (!widget || widget.value === value) return
     widget.value = value
-    widget.callback?.(value)
+    widget.callback?.(value, app.canvas, this.node)
+  }
+
+  /** Whether a widget's value comes through a link, so that what the widget holds means nothing. */
+  linked(name) {
+    return (this.node.inputs ?? []).some((input) => input.widget?.name === name && input.link != null)
+  }
+
+  get locked() {
+    return this.linked("boxes") || this.linked("layout")
   }
 
   get size() {
-    return [Number(this.value("width", 1280)), Number(this.value("height", 720))]
+    const widget = [Number(this.value("width", 1280)), Number(this.value("height", 720))]
+    const size = this.lastSize && (this.linked("width") || this.linked("height")) ? this.lastSize : widget
+    return size.map((side) => Math.max(side || 0, 16))
   }
 
-  /** Names of what is connected: references count from 1 in the order of their sockets, as the node counts them. */
-  names() {
-    const connected = (this.node.inputs ?? []).filter((input) => input.link != null)
-    const count = connected.filter((input) => /^references\.reference_\d+$/.test(input.name)).length
-    const names = Array.from({ length: count }, (_, i) => String(i + 1))
-    return connected.some((input) => input.name === "background") ? ["background", ...names] : names
-  }
+  // What is connected, and its pictures.
 
-  /** What is drawn: the boxes of the text; without one the place the node gave at its last run, else the usual one. */
-  boxes() {
-    const names = this.names()
-    const written = parseBoxes(String(this.value("boxes", "")))
-    const usual = usualBoxes(names, ...this.size)
-    const free = this.value("layout") === FREE
-    const boxes = new Map()
-    for (const name of names) {
-      if (!free || !written.has(name)) boxes.set(name, this.made.get(name) ?? usual.get(name))
+  /** Inputs with a picture by name, the background first, then references by the number of their socket. */
+  sockets() {
+    const found = []
+    for (const [slot, input] of (this.node.inputs ?? []).entries()) {
+      if (input.link == null) continue
+      const number = /^references\.reference_(\d+)$/.exec(input.name)?.[1]
+      const name = number ?? (input.name === layout.BACKGROUND ? layout.BACKGROUND : null)
+      if (name) found.push([name, slot])
     }
-    if (free) for (const [name, box] of written) if (names.includes(name)) boxes.set(name, box)
-    return boxes
+    return new Map(found.sort(([a], [b]) => numberOf(a) - numberOf(b)))
   }
 
+  /** The picture that a node before this one shows, and its address; null where none is known. */
+  shownBefore(slot) {
+    let node = this.node.getInputNode?.(slot)
+    for (let step = 0; node && step < STEPS_BACK; step++) {
+      const picture = node.imgs?.[0]
+      if (picture?.naturalWidth) return picture
+      const next = (node.inputs ?? []).findIndex((input) => input.link != null && /^(IMAGE|\*)$/.test(input.type))
+      node = next < 0 ? null : node.getInputNode?.(next)
+    }
+    return null
+  }
+
+  sourceOf(slot) {
+    const link = this.node.getInputLink?.(slot)
+    return link ? `${link.origin_id}:${link.origin_slot}` : ""
+  }
+
+  /** Bring the pictures up to date with the links; a picture of the last run stays until its socket gets another. */
+  collect(sockets) {
+    for (const name of this.pictures.keys()) if (!sockets.has(name)) this.pictures.delete(name)
+    for (const [name, slot] of sockets) {
+      const source = this.sourceOf(slot)
+      const before = this.shownBefore(slot)
+      const known = this.pictures.get(name)
+      const src = before?.src ?? ""
+      if (known && known.source === source && (known.before === src || !src)) continue
+      if (known?.ran && known.source === source && !known.before) {
+        known.before = src
+        continue
+      }
+      if (before) this.pictures.set(name, { picture: before, size: [before.naturalWidth, before.naturalHeight], source, before: src })
+      else this.pictures.delete(name)
+    }
+  }
+
+  /** After a run: the pictures as they were placed, cropped to their content, with their whole size. */
+  ran(output) {
+    const files = output?.frame_memory_pictures
+    if (!files) return
+    const sockets = this.sockets()
+    const size = output.frame_memory_canvas?.[0]
+    this.lastSize = size ? [size.width, size.height] : null
+    for (const file of files) {
+      if (!sockets.has(file.name)) continue
+      const picture = new Image()
+      picture.onload = () => this.draw()
+      const query = new URLSearchParams({ filename: file.filename, subfolder: file.subfolder ?? "", type: file.type })
+      picture.src = api.apiURL(`/view?${query}`)
+      const slot = sockets.get(file.name)
+      const before = this.shownBefore(slot)?.src ?? ""
+      this.pictures.set(file.name, { picture, size: [file.width, file.height], source: this.sourceOf(slot), before, ran: true })
+    }
+    this.draw()
+  }
+
+  // Boxes.
+
+  boxes() {
+    const names = [...this.sockets().keys()]
+    const sizes = new Map([...this.pictures].map(([name, { size }]) => [name, size]))
+    const [width, height] = this.size
+    return layout.layOut({
+      width, height, names, sizes,
+      layout: this.value("layout"), boxes: String(this.value("boxes", "")),
+      keepAspect: this.value("keep_background_aspect", false), enlarge: this.value("enlarge_small", false),
+    })
+  }
+
+  /** Write boxes, and what of the text is not theirs: notes, and boxes of pictures that are not connected now. */
   store(boxes) {
-    const kept = parseBoxes(String(this.value("boxes", "")))
-    const text = new Map(boxes)
-    // Boxes of pictures that are not connected now stay, so that connecting them again brings them back.
-    if (this.value("layout") === FREE) for (const [name, box] of kept) if (!text.has(name)) text.set(name, box)
-    this.set("layout", FREE)
-    this.set("boxes", writeBoxes(text))
+    const text = String(this.value("boxes", ""))
+    const kept = this.value("layout") === layout.FREE ? layout.parseBoxes(text) : new Map()
+    const connected = this.sockets()
+    for (const [name, box] of kept) if (!connected.has(name)) boxes.set(name, box)
+    const others = this.value("layout") === layout.FREE ? layout.otherLines(text) : []
+    this.set("layout", layout.FREE)
+    this.set("boxes", [...others, layout.writeBoxes(boxes)].filter(Boolean).join("\n"))
     this.node.graph?.setDirtyCanvas?.(true, true)
     this.draw()
   }
 
+  /** Let the undo list of the editor see a change that is complete. */
+  remember() {
+    app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.captureCanvasState?.()
+  }
+
+  /** The selected picture back to where it would lie by itself; with none selected, all of them. */
   reset() {
-    this.made.clear()
-    this.set("boxes", "")
-    this.set("layout", "official stack")
+    if (this.locked || this.value("layout") !== layout.FREE) return
+    const text = String(this.value("boxes", ""))
+    const left = layout.parseBoxes(text)
+    if (this.selected === null) left.clear()
+    else left.delete(this.selected)
+    this.set("boxes", [...layout.otherLines(text), layout.writeBoxes(left)].filter(Boolean).join("\n"))
+    if (!left.size) this.set("layout", layout.STACK)
     this.draw()
+    this.remember()
   }
 
   reorder(step) {
     const boxes = [...this.boxes()]
     const at = boxes.findIndex(([name]) => name === this.selected)
     const to = at + step
-    if (at < 0 || to < 0 || to >= boxes.length) return
+    if (this.locked || at < 0 || to < 0 || to >= boxes.length) return
     ;[boxes[at], boxes[to]] = [boxes[to], boxes[at]]
     this.store(new Map(boxes))
+    this.remember()
   }
+
+  // Pointer and keys.
 
   /** Where the canvas of the video lies in this element: scale, left, top, in CSS pixels. */
   view() {
     const [width, height] = this.size
     const { clientWidth, clientHeight } = this.canvas
-    const scale = Math.min((clientWidth - 16) / width, (clientHeight - 16) / height)
+    const scale = Math.max(Math.min((clientWidth - 2 * MARGIN) / width, (clientHeight - 2 * MARGIN) / height), 1e-3)
     return { scale, left: (clientWidth - scale * width) / 2, top: (clientHeight - scale * height) / 2 }
   }
 
@@ -165,147 +257,217 @@ class Editor {
     const { scale, left, top } = this.view()
     const x = ((event.clientX - bounds.left) / zoom - left) / scale
     const y = ((event.clientY - bounds.top) / zoom - top) / scale
-    return { x, y, near: HANDLE / scale }
+    return { x, y, near: NEAR / scale }
   }
 
-  /** The topmost box under a place, and whether its corner is meant. */
+  /** The box under a place, the selected one before those drawn over it, and the corner that is meant or null. */
   hit({ x, y, near }) {
     const boxes = [...this.boxes()].reverse()
-    boxes.sort(([a], [b]) => (b === this.selected) - (a === this.selected))
-    for (const [name, b] of boxes) {
-      if (Math.abs(x - b.x - b.width) <= near && Math.abs(y - b.y - b.height) <= near) return { name, corner: true }
-      if (x >= b.x && y >= b.y && x < b.x + b.width && y < b.y + b.height) return { name, corner: false }
-    }
-    return null
+    const chosen = boxes.find(([name]) => name === this.selected)
+    const corner = chosen && cornerAt(chosen[1], x, y, near)
+    if (corner) return { name: this.selected, corner }
+    const inside = ([, b]) => x >= b.x && y >= b.y && x < b.x + b.width && y < b.y + b.height
+    const found = boxes.find(inside) ?? boxes.find(([, b]) => cornerAt(b, x, y, near))
+    return found ? { name: found[0], corner: cornerAt(found[1], x, y, near) } : null
   }
 
   listen() {
     const canvas = this.canvas
-    canvas.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0) return
-      event.stopPropagation()
-      event.preventDefault()
-      canvas.focus()
-      const at = this.place(event)
-      const found = this.hit(at)
-      this.selected = found?.name ?? null
-      if (found) {
-        canvas.setPointerCapture(event.pointerId)
-        this.drag = { ...found, from: at, box: { ...this.boxes().get(found.name) } }
-      }
-      this.draw()
-    })
-    canvas.addEventListener("pointermove", (event) => {
-      const at = this.place(event)
-      const over = this.drag ?? this.hit(at)
-      canvas.style.cursor = over ? (over.corner ? "nwse-resize" : "move") : "default"
-      if (this.drag) {
-        event.stopPropagation()
-        this.pull(at, event.shiftKey)
-      }
-    })
+    canvas.addEventListener("pointerdown", (event) => this.press(event))
+    canvas.addEventListener("pointermove", (event) => this.move(event))
     for (const type of ["pointerup", "pointercancel", "lostpointercapture"]) {
-      canvas.addEventListener(type, () => (this.drag = null))
+      canvas.addEventListener(type, (event) => this.release(event))
     }
     canvas.addEventListener("keydown", (event) => this.key(event))
+    canvas.addEventListener("focus", () => this.draw())
+    canvas.addEventListener("blur", () => this.draw())
+    // The graph is zoomed and panned over the editor as it is elsewhere.
+    canvas.addEventListener("wheel", (event) => {
+      if (!globalThis.LiteGraph?.vueNodesMode) app.canvas?.processMouseWheel?.(event)
+    })
   }
 
-  /** Move or scale the dragged box; its corner keeps the aspect unless Shift is held. */
-  pull(at, free) {
-    const { name, corner, from, box } = this.drag
-    const dx = at.x - from.x
-    const dy = at.y - from.y
-    const next = { ...box }
-    if (!corner) {
-      const [width, height] = this.size
-      next.x = Math.round(Math.min(Math.max(box.x + dx, LEAST - box.width), width - LEAST))
-      next.y = Math.round(Math.min(Math.max(box.y + dy, LEAST - box.height), height - LEAST))
-    } else if (free) {
-      next.width = Math.max(Math.round(box.width + dx), LEAST)
-      next.height = Math.max(Math.round(box.height + dy), LEAST)
-    } else {
-      const grown = Math.max((box.width + dx) / box.width, (box.height + dy) / box.height, LEAST / Math.min(box.width, box.height))
-      next.width = Math.round(box.width * grown)
-      next.height = Math.round(box.height * grown)
-    }
-    this.store(this.boxes().set(name, next))
-  }
-
-  key(event) {
-    const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
-    const boxes = this.boxes()
-    const box = boxes.get(this.selected)
-    if (!box) return
-    if (event.key === "]" || event.key === "[") this.reorder(event.key === "]" ? 1 : -1)
-    else if (event.key in steps) {
-      const far = event.shiftKey ? 16 : 1
-      const [x, y] = steps[event.key]
-      this.store(boxes.set(this.selected, { ...box, x: box.x + far * x, y: box.y + far * y }))
-    } else return
+  press(event) {
+    if (event.button === 1) app.canvas?.processMouseDown?.(event)
+    if (event.button !== 0) return
     event.stopPropagation()
-    event.preventDefault()
-  }
-
-  /** After a run: the pictures themselves, and where the node put them. */
-  ran(output) {
-    this.made = parseBoxes(output?.boxes?.[0] ?? "")
-    for (const file of output?.frame_memory_pictures ?? []) {
-      const picture = new Image()
-      picture.onload = () => this.draw()
-      const query = new URLSearchParams({ filename: file.filename, subfolder: file.subfolder, type: file.type })
-      picture.src = api.apiURL(`/view?${query}`)
-      this.pictures.set(file.name, picture)
+    this.canvas.focus()
+    const at = this.place(event)
+    const found = this.hit(at)
+    this.selected = found?.name ?? null
+    if (found && !this.locked) {
+      this.canvas.setPointerCapture(event.pointerId)
+      this.drag = { ...found, from: at, box: { ...this.boxes().get(found.name) }, changed: false }
     }
     this.draw()
   }
 
+  move(event) {
+    if (event.buttons & 4) app.canvas?.processMouseMove?.(event)
+    const at = this.place(event)
+    const over = this.drag ?? this.hit(at)
+    this.canvas.style.cursor = this.locked ? "not-allowed" : cursorOf(over)
+    if (!this.drag) return
+    event.stopPropagation()
+    const { name, corner, from, box } = this.drag
+    const [dx, dy] = [at.x - from.x, at.y - from.y]
+    if (!this.drag.changed && Math.hypot(dx, dy) < at.near / 5) return
+    this.drag.changed = true
+    const next = corner ? layout.scaled(box, corner, dx, dy, event.shiftKey, this.size) : layout.moved(box, dx, dy, this.size)
+    this.store(this.boxes().set(name, next))
+  }
+
+  release(event) {
+    if (event.button === 1) app.canvas?.processMouseUp?.(event)
+    const changed = this.drag?.changed
+    this.drag = null
+    if (changed) this.remember()
+  }
+
+  key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return
+    const boxes = this.boxes()
+    const box = boxes.get(this.selected)
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key]
+    const far = event.shiftKey ? 16 : 1
+    const chosen = /^[1-9]$/.test(event.key) ? event.key : event.key === "b" ? layout.BACKGROUND : null
+    if (boxes.has(chosen)) this.selected = chosen
+    else if (event.key === "Escape" && box) this.selected = null
+    else if (!box || this.locked) return
+    else if (arrow) this.store(boxes.set(this.selected, layout.moved(box, far * arrow[0], far * arrow[1], this.size)))
+    else if (event.key === "]" || event.key === "[") this.reorder(event.key === "]" ? 1 : -1)
+    else if (event.key === "+" || event.key === "-") {
+      const grown = (event.key === "+" ? 1 : -1) * Math.max(Math.round(box.width / 50), 1)
+      this.store(boxes.set(this.selected, layout.scaled(box, [1, 1], grown, -Infinity, false, this.size)))
+    } else if (event.key === "Delete" || event.key === "Backspace") this.reset()
+    else return
+    event.stopPropagation()
+    event.preventDefault()
+    this.draw()
+  }
+
+  // Drawing.
+
+  /** Draw again when anything that is drawn has changed: values, links, pictures, size, zoom. */
+  look() {
+    const sockets = this.sockets()
+    this.collect(sockets)
+    const values = ["width", "height", "layout", "boxes", "keep_background_aspect", "enlarge_small", "canvas_colour"]
+    const bounds = this.canvas.getBoundingClientRect()
+    const pictures = [...this.pictures].map(([name, p]) => [name, p.picture.src, p.picture.complete, p.size])
+    const seen = [values.map((name) => this.value(name)), [...sockets], pictures, bounds.width, bounds.height, this.locked]
+    const now = JSON.stringify(seen)
+    if (now !== this.drawn) this.draw()
+    this.drawn = now
+  }
+
   draw() {
     const canvas = this.canvas
-    const density = window.devicePixelRatio || 1
     if (!canvas.clientWidth || !canvas.clientHeight) return
-    canvas.width = Math.round(canvas.clientWidth * density)
-    canvas.height = Math.round(canvas.clientHeight * density)
+    const density = ((window.devicePixelRatio || 1) * canvas.getBoundingClientRect().width) / canvas.clientWidth
+    const sharp = Math.min(density || 1, MOST_PIXELS / Math.max(canvas.clientWidth, canvas.clientHeight))
+    canvas.width = Math.round(canvas.clientWidth * sharp)
+    canvas.height = Math.round(canvas.clientHeight * sharp)
     const pen = canvas.getContext("2d")
     const [width, height] = this.size
     const { scale, left, top } = this.view()
-    pen.setTransform(density * scale, 0, 0, density * scale, density * left, density * top)
+    pen.setTransform(sharp * scale, 0, 0, sharp * scale, sharp * left, sharp * top)
+    pen.fillStyle = "#fff"
     pen.fillStyle = String(this.value("canvas_colour", "#ffffff"))
     pen.fillRect(0, 0, width, height)
-    let at = 0
-    for (const [name, box] of this.boxes()) this.drawBox(pen, name, box, COLOURS[at++ % COLOURS.length], 1 / scale)
-    pen.strokeStyle = "#888"
-    pen.lineWidth = 1 / scale
-    pen.strokeRect(0, 0, width, height)
+    const boxes = [...this.boxes()]
+    pen.save()
+    pen.beginPath()
+    pen.rect(0, 0, width, height)
+    pen.clip()
+    for (const [name, box] of boxes) this.drawPicture(pen, name, box)
+    pen.restore()
+    for (const [name, box] of boxes) if (name !== this.selected) this.drawFrame(pen, name, box, 1 / scale)
+    for (const [name, box] of boxes) if (name === this.selected) this.drawFrame(pen, name, box, 1 / scale)
+    this.say(boxes)
+    canvas.style.outline = document.activeElement === canvas ? "2px solid var(--p-primary-color,#4a90e2)" : "none"
   }
 
-  drawBox(pen, name, box, colour, unit) {
-    const picture = this.pictures.get(name)
-    if (picture?.complete && picture.naturalWidth) {
-      const squeezed = name === "background" && !this.value("keep_background_aspect", false)
-      const fit = Math.min(box.width / picture.naturalWidth, box.height / picture.naturalHeight)
-      const w = squeezed ? box.width : fit * picture.naturalWidth
-      const h = squeezed ? box.height : fit * picture.naturalHeight
-      pen.drawImage(picture, box.x + (box.width - w) / 2, box.y + (box.height - h) / 2, w, h)
-    } else {
-      pen.globalAlpha = 0.25
-      pen.fillStyle = colour
-      pen.fillRect(box.x, box.y, box.width, box.height)
-      pen.globalAlpha = 1
+  say(boxes) {
+    const box = boxes.find(([name]) => name === this.selected)?.[1]
+    let text = "Drag a picture; its corners scale it"
+    if (!boxes.length) text = "Connect references and a background"
+    else if (box) text = `${label(this.selected)}: ${box.width} × ${box.height} at ${box.x}, ${box.y}`
+    else if (this.locked) text = "The boxes come from a link"
+    if (this.said.textContent !== text) this.said.textContent = this.said.title = text
+  }
+
+  drawPicture(pen, name, box) {
+    const known = this.pictures.get(name)
+    if (known?.picture.complete && known.picture.naturalWidth) {
+      const keep = this.value("keep_background_aspect", false)
+      const at = layout.covered(name, box, known.size, keep)
+      pen.drawImage(known.picture, at.x, at.y, at.width, at.height)
+      return
     }
+    pen.globalAlpha = 0.18
+    pen.fillStyle = COLOURS[numberOf(name) % COLOURS.length]
+    pen.fillRect(box.x, box.y, box.width, box.height)
+    pen.globalAlpha = 1
+  }
+
+  /** unit: one CSS pixel in pixels of the video's canvas. */
+  drawFrame(pen, name, box, unit) {
+    const chosen = name === this.selected
+    const colour = COLOURS[numberOf(name) % COLOURS.length]
     pen.strokeStyle = colour
-    pen.lineWidth = (name === this.selected ? 3 : 1.5) * unit
+    pen.lineWidth = (chosen ? 2.5 : 1.25) * unit
     pen.strokeRect(box.x, box.y, box.width, box.height)
+    pen.font = `600 ${11 * unit}px sans-serif`
+    pen.textBaseline = "middle"
+    const text = box.width / unit < 76 && name !== layout.BACKGROUND ? name : label(name)
+    const [width, height] = [pen.measureText(text).width + 8 * unit, 16 * unit]
+    const [most, tallest] = this.size
+    const x = Math.min(Math.max(box.x, 0), most - width)
+    const y = Math.min(Math.max(box.y, 0), tallest - height)
     pen.fillStyle = colour
-    pen.fillRect(box.x + box.width - 4 * unit, box.y + box.height - 4 * unit, 8 * unit, 8 * unit)
-    pen.font = `${12 * unit}px sans-serif`
-    pen.fillText(name === "background" ? name : `reference ${name}`, box.x + 4 * unit, box.y + 14 * unit)
+    pen.fillRect(x, y, width, height)
+    pen.fillStyle = "#fff"
+    pen.fillText(text, x + 4 * unit, y + height / 2 + unit / 2)
+    if (!chosen || this.locked) return
+    for (const [cx, cy] of CORNERS) {
+      const side = HANDLE * unit
+      const [at, down] = [box.x + cx * box.width - side / 2, box.y + cy * box.height - side / 2]
+      pen.fillStyle = "#fff"
+      pen.fillRect(at, down, side, side)
+      pen.lineWidth = 1.5 * unit
+      pen.strokeRect(at, down, side, side)
+    }
+  }
+}
+
+const CORNERS = [[0, 0], [1, 0], [0, 1], [1, 1]]
+
+function cornerAt(box, x, y, near) {
+  const at = ([cx, cy]) => Math.hypot(x - box.x - cx * box.width, y - box.y - cy * box.height) <= near
+  return [...CORNERS].reverse().find(at) ?? null
+}
+
+function cursorOf(found) {
+  if (!found) return "default"
+  if (!found.corner) return "move"
+  return found.corner[0] === found.corner[1] ? "nwse-resize" : "nesw-resize"
+}
+
+/** Run `after` behind a callback of the node; another extension's callback stays. */
+function chain(node, name, after) {
+  const before = node[name]
+  node[name] = function (...parts) {
+    const result = before?.apply(this, parts)
+    after(...parts)
+    return result
   }
 }
 
 app.registerExtension({
   name: "FrameMemory.FirstFrameComposer",
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return
+    if (node.comfyClass !== NODE || !node.addDOMWidget) return
     const editor = new Editor(node)
     const widget = node.addDOMWidget("canvas", "frame-memory-canvas", editor.element, {
       serialize: false,
@@ -314,34 +476,16 @@ app.registerExtension({
     })
     widget.serialize = false
     node.frameMemoryEditor = editor
-    for (const name of ["width", "height", "layout", "boxes", "keep_background_aspect", "canvas_colour"]) {
-      const watched = editor.widget(name)
-      if (!watched) continue
-      const before = watched.callback
-      watched.callback = function (...parts) {
-        const result = before?.apply(this, parts)
-        editor.draw()
-        return result
-      }
-    }
-    const executed = node.onExecuted
-    node.onExecuted = function (output) {
-      executed?.call(this, output)
-      editor.ran(output)
-    }
-    const connected = node.onConnectionsChange
-    node.onConnectionsChange = function (...parts) {
-      const result = connected?.apply(this, parts)
-      editor.draw()
-      return result
-    }
-    const configured = node.onConfigure
-    node.onConfigure = function (...parts) {
-      const result = configured?.apply(this, parts)
-      editor.draw()
-      return result
-    }
+    // The editor shows what the preview below the node would show once more.
+    node.hideOutputImages = true
+    chain(node, "onExecuted", (output) => editor.ran(output))
+    chain(node, "onConnectionsChange", () => editor.look())
+    chain(node, "onRemoved", () => editor.remove())
+    chain(node, "onConfigure", () => {
+      // After undo, or back from another workflow, the page still knows the last run.
+      requestAnimationFrame(() => editor.ran(app.nodeOutputs?.[String(node.id)]))
+    })
     const [wide, tall] = node.size
-    node.setSize([Math.max(wide, 400), Math.max(tall, 640)])
+    node.setSize([Math.max(wide, 420), Math.max(tall, 720)])
   },
 })

@@ -46,7 +46,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Region:
-    """One picture's place. name: 'background' or the reference's number from 1. cell: the room it was given."""
+    """One picture's place. name: 'background' or the reference's number. cell: the room it was given."""
 
     name: str
     cell: Box
@@ -101,7 +101,8 @@ def check_canvas(width: int, height: int) -> None:
 
 def lay_out(
     width: int, height: int, references: Sequence[tuple[int, int]], background: tuple[int, int] | None = None, *,
-    layout: str = STACK, boxes: str = "", keep_background_aspect: bool = False, enlarge: bool = False,
+    names: Sequence[str] = (), layout: str = STACK, boxes: str = "", keep_background_aspect: bool = False,
+    enlarge: bool = False,
 ) -> CanvasLayout:  # fmt: skip
     """Place pictures of the given (width, height) on a canvas.
 
@@ -109,7 +110,7 @@ def lay_out(
     enlarged; n references on the left half in slots of height // n, top to bottom, shrunk to fit, and enlarged only
     with `enlarge`. 'two columns' puts the references in a grid of two columns there. 'free boxes' takes `boxes`
     (`parse_boxes`); what has no box there keeps its official place, and a note says so. Without a background the
-    references have the whole canvas.
+    references have the whole canvas. names: of the references, where they are not 1, 2, 3 and so on.
     Raises CanvasError for sizes off the grid, an unknown layout, nothing to place, or boxes that cannot be read.
     """
     check_canvas(width, height)
@@ -125,11 +126,11 @@ def lay_out(
         # The official script squeezes every background to 16:9 before it shrinks it.
         source = background if keep_background_aspect else OFFICIAL_SIZE
         regions.append(Region(BACKGROUND, cell, _middle(fit(source, (cell.width, cell.height), enlarge=enlarge), cell)))
-    for i, (size, cell) in enumerate(zip(references, cells, strict=True), 1):
-        regions.append(Region(str(i), cell, _middle(fit(size, (cell.width, cell.height), enlarge=enlarge), cell)))
+    sizes = dict(zip(names or map(str, range(1, len(references) + 1)), references, strict=True))
+    for (name, size), cell in zip(sizes.items(), cells, strict=True):
+        regions.append(Region(name, cell, _middle(fit(size, (cell.width, cell.height), enlarge=enlarge), cell)))
     if layout != FREE:
         return _with_notes(width, height, tuple(regions), [])
-    sizes = {str(i): size for i, size in enumerate(references, 1)}
     if background is not None:
         sizes[BACKGROUND] = background
     return _freely(width, height, regions, sizes, parse_boxes(boxes), keep_background_aspect)
@@ -261,6 +262,18 @@ def _overlap(a: Box, b: Box) -> int:
     width = min(a.x + a.width, b.x + b.width) - max(a.x, b.x)
     height = min(a.y + a.height, b.y + b.height) - max(a.y, b.y)
     return max(width, 0) * max(height, 0)
+
+
+def describe_all(layouts: Sequence[CanvasLayout], more: Sequence[str] = ()) -> str:
+    """The report of a batch: the first canvas, what the others have to note beside it, and `more` notes."""
+    lines = [describe(layouts[0])]
+    if len(layouts) > 1:
+        lines.append(f"{len(layouts)} canvases; the places are those of the first.")
+    known = set(layouts[0].notes)
+    for number, layout in enumerate(layouts[1:], 2):
+        lines += [f"Note: canvas {number}: {note}" for note in layout.notes if note not in known]
+        known.update(layout.notes)
+    return "\n".join([*lines, *(f"Note: {note}" for note in more)])
 
 
 def describe(layout: CanvasLayout) -> str:

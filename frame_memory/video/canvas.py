@@ -15,6 +15,10 @@ from .images import check_image, with_mask
 
 # A mask is content where it is at least this much; less is the haze that segmentation leaves around things.
 CONTENT = 0.02
+# Where a mask is at least this much, a pixel shows the thing and nothing of what is behind it.
+SOLID = 0.95
+# How far, in pixels, the colours of a thing are carried outwards under the soft edge of its mask.
+EDGE = 8
 LINE_COLOURS = ((232, 74, 39), (30, 136, 229), (67, 160, 71), (253, 167, 32), (142, 36, 170), (0, 151, 167))
 
 
@@ -46,8 +50,59 @@ def cut_out(image_BHWC: torch.Tensor, mask_BHW: torch.Tensor | None, socket: str
                 f"The mask of '{socket}' of '{NODE}' is empty: nothing of the picture would be seen. Masks are 1 where "
                 "the thing is; invert it with 'Invert Mask', or take it out to use the whole picture."
             )
-        image_BHWC = with_mask(image_BHWC, 1.0 - mask_BHW.clamp(0.0, 1.0), f"mask of {socket}")
+        image_BHWC = with_mask(image_BHWC, 1.0 - _one_a_picture(mask_BHW, image_BHWC), f"mask of {socket}")
+        image_BHWC = clean_edges(image_BHWC)
     return [_picture(image_HWC, socket, crop) for image_HWC in image_BHWC]
+
+
+def _one_a_picture(mask_BHW: torch.Tensor, image_BHWC: torch.Tensor) -> torch.Tensor:
+    """Several masks of one picture, as SAM 3 gives them for several things, become their union."""
+    mask_BHW = (mask_BHW.unsqueeze(0) if mask_BHW.ndim == 2 else mask_BHW).float().clamp(0.0, 1.0)
+    return mask_BHW.amax(0, keepdim=True) if image_BHWC.shape[0] == 1 and mask_BHW.ndim == 3 else mask_BHW
+
+
+def clean_edges(image_BHWC: torch.Tensor) -> torch.Tensor:
+    """RGBA whose half transparent edge has the colours of the thing, not a mixture with what was behind it.
+
+    Colours are carried outwards from where alpha is solid, at most EDGE pixels; alpha stays. Hair that never becomes
+    solid keeps its own colours. Other pictures come back as they are.
+    """
+    if image_BHWC.shape[-1] != 4:
+        return image_BHWC
+    image_BCHW = image_BHWC.movedim(-1, 1)
+    alpha_B1HW = image_BCHW[:, 3:]
+    known_B1HW = (alpha_B1HW >= SOLID).to(image_BHWC)
+    soft_B1HW = (alpha_B1HW > 0) & (alpha_B1HW < SOLID)
+    colour_BCHW = image_BCHW[:, :3] * known_B1HW
+    for _ in range(EDGE):
+        if not bool((soft_B1HW & (known_B1HW == 0)).any()):
+            break
+        near_B1HW = torch.nn.functional.avg_pool2d(known_B1HW, 3, 1, 1)
+        spread_BCHW = torch.nn.functional.avg_pool2d(colour_BCHW, 3, 1, 1) / near_B1HW.clamp_min(1e-6)
+        new_B1HW = soft_B1HW & (known_B1HW == 0) & (near_B1HW > 0)
+        colour_BCHW = torch.where(new_B1HW, spread_BCHW, colour_BCHW)
+        known_B1HW = torch.where(new_B1HW, torch.ones_like(known_B1HW), known_B1HW)
+    colour_BCHW = torch.where(known_B1HW > 0, colour_BCHW, image_BCHW[:, :3])
+    return torch.cat([colour_BCHW, alpha_B1HW], dim=1).movedim(1, -1)
+
+
+def mask_notes(references: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> list[str]:
+    """What an artist should know of masks by the number of their socket: joined, stretched, or the wrong way round."""
+    notes = []
+    for number, mask in masks.items():
+        image, mask_BHW = references[number], mask.unsqueeze(0) if mask.ndim == 2 else mask
+        (count, tall, wide), (height, width) = mask_BHW.shape, image.shape[1:3]
+        if image.shape[0] == 1 and count > 1:
+            notes.append(f"mask_{number} holds {count} masks for one picture: all of them together are cut out.")
+        if abs(wide * height - tall * width) > max(wide * height, tall * width) / 50:
+            notes.append(f"mask_{number} is {wide}x{tall} and was stretched over its picture of {width}x{height}.")
+        corners = mask_BHW[:, :: max(tall - 1, 1), :: max(wide - 1, 1)]
+        if bool((corners >= SOLID).all()) and bool((mask_BHW <= CONTENT).any()):
+            notes.append(
+                f"mask_{number} keeps all corners of its picture and cuts a hole: Load Image's mask is such. If the "
+                "hole is the thing you want, put 'Invert Mask' between."
+            )
+    return notes
 
 
 def _picture(image_HWC: torch.Tensor, socket: str, crop: bool) -> Image.Image:
@@ -163,7 +218,7 @@ def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
 def named_pictures(
     references: dict[int, torch.Tensor], masks: dict[int, torch.Tensor], background: torch.Tensor | None, *, crop: bool
 ) -> dict[str, list[Image.Image]]:
-    """Every picture of a canvas by region name: 'background', and references counted from 1 in the order of sockets.
+    """Every picture of a canvas by region name: 'background', and the number of each reference's socket.
 
     references, masks: by the number of their socket. Raises CanvasError for a mask without its reference.
     """
@@ -175,6 +230,6 @@ def named_pictures(
     made: dict[str, list[Image.Image]] = {}
     if background is not None:
         made[BACKGROUND] = cut_out(background, None, BACKGROUND, crop=False)
-    for place, (number, image) in enumerate(references.items(), 1):
-        made[str(place)] = cut_out(image, masks.get(number), f"reference_{number}", crop=crop)
+    for number, image in references.items():
+        made[str(number)] = cut_out(image, masks.get(number), f"reference_{number}", crop=crop)
     return made

@@ -1,0 +1,120 @@
+/**
+ * Where pictures lie on FFGo's first frame: the numbers of frame_memory/plan/canvas.py once more, for the editor.
+ *
+ * Pure: no page, no graph. Pixels of the canvas, origin at the top left, boxes as {x, y, width, height}.
+ */
+export const BACKGROUND = "background"
+export const FREE = "free boxes"
+export const STACK = "official stack"
+export const TWO_COLUMNS = "two columns"
+const OFFICIAL = [1280, 720]
+const LINE = /^(background|reference\s*\d+|\d+)\s*:\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(\d+)\s*[x×,]\s*(\d+)$/i
+/** The least side of a box that is dragged, and how much of one stays on the canvas. */
+export const LEAST = 8
+
+function readLine(line) {
+  const found = LINE.exec(line.split("#")[0].trim())
+  if (!found) return null
+  const name = found[1].toLowerCase().replace(/reference\s*/, "").replace(/^0+(?=\d)/, "")
+  const [x, y, width, height] = found.slice(2).map(Number)
+  return [name, { x, y, width, height }]
+}
+
+/** Boxes of the text by name, in the order they are drawn; lines that cannot be read are left to the node to refuse. */
+export function parseBoxes(text) {
+  return new Map(text.split("\n").map(readLine).filter(Boolean))
+}
+
+/** Lines of the text that are no boxes: notes, and what the node will refuse. They are the artist's and stay. */
+export function otherLines(text) {
+  return text.split("\n").filter((line) => line.trim() && !readLine(line))
+}
+
+/** The text of boxes, as the node reads it. */
+export function writeBoxes(boxes) {
+  return [...boxes].map(([name, b]) => `${name}: ${b.x}, ${b.y}, ${b.width} x ${b.height}`).join("\n")
+}
+
+function nearest(number, off) {
+  const [down, up] = [Math.floor(number), Math.ceil(number)]
+  return Math.max(off(up) < off(down) ? up : down, 1)
+}
+
+/** The largest [width, height] of the aspect of `size` inside `room`; smaller pictures stay without `enlarge`. */
+export function fit([width, height], [wide, tall], enlarge) {
+  if (!enlarge && wide >= width && tall >= height) return [width, height]
+  const aspect = width / height
+  if (wide / tall >= aspect) return [nearest(tall * aspect, (n) => Math.abs(aspect - n / tall)), tall]
+  return [wide, nearest(wide / aspect, (n) => (n === 0 ? 0 : Math.abs(aspect - wide / n)))]
+}
+
+function middle([width, height], cell) {
+  const x = cell.x + Math.floor((cell.width - width) / 2)
+  return { x, y: cell.y + Math.floor((cell.height - height) / 2), width, height }
+}
+
+function cells(count, width, height, most) {
+  const columns = Math.max(Math.min(most, count), 1)
+  const slot = Math.floor(height / Math.max(Math.ceil(count / columns), 1))
+  const column = Math.floor(width / columns)
+  return Array.from({ length: count }, (_, i) => {
+    const at = i % columns
+    const alone = columns > 1 && i === count - 1 && at === 0
+    return { x: alone ? 0 : at * column, y: Math.floor(i / columns) * slot, width: alone ? width : column, height: slot }
+  })
+}
+
+/**
+ * Boxes by name in the order they are drawn. names: 'background' and numbers, as they are connected. sizes: [width,
+ * height] by name where they are known; a picture of unknown size takes the whole of its room.
+ */
+export function layOut({ width, height, names, sizes, layout, boxes, keepAspect, enlarge }) {
+  const references = names.filter((name) => name !== BACKGROUND)
+  const left = names.includes(BACKGROUND) ? Math.floor(width / 2) : width
+  const usual = new Map()
+  const put = (name, size, cell) => {
+    usual.set(name, middle(size ? fit(size, [cell.width, cell.height], enlarge) : [cell.width, cell.height], cell))
+  }
+  if (names.includes(BACKGROUND)) {
+    const size = keepAspect ? sizes.get(BACKGROUND) : OFFICIAL
+    put(BACKGROUND, size, { x: left, y: 0, width: Math.floor(width / 2), height })
+  }
+  const rooms = cells(references.length, left, height, layout === TWO_COLUMNS ? 2 : 1)
+  references.forEach((name, i) => put(name, sizes.get(name), rooms[i]))
+  if (layout !== FREE) return usual
+  const written = parseBoxes(boxes)
+  const placed = new Map([...usual].filter(([name]) => !written.has(name)))
+  for (const [name, box] of written) if (usual.has(name)) placed.set(name, box)
+  return placed
+}
+
+/** The part of a box that its picture covers; a background is stretched over all of it unless it keeps its aspect. */
+export function covered(name, box, size, keepAspect) {
+  if (!size || (name === BACKGROUND && !keepAspect)) return box
+  return middle(fit(size, [box.width, box.height], true), box)
+}
+
+/** A box moved by dx, dy; some of it stays on the canvas. */
+export function moved(box, dx, dy, [width, height]) {
+  const x = Math.round(Math.min(Math.max(box.x + dx, LEAST - box.width), width - LEAST))
+  return { ...box, x, y: Math.round(Math.min(Math.max(box.y + dy, LEAST - box.height), height - LEAST)) }
+}
+
+/**
+ * A box whose corner was pulled by dx, dy; the corner across stays. corner: [0 left or 1 right, 0 top or 1 bottom].
+ * free: without keeping the aspect.
+ */
+export function scaled(box, [right, bottom], dx, dy, free, [most, tallest]) {
+  let width = box.width + (right ? dx : -dx)
+  let height = box.height + (bottom ? dy : -dy)
+  if (!free) {
+    const least = LEAST / Math.min(box.width, box.height)
+    const grown = Math.max(width / box.width, height / box.height, least)
+    width = box.width * grown
+    height = box.height * grown
+  }
+  width = Math.round(Math.min(Math.max(width, LEAST), 2 * most))
+  height = Math.round(Math.min(Math.max(height, LEAST), 2 * tallest))
+  const x = right ? box.x : box.x + box.width - width
+  return { x, y: bottom ? box.y : box.y + box.height - height, width, height }
+}
