@@ -162,21 +162,21 @@ def _place_for_models() -> str:
 
 
 class FrameMemoryLoraLoader(io.ComfyNode):
-    """Apply a LoRA whose names core does not map to FramePack."""
+    """Apply a LoRA in names that core knows or not, and say what of it was used."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FrameMemoryLoraLoader",
-            display_name="Load FramePack LoRA",
+            display_name=LOAD_LORA,
             category="model/loaders",
             description=(
-                "Applies LoRAs trained on FramePack or HunyuanVideo in any of the four common key styles and says how "
-                "much of the file was used. The stock LoRA loader only knows the original HunyuanVideo names."
+                "Applies a LoRA and says how much of the file was used. For FramePack it reads all four common key "
+                "styles, of which the stock LoRA loader knows one; for Wan (FFGo) and others the same as the stock one."
             ),
-            search_aliases=["framepack lora", "hunyuan lora", "musubi", "kohya"],
+            search_aliases=["framepack lora", "hunyuan lora", "wan lora", "ffgo lora", "musubi", "kohya"],
             inputs=[
-                io.Model.Input("model", tooltip="The FramePack MODEL to patch. It is not changed; a copy is returned."),
+                io.Model.Input("model", tooltip="The MODEL to patch. It is not changed; a copy is returned."),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
@@ -218,7 +218,10 @@ class FrameMemoryLoraLoader(io.ComfyNode):
     def execute(cls, model, lora_name, strength, allow_no_match=False) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         patched, match = lora.apply_lora(model, tensor_file.read(path, LOAD_LORA), strength, allow_no_match)
-        report = f"{lora_name}\n{match.report()}"
+        swapped = lora.expert_warning(lora_name, model)
+        if swapped:
+            logging.warning("%s", swapped)
+        report = "\n".join(filter(None, [lora_name, match.report(), swapped]))
         show(cls, report)
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 

@@ -362,7 +362,7 @@ def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str]
 
 # Shown to the artist in place of "could not detect": family, and keys that only it has.
 _FAMILIES = (
-    ("a LoRA, which goes into 'Load FramePack LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
+    ("a LoRA, which goes into 'Load Video LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
     ("a Frame Memory encoder, which needs its own node", r"^(semantic_pack|frame_preservation)\."),
     ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
     ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),

@@ -95,6 +95,8 @@ CHECKPOINTS = _needs("""
     comfy.model_detection.detect_unet_config state_dict key_prefix
     comfy.ops.disable_weight_init
     comfy.lora.load_lora lora to_load log_missing
+    comfy.lora.model_lora_keys_unet model key_map
+    comfy.lora_convert.convert_lora sd
     comfy.utils.get_attr obj attr
     comfy.utils.load_torch_file ckpt
     comfy.memory_management.aimdo_enabled

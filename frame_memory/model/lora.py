@@ -1,9 +1,12 @@
-"""LoRAs of all four naming styles onto the native layout, with exact slices of fused tensors.
+"""LoRAs of all naming styles onto a video model, with exact slices of fused tensors, and what of a file was used.
 
-Styles (reference/framepack.md section 7): FramePack in kohya/musubi names, FramePack in diffusers/PEFT names,
-HunyuanVideo in its original names, HunyuanVideo in kohya names. Core's loader and weight adapters do the arithmetic
-(LoRA, LoHa, LoKr, DoRA, differences); this module only says which rows of which tensor a name means. Core knows the
-third style and part of the fourth by itself, so stock LoRA nodes work for those.
+FramePack (reference/framepack.md section 7): names of FramePack in kohya/musubi and in diffusers/PEFT style, names of
+HunyuanVideo in the original and in kohya style. Core's loader and weight adapters do the arithmetic (LoRA, LoHa, LoKr,
+DoRA, differences); this module only says which rows of which tensor a name means. Core knows the third style and part
+of the fourth by itself, so stock LoRA nodes work for those.
+
+Models of all other families, Wan with FFGo's LoRAs among them (reference/ffgo.md section 5): the names are core's own,
+the same as in its LoRA nodes. What core says in the log only, or not at all, is counted here.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import comfy.lora
+import comfy.lora_convert
 import comfy.utils
 from torch import Tensor
 
@@ -70,6 +74,10 @@ _FAMILIES = (
     ("HunyuanVideo or FLUX of another width", r"(double|single)_blocks|(single_)?transformer_blocks"),
 )
 FLUX_BLOCKS = (19, 38)
+# How names begin that core knows, to the style a report names; the first that fits counts.
+_CORE_STYLES = (("lora_unet_", "kohya names"), ("diffusion_model.", "ComfyUI names"), ("", "diffusers names"))
+# A word of a file's name that says which of Wan 2.2's two experts it is for: "high_noise", "-LOW_", "14bHigh".
+_EXPERT = re.compile(r"(?:^|[^a-z]|14b)(high|low)(?=noise|[^a-z]|$)")
 
 
 class LoraError(ValueError):
@@ -112,37 +120,21 @@ class LoraMatch:
 
 
 def match_lora(lora_sd: Mapping[str, Tensor], model, allow_none: bool = False) -> LoraMatch:
-    """Fit a LoRA's tensors to a FramePack base model; neither is changed.
+    """Fit a LoRA's tensors to a base model; neither is changed.
 
-    Raises LoraError for a model of another family, and, naming three keys and the family they look like, where not
-    one module fits. allow_none makes the second a warning of a match without patches.
+    Raises LoraError, naming three keys and the family they look like, where not one module fits. allow_none makes that
+    a warning of a match without patches.
     """
-    if not has_context_weights(model):
-        raise LoraError(
-            f"The model is a {type(model).__name__}, expected a FramePack model from 'Load FramePack Model'. For other "
-            f"models use ComfyUI's own LoRA nodes in place of {LOADER}."
-        )
-    modules, text_parts = _modules(lora_sd)
-    names = _names(model)
-    found: dict[str, tuple[Target, str]] = {}
-    for module in modules:
-        hit = _resolve(module, names)
-        if hit is not None:
-            found[module] = hit
-    patches, failed = {}, {}
-    for module, (target, _) in found.items():
-        made, reason = _patches(module, lora_sd, modules[module], target, model)
-        if reason:
-            failed[module] = reason
-        elif patches.keys() & made.keys():
-            failed[module] = "a second tensor for the same place"
-        else:
-            patches.update(made)
+    framepack = has_context_weights(model)
+    # Core's own first step: "lora_unet__" of FFGo's files becomes "lora_unet_". It renames in place, so it gets a copy.
+    known = lora_sd if framepack else comfy.lora_convert.convert_lora(dict(lora_sd))
+    modules, text_parts = _modules(known)
+    found, patches, failed = (_match_framepack if framepack else _match_core)(known, modules, model)
     unmatched = tuple(f"{m} ({failed[m]})" if m in failed else m for m in modules if m not in found or m in failed)
     styles = Counter(style for module, (_, style) in found.items() if module not in failed)
     matched = len(modules) - len(unmatched)
     if matched == 0:
-        said = _nothing_matched(lora_sd, modules, failed)
+        said = _nothing_matched(lora_sd, modules, failed, "FramePack" if framepack else type(model).__name__)
         if not allow_none:
             raise LoraError(said)
         return LoraMatch({}, 0, len(modules), unmatched, "no known names", (f"Warning: {said}",))
@@ -171,6 +163,86 @@ def _modules(lora_sd: Mapping[str, Tensor]) -> tuple[dict[str, list[str]], int]:
             continue
         out.setdefault(_PARTS.sub("", key), []).append(key)
     return out, text
+
+
+def _match_framepack(lora_sd: Mapping[str, Tensor], modules: dict[str, list[str]], model) -> tuple[dict, dict, dict]:
+    """(modules to their target and style, patches for core, modules to why they do not fit)."""
+    names = _names(model)
+    found: dict[str, tuple[Target | None, str]] = {}
+    patches, failed = {}, {}
+    for module, keys in modules.items():
+        hit = _resolve(module, names)
+        if hit is not None:
+            found[module] = hit
+            _collect(module, _patches(module, lora_sd, keys, hit[0], model), patches, failed)
+    return found, patches, failed
+
+
+def _match_core(lora_sd: Mapping[str, Tensor], modules: dict[str, list[str]], model) -> tuple[dict, dict, dict]:
+    """As `_match_framepack`, for a model whose names core maps itself. Targets are None: nothing is sliced."""
+    places = comfy.lora.model_lora_keys_unet(model, {})
+    found: dict[str, tuple[Target | None, str]] = {}
+    patches, failed = {}, {}
+    for module, keys in modules.items():
+        if module not in places:
+            continue
+        found[module] = (None, next(style for prefix, style in _CORE_STYLES if module.startswith(prefix)))
+        made = comfy.lora.load_lora({k: lora_sd[k] for k in keys}, {module: places[module]}, log_missing=False)
+        _collect(module, (made, _misfit(made, model)), patches, failed)
+    return found, patches, failed
+
+
+def _collect(module: str, made: tuple[dict, str], patches: dict, failed: dict[str, str]) -> None:
+    """Adds a module's patches to all, or the reason why it is left out."""
+    new, reason = made
+    if reason:
+        failed[module] = reason
+    elif patches.keys() & new.keys():
+        failed[module] = "a second tensor for the same place"
+    else:
+        patches.update(new)
+
+
+def _misfit(made: dict, model) -> str:
+    """Why patches of whole tensors do not fit, or nothing. Core would find out while it samples, and log it only."""
+    if not made:
+        return "no LoRA tensors that core knows"
+    for key, patch in made.items():
+        try:
+            shape = comfy.utils.get_attr(model, key).shape
+        except AttributeError:
+            return f"changes {key.removeprefix(MODEL_PREFIX)}, which this model does not have"
+        given = _delta_shape(patch)
+        if given is None or not shape:
+            continue
+        columns = shape[1:].numel() if len(shape) > 1 else None
+        if given[0] != shape[0]:
+            return f"changes {given[0]} rows where this model has {shape[0]}"
+        if given[1] is not None and columns is not None and given[1] != columns:
+            return f"changes {given[1]} columns where this model has {columns}"
+    return ""
+
+
+def expert_warning(lora_name: str, model_patcher) -> str:
+    """A sentence where a file's name says another of Wan 2.2's two experts than the model's file, else nothing.
+
+    Both have the same names and shapes, so nothing else tells; a swapped pair makes a plausible but wrong video.
+    """
+    loaded_from = getattr(model_patcher, "cached_patcher_init", None)
+    path = loaded_from[1][0] if loaded_from and loaded_from[1] else None
+    file = path.replace("\\", "/").rsplit("/", 1)[-1] if isinstance(path, str) else ""
+    mine, its = _expert(lora_name), _expert(file)
+    if mine is None or its is None or mine == its:
+        return ""
+    return (
+        f"Warning: by its name this LoRA is for the {mine} noise model, and this is the {its} noise one. Both fit by "
+        f"shape. Swap the files in the two {LOADER}, unless you mean it."
+    )
+
+
+def _expert(name: str) -> str | None:
+    said = set(_EXPERT.findall(name.lower()))
+    return said.pop() if len(said) == 1 else None
 
 
 def _names(model) -> dict[str, tuple[Target, str]]:
@@ -273,7 +345,7 @@ def _shown(names) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _nothing_matched(lora_sd, modules, failed: Mapping[str, str]) -> str:
+def _nothing_matched(lora_sd, modules, failed: Mapping[str, str], model: str) -> str:
     keys = list(lora_sd)[:NAMED]
     if not modules:
         held = _shown(list(lora_sd)) or "nothing"
@@ -281,19 +353,22 @@ def _nothing_matched(lora_sd, modules, failed: Mapping[str, str]) -> str:
     family = next((name for name, p in _FAMILIES if any(re.search(p, m) for m in modules)), None)
     looks = f" They look like {family}." if family else ""
     why = f" {next(iter(failed))} {failed[next(iter(failed))]}." if failed else ""
+    wanted = "FramePack or HunyuanVideo" if model == "FramePack" else "this model"
     return (
-        f"Not one of the LoRA's {len(modules)} modules fits this FramePack model; its first keys are {', '.join(keys)}."
-        f"{looks}{why} Choose a LoRA made for FramePack or HunyuanVideo in {LOADER}."
+        f"Not one of the LoRA's {len(modules)} modules fits this {model} model; its first keys are {', '.join(keys)}."
+        f"{looks}{why} Choose a LoRA made for {wanted} in {LOADER}."
     )
 
 
-def _warnings(matched: int, total: int, found: Mapping[str, tuple[Target, str]], text_parts: int) -> tuple[str, ...]:
+def _warnings(
+    matched: int, total: int, found: Mapping[str, tuple[Target | None, str]], text_parts: int
+) -> tuple[str, ...]:
     out = []
     if matched < FEW * total:
         out.append(f"Warning: less than half of this LoRA fits. It was probably made for another model; see {LOADER}.")
     last = [0, 0]
     for target, style in found.values():
-        number = re.match(r"(double|single)_blocks\.(\d+)\.", target.module)
+        number = re.match(r"(double|single)_blocks\.(\d+)\.", target.module) if target else None
         if number and style.startswith("FramePack"):
             kind = 0 if number[1] == "double" else 1
             last[kind] = max(last[kind], int(number[2]) + 1)
@@ -306,4 +381,4 @@ def _warnings(matched: int, total: int, found: Mapping[str, tuple[Target, str]],
     return tuple(out)
 
 
-__all__ = ["LoraError", "LoraMatch", "apply_lora", "match_lora"]
+__all__ = ["LoraError", "LoraMatch", "apply_lora", "expert_warning", "match_lora"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load FramePack LoRA"
+LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load Video LoRA"
 HOME = "https://huggingface.co/"
 # What a path holds, to the model page of that file; the first that fits counts.
 PAGES = (

@@ -316,8 +316,8 @@ def test_fault_33_truncated_pointer_and_empty_files(tmp_path, content, words):
     assert_says_what_to_do(raised.value, "https://huggingface.co/Kijai/HunyuanVideo_comfy")
     unknown = _bad(tmp_path / "model.safetensors", content)
     with pytest.raises(tensor_file.FileError, match=words) as raised:
-        tensor_file.read(unknown, "Load FramePack LoRA")
-    assert_says_what_to_do(raised.value, "where it came from", "Load FramePack LoRA")
+        tensor_file.read(unknown, "Load Video LoRA")
+    assert_says_what_to_do(raised.value, "where it came from", "Load Video LoRA")
 
 
 def test_fault_33_cut_off_in_the_tensors(tmp_path, reference):
@@ -356,8 +356,8 @@ def test_fault_34_header_too_large_and_renamed_checkpoints(tmp_path):
     for path in renamed:
         with pytest.raises(tensor_file.FileError, match="PyTorch pickle.*'Load FramePack Model'"):
             checkpoint.inspect(path)
-        with pytest.raises(tensor_file.FileError, match="PyTorch pickle.*'Load FramePack LoRA'"):
-            tensor_file.read(path, "Load FramePack LoRA")
+        with pytest.raises(tensor_file.FileError, match="PyTorch pickle.*'Load Video LoRA'"):
+            tensor_file.read(path, "Load Video LoRA")
     with pytest.raises(tensor_file.FileError, match="its first 8 bytes.*where it came from.*'Load FramePack Model'"):
         checkpoint.inspect(_bad(tmp_path / "x.safetensors", b"\xff" * 600))
     with pytest.raises(tensor_file.FileError, match="GGUF loader"):
@@ -484,8 +484,8 @@ def test_fault_40_a_pickle_is_never_opened(tmp_path, name, wrap):
     for read in (checkpoint.inspect, checkpoint.load_framepack):
         with pytest.raises(tensor_file.FileError, match="was not opened.*in 'Load FramePack Model'"):
             read(str(path))
-    with pytest.raises(tensor_file.FileError, match="was not opened.*in 'Load FramePack LoRA'"):
-        tensor_file.read(str(path), "Load FramePack LoRA")
+    with pytest.raises(tensor_file.FileError, match="was not opened.*in 'Load Video LoRA'"):
+        tensor_file.read(str(path), "Load Video LoRA")
     assert not target.exists()
 
 

@@ -264,7 +264,7 @@ def test_fault_38_nothing_matched_is_an_error_with_three_keys(patcher):
     with pytest.raises(lora.LoraError) as raised:
         lora.apply_lora(patcher, file)
     message = str(raised.value)
-    assert all(key in message for key in list(file)[:3]) and "'Load FramePack LoRA'" in message
+    assert all(key in message for key in list(file)[:3]) and "'Load Video LoRA'" in message
     assert not patcher.patches
 
 
@@ -275,7 +275,7 @@ def test_fault_38_the_opt_out_hands_the_model_on_unchanged(patcher, native, file
     clone, match = lora.apply_lora(patcher, file, allow_none=True)
     assert (match.matched, match.total, match.share, match.patches) == (0, len(file), 0.0, {})
     report = match.report()
-    assert f"0 of {len(file)}" in report and "Warning" in report and "'Load FramePack LoRA'" in report
+    assert f"0 of {len(file)}" in report and "Warning" in report and "'Load Video LoRA'" in report
     assert clone is not patcher and not clone.patches
     got = patched_weights(clone)
     assert all(torch.equal(got[k], native[k]) for k in native)
@@ -334,13 +334,18 @@ def test_a_file_that_is_no_lora(patcher):
         lora.match_lora({}, patcher.model)
 
 
-def test_fault_39_a_model_of_another_family_is_refused_by_its_class(native, reference):
-    """Plain HunyuanVideo has the same blocks; Stable Diffusion not even a count of them."""
+def test_fault_39_on_another_family_core_names_count(native, reference):
+    """Plain HunyuanVideo has the same blocks under names that core knows; Stable Diffusion not even a count of them."""
     plain = {k: v for k, v in native.items() if not k.startswith(("clean_x_embedder.", "image_projection."))}
     hunyuan = comfy.sd.load_diffusion_model_state_dict(plain)
     config = comfy.supported_models.SD15({"disable_unet_model_creation": True})
     diffusion = comfy.model_base.BaseModel(config, device="cpu")
     file, _ = make_lora(reference, matrices(reference, "proj_mlp"), kohya("lora_unet_"), KOHYA)
     for model, name in ((hunyuan.model, "HunyuanVideo"), (diffusion, "BaseModel")):
-        with pytest.raises(lora.LoraError, match=f"is a {name}, .*'Load FramePack Model'.*'Load FramePack LoRA'"):
+        with pytest.raises(lora.LoraError, match=f"fits this {name} model.*made for this model in 'Load Video LoRA'"):
             lora.match_lora(file, model)
+    rows, columns = native["double_blocks.0.img_attn.proj.weight"].shape
+    name = "transformer.double_blocks.0.img_attn_proj"
+    file = {f"{name}.lora_A.weight": torch.ones(2, columns), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    match = lora.match_lora(file, hunyuan.model)
+    assert match.share == 1.0 and list(match.patches) == ["diffusion_model.double_blocks.0.img_attn.proj.weight"]

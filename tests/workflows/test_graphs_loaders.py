@@ -1,4 +1,4 @@
-"""Load FramePack LoRA and the converted copy of Load FramePack Model, on the real server."""
+"""Load Video LoRA and the converted copy of Load FramePack Model, on the real server."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def video_of(server, prompt):
 
 
 def between(prompt, **inputs):
-    """The graph with Load FramePack LoRA behind the model loader."""
+    """The graph with Load Video LoRA behind the model loader."""
     changed = copy.deepcopy(prompt)
     loader = one(prompt, LOADER)[0]
     for node in changed.values():
@@ -97,7 +97,7 @@ def test_fault_38_a_lora_of_which_nothing_fits_is_refused_or_passed_on(server, s
     with pytest.raises(PromptError) as error:
         server.client.queue(between(smallest, lora_name="not.safetensors"), timeout=600)
     text = str(error.value)
-    assert text.startswith(LORA) and "'Load FramePack LoRA'" in text
+    assert text.startswith(LORA) and "'Load Video LoRA'" in text
     assert all(f"lora_unet_zzz_{i}.lora_down.weight" in text for i in range(3))
     run, video = video_of(server, between(smallest, lora_name="not.safetensors", allow_no_match=True))
     assert "0 of 4 modules matched" in text_of(run, "lora") and "Warning" in text_of(run, "lora")
