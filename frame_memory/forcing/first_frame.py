@@ -1,12 +1,16 @@
 """FFGo's training data and noise: a clip that begins with its canvas, and the noise levels of one of Wan 2.2's experts.
 
-Shape suffixes: T pixel frames, H height, W width, C channels (3, values 0..1).
+Shape suffixes: B batch, T frames, H height, W width, C channels (of pixels: 3, values 0..1).
 Source: reference/ffgo.md sections 4 and 6; the published training script (`--boundary_type high` and `low`).
 
-Fact: the script lists 1000 sigmas, shift * t / (1 + (shift - 1) * t) for t = 1, 0.999 ... 0.001 with shift 5, splits the
-list where sigma is nearest the boundary 0.9, and draws an index of the expert's part with equal chances.
+Fact: the script lists 1000 sigmas, shift * t / (1 + (shift - 1) * t) for t = 1, 0.999 ... 0.001 with shift 5, splits
+the list where sigma is nearest the boundary 0.9, and draws an index of the expert's part with equal chances.
 Choice: the list is split where inference changes the expert (sigma >= boundary is high), which differs from the script
 by one of the 1000 levels, the one at the boundary.
+
+Core's Train LoRA (0.30.0) has two habits that image-to-video cannot stand, and both are put right on the clone that
+`expert_range` makes, while it trains: it gives every clip's conditioning the size of the whole dataset, which is
+clips x clips in memory; and a batch of several clips is run with all their conditionings, whose results are averaged.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import torch
 from comfy import model_management
 from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow, time_snr_shift
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_wan import WanImageToVideo
 
 HIGH, LOW = "high noise", "low noise"
@@ -23,6 +28,8 @@ BOUNDARY, SHIFT = 0.9, 5.0
 # Pixel frames that FFGo's training replaces by the canvas.
 HELD = 4
 LEVELS = 1000
+# Under this name the clone keeps what it does while Train LoRA runs.
+KEY = "frame_memory_expert"
 
 
 class FirstFrameTrainingError(ValueError):
@@ -61,18 +68,18 @@ def triple(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """(latent, concat_latent_image, concat_mask) of one training clip; the caption is the third thing of the triple.
 
-    latent: {"samples": [1, C, t, h, w]} of the clip that begins with the canvas. The other two are what core's Wan Image
-    To Video makes for inference from the canvas, and are made by it: only pixel frame 0 is shown, the rest is grey (0.5)
-    and masked. Raises FirstFrameTrainingError for lengths other than 4n + 1, sides off the grid of 16, and as
-    `with_canvas`.
+    latent: {"samples": [1, C, t, h, w]} of the clip that begins with the canvas. The other two are what core's Wan
+    Image To Video makes for inference from the canvas, and are made by it: only pixel frame 0 is shown, the rest is
+    grey (0.5) and masked. Raises FirstFrameTrainingError for lengths other than 4n + 1, sides off the grid of 16, and
+    as `with_canvas`.
     """
     made_THWC = with_canvas(frames_THWC, canvas_HWC, held)
     length, height, width = made_THWC.shape[:3]
     near = [max(round(side / 16) * 16, 16) for side in (width, height)]
     if length % 4 != 1 or [width, height] != near:
         raise FirstFrameTrainingError(
-            f"The clip has {length} frames of {width}x{height}; expected 4n + 1 frames with sides that are multiples of "
-            f"16. The nearest is {max(round((length - 1) / 4), 1) * 4 + 1} frames of {near[0]}x{near[1]}."
+            f"The clip has {length} frames of {width}x{height}; expected 4n + 1 frames with sides that are multiples "
+            f"of 16. The nearest is {max(round((length - 1) / 4), 1) * 4 + 1} frames of {near[0]}x{near[1]}."
         )
     nothing = torch.zeros(1, 1, 1)
     positive = WanImageToVideo.execute(
@@ -110,18 +117,48 @@ class ExpertSampling(ModelSamplingDiscreteFlow, CONST):
 
     def training_sigma(self, percent: float) -> float:
         """The expert's noise level for a number of 0 to 1."""
-        return self.training_levels[min(max(int(percent * len(self.training_levels)), 0), len(self.training_levels) - 1)]
+        count = len(self.training_levels)
+        return self.training_levels[min(max(int(percent * count), 0), count - 1)]
 
     def percent_to_sigma(self, percent: float) -> float:
         """Noise at a share of the sampling; while a LoRA is trained, `training_sigma`."""
         return self.training_sigma(percent) if model_management.in_training else super().percent_to_sigma(percent)
 
 
-def expert_range(model, expert: str, boundary: float = BOUNDARY, shift: float = SHIFT):
-    """A clone of a MODEL on which core's Train LoRA draws only the noise levels of one expert.
+def _own_size(executor, noise, *args, **kwargs):
+    """Around the whole training: each clip's canvas and mask as one entry for the model, made by the model's own code.
 
-    shift: of the levels drawn in training; the model's own shift is kept for sampling. The MODEL given is not changed.
-    Raises FirstFrameTrainingError for a model that is not of the flow kind (Wan is), and as `expert_levels`.
+    `noise` is as large as the dataset, and the model repeats each canvas to that size.
+    """
+    if model_management.in_training:
+        guider = executor.class_obj
+        for cond in (cond for conds in guider.conds.values() for cond in conds):
+            made = guider.model_patcher.model.concat_cond(**{**cond, "noise": noise[:1], "device": noise.device})
+            if made is not None:
+                cond["noise_concat"] = made
+                for name in ("concat_latent_image", "concat_mask"):
+                    cond.pop(name, None)
+    return executor(noise, *args, **kwargs)
+
+
+def _own_conditioning(executor, model, conds, x_BCTHW, timestep_B, model_options):
+    """Around one evaluation of the model in training: clip i of a batch with conditioning i and no other."""
+    count = x_BCTHW.shape[0]
+    if not model_management.in_training or count == 1 or any(c is not None and len(c) != count for c in conds):
+        return executor(model, conds, x_BCTHW, timestep_B, model_options)
+    made = [
+        executor(model, [c and [c[i]] for c in conds], x_BCTHW[i : i + 1], timestep_B[i : i + 1], model_options)
+        for i in range(count)
+    ]
+    return [torch.cat(parts) for parts in zip(*made, strict=True)]
+
+
+def expert_range(model, expert: str, boundary: float = BOUNDARY, shift: float = SHIFT):
+    """A clone of a MODEL for core's Train LoRA: one expert's noise levels, and each clip with its own canvas.
+
+    shift: of the levels drawn in training; the model's own shift is kept for sampling, which is the same with the clone
+    as with the MODEL given, and that is not changed. Raises FirstFrameTrainingError for a model that is not of the flow
+    kind (Wan is), and as `expert_levels`.
     """
     levels = expert_levels(expert, boundary, shift)
     original = model.get_model_object("model_sampling")
@@ -136,4 +173,8 @@ def expert_range(model, expert: str, boundary: float = BOUNDARY, shift: float = 
     sampling.set_noise_scale(getattr(original, "noise_scale", 1.0))
     sampling.training_levels = levels
     changed.add_object_patch("model_sampling", sampling)
+    wrappers = changed.model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+    # In the options and not on the patcher: core asks for the outer one before it merges the patcher's own.
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _own_size), (WrappersMP.CALC_COND_BATCH, _own_conditioning)):
+        wrappers.setdefault(kind, {})[KEY] = [wrapper]
     return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.sample
 import comfy.sd
 import comfy.utils
 import pytest
@@ -15,7 +16,7 @@ from comfy_extras.nodes_wan import WanImageToVideo
 
 from frame_memory.forcing import first_frame as ff
 
-from .tiny_wan import save_tiny_wan
+from .wan_files import TEXT_FEATURES, save_model
 
 VAE_FILE = Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / "frame_memory_selftest_vae.safetensors"
 
@@ -27,7 +28,9 @@ def vae():
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    return comfy.sd.load_diffusion_model(str(save_tiny_wan(tmp_path_factory.mktemp("wan") / "tiny.safetensors")))
+    path = str(tmp_path_factory.mktemp("wan") / "tiny.safetensors")
+    save_model(path, blocks=2)
+    return comfy.sd.load_diffusion_model(path)
 
 
 def clip(seed: int, frames: int = 9, height: int = 32, width: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +112,16 @@ def test_only_training_draws_the_experts_levels_and_sampling_is_as_it_was(wan, m
     assert sorted(drawn) == sorted(ff.expert_levels(ff.LOW))
 
 
+@torch.inference_mode()
+def test_a_video_made_with_the_clone_is_the_same(wan, vae):
+    latents, positive = triples(vae, 1)
+    empty = torch.zeros_like(latents[0]["samples"])
+    noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(3))
+    args = (2, 2.0, "euler", "simple", positive[0], [[torch.zeros(1, 4, TEXT_FEATURES), {}]], empty)
+    made = [comfy.sample.sample(m, noise, *args) for m in (wan, ff.expert_range(wan, ff.HIGH))]
+    assert torch.equal(*made) and bool(made[0].any())
+
+
 def test_a_model_of_another_kind_is_refused(wan):
     odd = wan.clone()
     odd.add_object_patch("model_sampling", torch.nn.Identity())
@@ -138,7 +151,7 @@ def triples(vae, count: int):
     for i in range(count):
         latent, image, mask = ff.triple(vae, *clip(i))
         latents.append(latent)
-        text = torch.randn(1, 4, 4096, generator=torch.Generator().manual_seed(i))
+        text = torch.randn(1, 4 + i, TEXT_FEATURES, generator=torch.Generator().manual_seed(i))
         positive.append([[text, {"concat_latent_image": image, "concat_mask": mask}]])
     return latents, positive
 
@@ -164,3 +177,38 @@ def test_cores_train_lora_draws_only_the_experts_levels(wan, vae, expert, monkey
     assert steps == 3 and all(torch.isfinite(torch.tensor(losses["loss"])))
     moved = [name for name, p in lora.items() if name.endswith("lora_up.weight") and bool(p.any())]
     assert len(moved) >= 10 * 2 and any(".ffn.2." in name for name in moved)
+
+
+class Compared:
+    """Each batch of core's training once more, clip by clip, and the conditionings the model was given."""
+
+    def __init__(self, monkeypatch):
+        self.batch, self.alone, self.concats = [], [], []
+        whole = TrainSampler.fwd_bwd
+
+        def watch(sampler, guider, sigmas, noise, latent, cond, indices, extra, size, bwd=True):
+            loss = whole(sampler, guider, sigmas, noise, latent, cond, indices, extra, size, bwd=bwd)
+            self.batch.append(loss.item())
+            self.alone.append([])
+            for n, i in enumerate(indices):
+                given = (t[n : n + 1].detach() for t in (sigmas, noise, latent))
+                self.alone[-1].append(whole(sampler, guider, *given, cond, [i], extra, size, bwd=False).item())
+            self.concats = [c["model_conds"]["c_concat"].cond for c in cond]
+            return loss
+
+        monkeypatch.setattr(TrainSampler, "fwd_bwd", watch)
+
+
+def test_each_clip_keeps_one_canvas_and_a_batch_is_not_mixed(wan, vae, monkeypatch):
+    """Against core as it is: there every canvas is as large as the dataset, and the results of a batch are averaged."""
+    settings = {"count": 3, "steps": 1, "batch_size": 3, "training_dtype": "fp32", "gradient_checkpointing": False}
+    with monkeypatch.context() as patch:
+        ours = Compared(patch)
+        train(ff.expert_range(wan, ff.HIGH), vae, **settings)
+    with monkeypatch.context() as patch:
+        cores = Compared(patch)
+        train(wan, vae, **settings)
+    assert ours.batch[0] == pytest.approx(sum(ours.alone[0]) / 3, rel=1e-5)
+    assert cores.batch[0] != pytest.approx(sum(cores.alone[0]) / 3, rel=1e-3)
+    assert [len(c) for c in cores.concats] == [3] * 3 and [len(c) for c in ours.concats] == [1] * 3
+    assert all(torch.equal(mine, core[:1]) for mine, core in zip(ours.concats, cores.concats, strict=True))

@@ -30,12 +30,12 @@ def filled(module: torch.nn.Module, seed: int) -> dict:
     return weights
 
 
-def save_model(path, seed: int = 0, width: int = WIDTH) -> dict:
+def save_model(path, seed: int = 0, width: int = WIDTH, blocks: int = BLOCKS) -> dict:
     """Writes a model file as ComfyUI's loader reads it, and returns its weights."""
     with torch.device("meta"):
         model = WanModel(
             model_type="t2v", in_dim=36, dim=width, ffn_dim=INNER, freq_dim=256, text_dim=TEXT_FEATURES, out_dim=16,
-            num_heads=width // 128, num_layers=BLOCKS, device="meta", dtype=torch.float32, operations=torch.nn,
+            num_heads=width // 128, num_layers=blocks, device="meta", dtype=torch.float32, operations=torch.nn,
         )  # fmt: skip
     weights = filled(model, seed)
     # Core reads the text's width from nowhere else; published files have the default of 4096.
