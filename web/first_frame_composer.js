@@ -15,6 +15,8 @@ const COLOURS = ["#d8431f", "#1a76d2", "#2e8b3d", "#b86e00", "#8e24aa", "#007c8a
 const HANDLE = 9
 const NEAR = 10
 const MARGIN = 12
+/** The line below the canvas, and the room ComfyUI leaves around a widget. */
+const BELOW = 52
 /** Milliseconds between looks at what the graph has changed, and how many nodes back a picture is looked for. */
 const LOOK = 250
 const STEPS_BACK = 4
@@ -61,14 +63,19 @@ class Editor {
     this.element.append(this.canvas, this.bar())
     this.listen()
     this.resized = new ResizeObserver(() => this.draw())
+    this.timer = null
+  }
+
+  /** A node that was made only to be copied is never added to a graph, and never looks. */
+  start() {
+    this.stop()
     this.resized.observe(this.canvas)
     this.timer = setInterval(() => this.look(), LOOK)
   }
 
-  remove() {
+  stop() {
     clearInterval(this.timer)
     this.resized.disconnect()
-    this.pictures.clear()
   }
 
   bar() {
@@ -115,6 +122,12 @@ class Editor {
     const widget = [Number(this.value("width", 1280)), Number(this.value("height", 720))]
     const size = this.lastSize && (this.linked("width") || this.linked("height")) ? this.lastSize : widget
     return size.map((side) => Math.max(side || 0, 16))
+  }
+
+  /** The height in CSS pixels at which the canvas fills the node's width. */
+  get room() {
+    const [width, height] = this.size
+    return Math.round(Math.min(Math.max(((this.node.size[0] - 2 * MARGIN) * height) / width, 160), 720))
   }
 
   // What is connected, and its pictures.
@@ -169,7 +182,7 @@ class Editor {
   /** After a run: the pictures as they were placed, cropped to their content, with their whole size. */
   ran(output) {
     const files = output?.frame_memory_pictures
-    if (!files) return
+    if (!files || !this.node.graph) return
     const sockets = this.sockets()
     const size = output.frame_memory_canvas?.[0]
     this.lastSize = size ? [size.width, size.height] : null
@@ -350,12 +363,14 @@ class Editor {
 
   /** Draw again when anything that is drawn has changed: values, links, pictures, size, zoom. */
   look() {
+    if (!this.node.graph) return
     const sockets = this.sockets()
     this.collect(sockets)
     const values = ["width", "height", "layout", "boxes", "keep_background_aspect", "enlarge_small", "canvas_colour"]
     const bounds = this.canvas.getBoundingClientRect()
     const pictures = [...this.pictures].map(([name, p]) => [name, p.picture.src, p.picture.complete, p.size])
     const seen = [values.map((name) => this.value(name)), [...sockets], pictures, bounds.width, bounds.height, this.locked]
+    this.canvas.style.minHeight = `${this.room}px`
     const now = JSON.stringify(seen)
     if (now !== this.drawn) this.draw()
     this.drawn = now
@@ -420,10 +435,12 @@ class Editor {
     pen.strokeRect(box.x, box.y, box.width, box.height)
     pen.font = `600 ${11 * unit}px sans-serif`
     pen.textBaseline = "middle"
-    const text = box.width / unit < 76 && name !== layout.BACKGROUND ? name : label(name)
+    const text = box.width / unit < 80 && name !== layout.BACKGROUND ? name : label(name)
     const [width, height] = [pen.measureText(text).width + 8 * unit, 16 * unit]
     const [most, tallest] = this.size
-    const x = Math.min(Math.max(box.x, 0), most - width)
+    // Beside a small picture there is room for its name; on it the name would hide it.
+    const beside = box.width < 1.5 * width && box.x >= width ? width : 0
+    const x = Math.min(Math.max(box.x - beside, 0), most - width)
     const y = Math.min(Math.max(box.y, 0), tallest - height)
     pen.fillStyle = colour
     pen.fillRect(x, y, width, height)
@@ -472,7 +489,7 @@ app.registerExtension({
     const widget = node.addDOMWidget("canvas", "frame-memory-canvas", editor.element, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => 240,
+      getMinHeight: () => editor.room + BELOW,
     })
     widget.serialize = false
     node.frameMemoryEditor = editor
@@ -480,7 +497,8 @@ app.registerExtension({
     node.hideOutputImages = true
     chain(node, "onExecuted", (output) => editor.ran(output))
     chain(node, "onConnectionsChange", () => editor.look())
-    chain(node, "onRemoved", () => editor.remove())
+    chain(node, "onAdded", () => editor.start())
+    chain(node, "onRemoved", () => editor.stop())
     chain(node, "onConfigure", () => {
       // After undo, or back from another workflow, the page still knows the last run.
       requestAnimationFrame(() => editor.ran(app.nodeOutputs?.[String(node.id)]))

@@ -7,32 +7,7 @@ import pytest
 
 from scripts.client import PromptError
 
-COMPOSER, PROMPT, DROP = "FrameMemoryFirstFrameComposer", "FrameMemoryFFGoPrompt", "FrameMemoryDropTransitionFrames"
-
-
-def colour(value: int, width: int, height: int, count: int = 1) -> dict:
-    inputs = {"width": width, "height": height, "batch_size": count, "color": value}
-    return {"class_type": "EmptyImage", "inputs": inputs}
-
-
-def composer(**inputs) -> dict:
-    usual = {"width": 320, "height": 192, "layout": "official stack", "boxes": ""}
-    return {"class_type": COMPOSER, "inputs": {**usual, **inputs}}
-
-
-def pictures_of(server, run, node: str) -> list[np.ndarray]:
-    from PIL import Image
-
-    files = run.outputs[node]["images"]
-    return [np.asarray(Image.open(server.base / f["type"] / f["subfolder"] / f["filename"])) for f in files]
-
-
-def preview(node: str, slot: int = 0) -> dict:
-    return {"class_type": "PreviewImage", "inputs": {"images": [node, slot]}}
-
-
-def text(node: str, slot: int) -> dict:
-    return {"class_type": "PreviewAny", "inputs": {"source": [node, slot]}}
+from .graphs import DROP, PROMPT, colour, composer, pictures_of, preview, text
 
 
 def test_references_from_sockets_that_grow_are_composed(server):

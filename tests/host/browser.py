@@ -72,6 +72,10 @@ class Editor:
         """Run JavaScript in the page and return what it gives."""
         return self._do(self._page.evaluate, script, argument)
 
+    def with_page(self, function):
+        """Call ``function`` with Playwright's page, for real mouse and keyboard events, and return what it gives."""
+        return self._do(lambda: function(self._page))
+
     def load(self, workflow: dict) -> None:
         """Open a graph in UI format, as dropping its file on the canvas does."""
         self._do(lambda: self._page.evaluate("async d => { await app.loadGraphData(d) }", workflow))
