@@ -20,6 +20,7 @@ WHITE_SHARE = 0.3
 FOUND_SHARE = (0.45, 1.8)
 LEAST_OVERLAP = 0.5
 
+
 def _palette() -> tuple[np.ndarray, list[str]]:
     """Every colour of this world by name: sprites, grounds (dark, light, between), white."""
     colours = {f"sprite {name}": value for name, value in COLOURS.items()}

@@ -7,6 +7,7 @@ are in their metadata. Together they must stay under 24 MB with all that the pac
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from PIL import Image
 
 from frame_memory.model import checkpoint
 
+from . import ffgo
 from .quality import AUTOENCODER, FILES, MODELS
+from .train_wan import TOPOLOGY
 from .world import Scene, render, tidied
 
 METADATA = {
@@ -24,6 +27,13 @@ METADATA = {
     "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_selftest",
     "modelspec.license": "GPL-3.0-or-later",
     "modelspec.description": "Frame Memory self-test model: 64x64 sprites of a procedural world, no real-world data",
+}
+WAN_METADATA = {
+    **METADATA,
+    "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_wan",
+    "modelspec.description": "Frame Memory self-test model: 128x64 shots of a procedural world, no real-world data",
+    # Core takes 128 features for a head unless the file says otherwise.
+    "config": json.dumps({"transformer": {"num_heads": TOPOLOGY["num_heads"]}}),
 }
 
 # What the demo and workflows/selftest.json start from, and ask for.
@@ -44,6 +54,8 @@ def main() -> None:
     parser.add_argument("--F0", type=Path, help="trained F0 weights")
     parser.add_argument("--F1", type=Path, help="trained F1 weights")
     parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights")
+    parser.add_argument("--wan", type=Path, help="trained weights of the Wan-class model")
+    parser.add_argument("--wan-autoencoder", type=Path, help="trained weights of its autoencoder")
     args = parser.parse_args()
     for kind in ("F0", "F1"):
         source = getattr(args, kind)
@@ -52,11 +64,16 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             native = {k: v.to(torch.bfloat16) for k, v in weights(source).items()}
             checkpoint.save_native(native, str(target), METADATA, kind, source=source.name)
-    if args.autoencoder is not None:
-        target = MODELS / "vae" / AUTOENCODER
-        target.parent.mkdir(parents=True, exist_ok=True)
-        native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(args.autoencoder).items()}
-        safetensors.torch.save_file(native, target, {**METADATA, "format": "pt"})
+    plain = {"format": "pt"}
+    for source, file, metadata in (
+        (args.autoencoder, f"vae/{AUTOENCODER}", METADATA | plain),
+        (args.wan, ffgo.BASE, WAN_METADATA | plain),
+        (args.wan_autoencoder, ffgo.AUTOENCODER, {k: v for k, v in WAN_METADATA.items() if k != "config"} | plain),
+    ):
+        if source is not None:
+            (MODELS / file).parent.mkdir(parents=True, exist_ok=True)
+            native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(source).items()}
+            safetensors.torch.save_file(native, MODELS / file, metadata)
     picture = render(START, np.arange(1))[0]
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / "start.png")
     print(f"start.png shows: {START.caption}")

@@ -1,0 +1,225 @@
+"""FFGo on the synthetic world: `python scripts/run.py -m benchmarks.ffgo`.
+
+Trains one LoRA for each expert on a few (canvas, video, caption) triples with core's own Train LoRA node, as the graph
+workflows/ffgo_train.json does, and asks the tiny Wan-class model, without and with them, for videos of compositions
+it has never seen. What the videos show is measured against the world's truth: is the canvas gone, is every reference
+there (its colour stands in no caption, only in the picture), of the right shape, over the right ground.
+
+The tiny model has one network where Wan 2.2 has two experts; it plays both, each with its own LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import numpy as np
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_train import TrainLoraNode
+from comfy_extras.nodes_wan import WanImageToVideo
+from PIL import Image
+
+from frame_memory.forcing.first_frame import BOUNDARY, EXPERTS, HIGH, LOW, SHIFT, expert_range, triple
+from frame_memory.model.selftest import text_features
+from frame_memory.plan.first_frame_prompt import with_trigger
+
+from . import record
+from .ffgo_measure import Shown, measure, wilson
+from .shot_clips import FRAMES
+from .shots import HEIGHT, MOST, WIDTH, Shot, canvas, random_cast, random_shot, render
+
+MODELS = Path(__file__).resolve().parent.parent / "selftest_models"
+BASE = "diffusion_models/frame_memory_selftest_wan_i2v.safetensors"
+AUTOENCODER = "vae/frame_memory_selftest_wan_vae.safetensors"
+LORAS = {
+    HIGH: "loras/frame_memory_selftest_ffgo_high_noise.safetensors",
+    LOW: "loras/frame_memory_selftest_ffgo_low_noise.safetensors",
+}
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the LoRAs are trained. steps: updates of each expert; batch: clips an update."""
+
+    triples: int = 40
+    steps: int = 400
+    batch: int = 4
+    rate: float = 1e-3
+    rank: int = 16
+    seed: int = 0
+
+
+def load():
+    """MODEL and VAE of the shipped files."""
+    model = comfy.sd.load_diffusion_model(str(MODELS / BASE))
+    return model, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / AUTOENCODER)))
+
+
+def conditioning(text: str) -> list:
+    """CONDITIONING of a text, as the self-test encoder and CLIP Text Encode make it."""
+    context, pooled = text_features(text)
+    return [[context, {"pooled_output": pooled}]]
+
+
+def prompt_of(shot: Shot) -> str:
+    """What an artist would write: what is there and does what, the look left to the pictures."""
+    return with_trigger(shot.caption(ground_colour=False))
+
+
+def compositions(count: int, references: int | None, seed: int) -> list[Shot]:
+    """Scenes with a given number of references; None: 1 to 5 in turn."""
+    rng = np.random.default_rng(seed)
+    return [random_shot(rng, random_cast(rng, references or i % MOST + 1)) for i in range(count)]
+
+
+def train(model, vae, recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
+    """The two LoRAs by expert, in the key names core's Save LoRA writes."""
+    latents, positive = [], []
+    for shot in compositions(recipe.triples, None, 10_000 + recipe.seed):
+        clip = torch.from_numpy(render(shot, np.arange(FRAMES)))
+        latent, given, mask = triple(vae, clip, torch.from_numpy(canvas(shot)))
+        ((context, extra),) = conditioning(prompt_of(shot))
+        latents.append(latent)
+        positive.append([[context, {**extra, "concat_latent_image": given, "concat_mask": mask}]])
+    settings = {
+        "batch_size": recipe.batch, "grad_accumulation_steps": 1, "steps": recipe.steps,
+        "learning_rate": recipe.rate, "rank": recipe.rank, "optimizer": "AdamW", "loss_function": "MSE",
+        "seed": recipe.seed, "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False,
+        "algorithm": "LoRA", "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False,
+        "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+    }  # fmt: skip
+    made = {}
+    for expert in EXPERTS:
+        torch.manual_seed(recipe.seed)
+        lists = {name: [value] for name, value in settings.items()}
+        out = TrainLoraNode.execute(model=[expert_range(model, expert)], latents=latents, positive=positive, **lists)
+        made[expert] = {name: t.detach().cpu() for name, t in out.result[0].items()}
+    return made
+
+
+def with_lora(model, lora: dict[str, torch.Tensor] | None):
+    """The model as Load LoRA gives it, at the shift FFGo is used with."""
+    if lora is not None:
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    return ModelSamplingSD3().patch(model, SHIFT)[0]
+
+
+@torch.inference_mode()
+def make_videos(
+    model, vae, loras: dict[str, dict] | None, shots: list[Shot], seed: int, cfg: float = 1.0
+) -> list[np.ndarray]:
+    """A video `[25, 64, 128, 3]` of each shot, from its canvas and its prompt, by the two experts in turn."""
+    experts = {e: with_lora(model, loras and loras[e]) for e in EXPERTS}
+    sigmas = comfy.samplers.calculate_sigmas(experts[HIGH].get_model_object("model_sampling"), "simple", STEPS)
+    change = int((sigmas >= BOUNDARY).sum())
+    made = []
+    for i, shot in enumerate(shots):
+        start = torch.from_numpy(canvas(shot)).unsqueeze(0)
+        positive, negative, latent = WanImageToVideo.execute(
+            conditioning(prompt_of(shot)), conditioning(""), vae, WIDTH, HEIGHT, FRAMES, 1, start_image=start
+        ).result
+        x = latent["samples"]
+        noise = comfy.sample.prepare_noise(x, 1000 * seed + i)
+        settings = (STEPS, cfg, "uni_pc", "simple", positive, negative)
+        x = comfy.sample.sample(
+            experts[HIGH], noise, *settings, x, last_step=change, disable_pbar=True, seed=seed
+        )  # fmt: skip
+        x = comfy.sample.sample(
+            experts[LOW], torch.zeros_like(x), *settings, x, disable_noise=True, start_step=change, disable_pbar=True,
+            force_full_denoise=True, seed=seed,
+        )  # fmt: skip
+        made.append(vae.decode(x)[0].float().clamp(0, 1).cpu().numpy())
+    return made
+
+
+def row(label: str, seen: list[Shown]) -> tuple[str, dict[str, float]]:
+    """One line of the table, and its figures."""
+    found = np.concatenate([s.found for s in seen])
+    right = np.concatenate([s.right for s in seen])
+    hits = sum(s.activated for s in seen)
+    low, high = wilson(hits, len(seen))
+    figures = {
+        "videos": len(seen), "canvas gone": np.mean([s.cut for s in seen]), "all references there": hits / len(seen),
+        "low": low, "high": high, "references there": found.mean(), "right shape": right.sum() / max(found.sum(), 1e-9),
+        "right ground": np.mean([s.cut and s.ground for s in seen]),
+    }  # fmt: skip
+    line = (
+        f"| {label} | {len(seen)} | {figures['canvas gone']:.0%} | {hits / len(seen):.0%} ({low:.0%} to {high:.0%}) | "
+        f"{figures['references there']:.0%} | {figures['right shape']:.0%} | {figures['right ground']:.0%} |"
+    )
+    return line, {name: float(value) for name, value in figures.items()}
+
+
+def picture(videos: list[list[np.ndarray]], path: Path) -> None:
+    """Frames 0, 3, 5, 10, 16 and 24 of videos, one video a row, groups side by side."""
+    frames = [0, 3, 5, 10, 16, 24]
+    rows = [np.concatenate([v[f] for group in line for v in [group] for f in frames], axis=1) for line in videos]
+    Image.fromarray((np.concatenate(rows) * 255 + 0.5).astype(np.uint8)).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=16, help="videos for each count of references and each LoRA")
+    parser.add_argument("--loras", type=int, default=2, help="LoRA pairs trained, each on other triples and seeds")
+    parser.add_argument("--triples", type=int, nargs="+", default=[40], help="few-shot sizes")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps of each expert")
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--picture", type=Path, help="write frames of the first videos here (PNG)")
+    parser.add_argument("--ship", action="store_true", help="write the first pair of LoRAs into selftest_models/loras")
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    args = parser.parse_args()
+    model, vae = load()
+    print("| model, references | videos | canvas gone | all references there (95 %) | there | shape | ground |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    figures: list[tuple[str, str, float]] = []
+    drawn: dict[str, list[np.ndarray]] = {}
+
+    def tell(label: str, seen: list[Shown]) -> None:
+        line, values = row(label, seen)
+        print(line, flush=True)
+        figures.extend((label, name, value) for name, value in values.items())
+
+    def try_all(label: str, pairs: list[dict | None]) -> None:
+        for count in range(1, MOST + 1):
+            seen = []
+            for i, pair in enumerate(pairs):
+                shots = compositions(args.videos, count, 20_000 + 100 * count + i)
+                videos = make_videos(model, vae, pair, shots, i, args.cfg)
+                seen += [measure(v, s) for v, s in zip(videos, shots, strict=True)]
+                if i == 0:
+                    drawn.setdefault(label, []).append(videos[0])
+            tell(f"{label}, {count}", seen)
+
+    try_all("without", [None] * args.loras)
+    for size in args.triples:
+        pairs, began = [], time.monotonic()
+        for seed in range(args.loras):
+            pairs.append(train(model, vae, Recipe(triples=size, steps=args.steps, seed=seed)))
+        print(f"({args.loras} pairs of LoRAs on {size} triples: {time.monotonic() - began:.0f} s)", flush=True)
+        if args.ship and size == args.triples[0]:
+            ship(pairs[0])
+        try_all(f"LoRA of {size}", pairs)
+    if args.picture:
+        picture(list(zip(*drawn.values(), strict=True)), args.picture)
+    if args.record:
+        sizes = " ".join(str(t) for t in args.triples)
+        record.append(f"benchmarks.ffgo --videos {args.videos} --loras {args.loras} --triples {sizes}", figures)
+
+
+def ship(pair: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Write a pair as the files that workflows/ffgo_selftest.json loads."""
+    for expert, lora in pair.items():
+        path = MODELS / LORAS[expert]
+        path.parent.mkdir(exist_ok=True)
+        comfy.utils.save_torch_file({name: t.to(torch.bfloat16).contiguous() for name, t in lora.items()}, str(path))
+
+
+if __name__ == "__main__":
+    main()
