@@ -280,6 +280,43 @@ FIRST_FRAME = _needs("""
     folder_paths.get_temp_directory
 """)
 
+FIRST_FRAME_TRAINING = _needs("""
+    comfy.model_management.in_training
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_patcher.ModelPatcher.add_object_patch name obj
+    comfy.model_patcher.ModelPatcher.clone
+    comfy.model_patcher.ModelPatcher.get_model_object name
+    comfy.model_base.WAN21.concat_cond
+    comfy.model_sampling.CONST
+    comfy.model_sampling.ModelSamplingDiscreteFlow.percent_to_sigma = self percent
+    comfy.model_sampling.ModelSamplingDiscreteFlow.set_noise_scale noise_scale
+    comfy.model_sampling.ModelSamplingDiscreteFlow.set_parameters = self shift timesteps multiplier
+    comfy.model_sampling.time_snr_shift = alpha t
+    comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+    comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+    comfy.utils.ProgressBar.update value
+    comfy_extras.nodes_wan.WanImageToVideo.execute = positive negative vae width height length batch_size \
+start_image clip_vision_output
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Clip.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Conditioning.Output display_name is_output_list tooltip
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.Latent.Output display_name is_output_list tooltip
+    comfy_api.latest.io.Model.Input
+    comfy_api.latest.io.Model.Output
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewText
+    folder_paths.get_input_directory
+    folder_paths.get_input_subfolders
+    node_helpers.conditioning_set_values conditioning values
+""")
+
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
@@ -300,6 +337,9 @@ FAMILIES: dict[str, Family] = {
     "first_frame": Family(
         ("FrameMemoryFirstFrameComposer", "FrameMemoryFFGoPrompt", "FrameMemoryDropTransitionFrames"),
         API + FIRST_FRAME,
+    ),
+    "first_frame_training": Family(
+        ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"), API + VAE_FAMILIES + FIRST_FRAME_TRAINING
     ),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
