@@ -4,7 +4,7 @@ import pytest
 
 from scripts import workflow
 
-from .tiny import PICTURE_NAME, SELFTEST_VIDEOS, START_PICTURE
+from .tiny import PICTURE_NAME, SELFTEST_VIDEOS, START_PICTURE, wan_files
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,17 @@ def api(definitions, picture):
         return workflow.to_api(workflow.read(path), definitions)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def wan_stand_ins(server):
+    """Two models, their VAE and a LoRA for each, in the server's folders."""
+    folder = server.base / "models"
+    for name in ("diffusion_models", "loras", "vae"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for seed, name in enumerate((wan_files.HIGH, wan_files.LOW)):
+        weights = wan_files.save_model(folder / "diffusion_models" / name, seed)
+    for seed, name in enumerate((wan_files.LORA_HIGH, wan_files.LORA_LOW)):
+        wan_files.save_lora(folder / "loras" / name, weights, seed=seed)
+    wan_files.save_vae(folder / "vae" / wan_files.VAE)

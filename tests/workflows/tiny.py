@@ -13,15 +13,22 @@ What is swapped, all in the API format:
     Prompt Timeline               times within those seconds
 
 Nothing else is touched: nodes, links and all other settings stay the graph's own.
+
+Graphs for Wan 2.2 get stand-ins of its topology with random weights (tests/first_frame/wan_files.py), one step for each
+of the two models, a small canvas and few frames.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
+from first_frame import wan_files
+
 GRAPHS = sorted((REPO / "workflows").glob("*.json"))
 SELFTEST_GRAPHS = (
     "extend_and_bridge",
@@ -30,8 +37,10 @@ SELFTEST_GRAPHS = (
 )  # those made for the models that ship with the pack
 START_PICTURE = REPO / "selftest_models" / "start.png"
 SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
-# Graphs that begin with a picture; the other one is run in test_extend.py.
-PICTURE_GRAPHS = [path for path in GRAPHS if path.stem != "extend_and_bridge"]
+# Graphs for Wan 2.2, run in test_ffgo_graphs.py with those that go on from what they made.
+WAN_GRAPHS = [path for path in GRAPHS if path.stem.startswith("ffgo_") and path.stem != "ffgo_continue"]
+# Graphs that begin with a picture; the others are run in test_extend.py and test_ffgo_graphs.py.
+PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem != "extend_and_bridge"]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
 ENCODERS = "FrameMemorySelfTestEncoders"
@@ -79,6 +88,27 @@ def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:
         for name, value in node["inputs"].items():
             if isinstance(value, list) and value[0] in swapped:
                 node["inputs"][name] = [value[0], swapped[value[0]]]
+    return small
+
+
+def shrink_wan(prompt: dict, *, width: int = 96, height: int = 64, frames: int = 13) -> dict:
+    """A copy of a graph for Wan 2.2 in API format that runs on stand-ins in the server's folders."""
+    small = copy.deepcopy(prompt)
+    loaders = [i for i, node in small.items() if node["class_type"] == "CLIPLoader"]
+    for node_id, node in small.items():
+        inputs, high = node["inputs"], "high" in json.dumps(node).lower()
+        steps = {"steps": 2, "start_at_step": 0 if high else 1, "end_at_step": 1 if high else 10000}
+        inputs |= {
+            "UNETLoader": {"unet_name": wan_files.HIGH if high else wan_files.LOW},
+            "FrameMemoryLoraLoader": {"lora_name": wan_files.LORA_HIGH if high else wan_files.LORA_LOW},
+            "VAELoader": {"vae_name": wan_files.VAE},
+            "LoadImage": {"image": PICTURE_NAME},
+            "FrameMemoryFirstFrameComposer": {"width": width, "height": height},
+            "WanImageToVideo": {"length": frames},
+            "KSamplerAdvanced": steps,
+        }.get(node["class_type"], {})
+        if node_id in loaders:
+            node.update(class_type=ENCODERS, inputs={})
     return small
 
 
