@@ -277,6 +277,7 @@ FIRST_FRAME = _needs("""
     comfy_api.latest.io.Video.Output
     comfy_api.latest.ui.PreviewImage image cls
     comfy_api.latest.ui.PreviewText
+    comfy_execution.graph_utils.ExecutionBlocker message
     folder_paths.get_temp_directory
 """)
 
@@ -288,9 +289,9 @@ FIRST_FRAME_TRAINING = _needs("""
     comfy.model_patcher.ModelPatcher.get_model_object name
     comfy.model_base.WAN21.concat_cond
     comfy.model_sampling.CONST
-    comfy.model_sampling.ModelSamplingDiscreteFlow.percent_to_sigma = self percent
+    comfy.model_sampling.ModelSamplingDiscreteFlow.percent_to_sigma = percent
     comfy.model_sampling.ModelSamplingDiscreteFlow.set_noise_scale noise_scale
-    comfy.model_sampling.ModelSamplingDiscreteFlow.set_parameters = self shift timesteps multiplier
+    comfy.model_sampling.ModelSamplingDiscreteFlow.set_parameters = shift timesteps multiplier
     comfy.model_sampling.time_snr_shift = alpha t
     comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
     comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
