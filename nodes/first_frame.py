@@ -8,6 +8,7 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..frame_memory.plan import canvas, first_frame_prompt
 from ..frame_memory.video import canvas as drawing
@@ -316,7 +317,9 @@ class FrameMemoryDropTransitionFrames(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames that are left."),
-                io.Video.Output(display_name="video", tooltip="The same as VIDEO where one was given, with its sound."),
+                io.Video.Output(
+                    display_name="video", tooltip="The same with its sound, where a VIDEO came in."
+                ),
                 io.String.Output(display_name="report", tooltip="What was dropped, and how the cut was found."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -336,7 +339,8 @@ class FrameMemoryDropTransitionFrames(io.ComfyNode):
         kept = frames[count:]
         report = f"{frames.shape[0]} frames: {count} dropped, {kept.shape[0]} kept. {found}".strip()
         show(cls, report)
-        made = None
+        # Images carry no rate: what is connected to the other output is told so, and the images go on.
+        made = ExecutionBlocker(transition.NO_VIDEO)
         if parts is not None:
             rate = Fraction(parts.frame_rate)
             audio = transition.later_sound(parts.audio, count / rate, kept.shape[0] / rate)

@@ -16,7 +16,7 @@ from .images import check_image, with_mask
 # A mask is content where it is at least this much; less is the haze that segmentation leaves around things.
 CONTENT = 0.02
 # Where a mask is at least this much, a pixel shows the thing and nothing of what is behind it.
-SOLID = 0.95
+SOLID = 0.99
 # How far, in pixels, the colours of a thing are carried outwards under the soft edge of its mask.
 EDGE = 8
 LINE_COLOURS = ((232, 74, 39), (30, 136, 229), (67, 160, 71), (253, 167, 32), (142, 36, 170), (0, 151, 167))
@@ -181,7 +181,7 @@ def compose_batch(
     together.
     """
     counts = {name: len(made) for name, made in pictures.items()}
-    count = max(counts.values())
+    count = max(counts.values(), default=1)
     odd = [f"{name} has {n}" for name, n in counts.items() if n not in (1, count)]
     if odd:
         raise CanvasError(

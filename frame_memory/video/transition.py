@@ -19,6 +19,10 @@ from ..plan.errors import PlanError
 
 NODE = "Drop Transition Frames"
 OFFICIAL, SAFE = 4, 5
+NO_VIDEO = (
+    f"'{NODE}' was given images, which have no frame rate, so there is no VIDEO. Connect its 'images' output to "
+    "'Create Video' (16 fps for Wan 2.2)."
+)
 # How far into a clip a cut is looked for: far past the 4 frames it is trained to come after.
 SEARCHED = 24
 SMALL_SIDE = 64

@@ -7,10 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from frame_memory.plan.canvas import FREE, CanvasError, lay_out
-from frame_memory.video.canvas import compose, compose_batch, cut_out, labelled, named_pictures, parse_colour
+from frame_memory.video.canvas import (
+    compose,
+    compose_batch,
+    cut_out,
+    flatten,
+    labelled,
+    mask_notes,
+    named_pictures,
+    parse_colour,
+)
 from frame_memory.video.images import ImageError
 
 WHITE = (255, 255, 255)
@@ -29,11 +38,14 @@ def drawn(width: int, height: int, seed: int, alpha: bool) -> Image.Image:
     return picture
 
 
-def published(background: Image.Image, references: list[Image.Image], width=1280, height=720) -> np.ndarray:
+def published(
+    background: Image.Image, references: list[Image.Image], width=1280, height=720, squeezed=True
+) -> np.ndarray:
     """reference/ffgo.md section 2, step by step."""
     half = width // 2
     canvas = Image.new("RGB", (width, height), WHITE)
-    scene = background.convert("RGB").resize((1280, 720))
+    scene = background.convert("RGB")
+    scene = scene.resize((1280, 720)) if squeezed else scene
     scene.thumbnail((half, height), Image.LANCZOS)
     canvas.paste(scene, (half + (half - scene.width) // 2, (height - scene.height) // 2))
     slot = height // len(references)
@@ -52,12 +64,13 @@ def as_image(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
 
 
-def ours(background, references, width=1280, height=720) -> np.ndarray:
+def ours(background, references, width=1280, height=720, squeezed=True) -> np.ndarray:
     inputs = {i: as_image(picture) for i, picture in enumerate(references, 1)}
     pictures = named_pictures(inputs, {}, as_image(background), crop=False)
     images, _ = compose_batch(
-        lambda sizes: lay_out(width, height, [s for n, s in sizes.items() if n != "background"], sizes["background"]),
-        pictures, WHITE,
+        lambda sizes: lay_out(width, height, [s for n, s in sizes.items() if n != "background"], sizes["background"],
+                              keep_background_aspect=not squeezed),
+        pictures, WHITE, keep_background_aspect=not squeezed,
     )  # fmt: skip
     assert images.shape == (1, height, width, 3) and images.dtype == torch.float32
     return images[0].mul(255).round().to(torch.uint8).numpy()
@@ -70,6 +83,25 @@ def test_the_canvas_is_the_published_one_pixel_for_pixel(count, alpha):
     references = [drawn(*sizes[i], seed=i, alpha=alpha) for i in range(count)]
     background = drawn(1501, 1003, seed=99, alpha=False)
     assert np.array_equal(ours(background, references), published(background, references))
+
+
+def test_a_background_that_keeps_its_aspect_is_shrunk_as_pillow_does():
+    references, background = [drawn(333, 334, 1, True)], drawn(1501, 1003, seed=99, alpha=False)
+    assert np.array_equal(
+        ours(background, references, squeezed=False), published(background, references, squeezed=False)
+    )
+
+
+@pytest.mark.parametrize("size", [(20, 35), (90, 30), (1, 1)])
+def test_small_pictures_are_enlarged_where_that_is_asked_for(size):
+    picture = drawn(*size, seed=5, alpha=False)
+    layout = lay_out(640, 368, [size], enlarge=True)
+    canvas = compose(layout, {"1": picture}, WHITE)
+    box = layout.regions[0].box
+    wanted = ImageOps.contain(picture, (640, 368), Image.Resampling.LANCZOS)
+    assert abs(box.width - wanted.width) <= 1 and abs(box.height - wanted.height) <= 1
+    made = canvas.crop((box.x, box.y, box.x + box.width, box.y + box.height))
+    assert np.array_equal(np.asarray(made), np.asarray(picture.resize(made.size, Image.Resampling.LANCZOS)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 250), st.integers(1, 250)), min_size=1, max_size=5), st.booleans())
@@ -94,6 +126,40 @@ def test_fault_27_hidden_colours_leave_no_rim():
         canvas = np.asarray(compose(layout, pictures, WHITE, free=free)).astype(int)
         assert canvas[..., 0].min() >= 250, "a dark rim"
         assert (canvas[..., 1] < 128).sum() > 1000, "no disc"
+
+
+def test_fault_27_what_was_behind_a_soft_edge_does_not_tint_it():
+    """A red disc with a soft edge in front of black, and its mask: flattened it is red mixed with white alone."""
+    y, x = torch.meshgrid(torch.arange(120.0), torch.arange(120.0), indexing="ij")
+    mask = ((45 - ((x - 60) ** 2 + (y - 60) ** 2).sqrt()) / 6 + 0.5).clamp(0, 1)[None]
+    image = torch.zeros(1, 120, 120, 3)
+    image[..., 0] = mask
+    before = image.clone()
+    flat = np.asarray(flatten(cut_out(image, mask.half(), "reference_1", crop=False)[0], WHITE)).astype(float)
+    wanted = 255 * (1 - mask[0].numpy())
+    assert abs(flat[..., 0] - 255).max() <= 3 and abs(flat[..., 1] - wanted).max() <= 3
+    assert torch.equal(image, before)
+
+
+def test_thin_hair_that_is_never_solid_keeps_its_colours():
+    image, mask = torch.rand(1, 30, 30, 3), torch.zeros(1, 30, 30)
+    mask[:, :, 10:12] = 0.5
+    got = np.asarray(cut_out(image, mask, "reference_1", crop=False)[0])[..., :3]
+    assert np.array_equal(got, (image[0] * 255).round().byte().numpy())
+
+
+def test_masks_of_sam3_are_joined_and_what_looks_wrong_is_said():
+    """individual_masks gives several for one picture; BiRefNet and SAM 3 at the picture's size; Load Image inverted."""
+    image = torch.rand(1, 60, 80, 3)
+    several = torch.zeros(2, 60, 80)
+    several[0, 10:20, 10:20], several[1, 30:50, 40:70] = 1, 1
+    assert cut_out(image, several, "reference_1", crop=True)[0].size == (60, 40)
+    inverted = torch.ones(1, 30, 30)
+    inverted[:, 10:20, 10:20] = 0
+    joined, stretched, hole = mask_notes({1: image, 2: image}, {1: several, 2: inverted})
+    assert "mask_1 holds 2 masks" in joined and "30x30 and was stretched" in stretched
+    assert "mask_2 keeps all corners" in hole and "Invert Mask" in hole
+    assert mask_notes({1: image}, {1: torch.ones(60, 80)}) == []
 
 
 def test_in_free_boxes_the_transparent_part_shows_what_lies_below():

@@ -101,11 +101,11 @@ def composed(editor):
 
 def test_what_is_dragged_is_written_made_saved_and_made_again(composed, server):
     editor = composed
+    editor.queue()
+    wait_for(editor, f"() => [...{NODE}.frameMemoryEditor.pictures.values()].filter(p => p.ran).length === 4")
     before = picture(editor, server)
     green = place_of(before, (0, 255, 0))
     assert green == canvas.Box(50, 66, 60, 60) and value(editor, "boxes") == ""
-    editor.queue()
-    wait_for(editor, f"() => [...{NODE}.frameMemoryEditor.pictures.values()].filter(p => p.ran).length === 4")
     drag(editor, "2", 0.5, 0.5, 80, 30)
     boxes = canvas.parse_boxes(value(editor, "boxes"))
     assert value(editor, "layout") == canvas.FREE and list(boxes) == ["background", "1", "2", "3"]
