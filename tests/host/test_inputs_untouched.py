@@ -170,6 +170,13 @@ def inputs_of(node_id: str, g) -> dict:
         "FrameMemorySaveLongVideo": lambda: {
             "samples": g.latent(10, 5), "vae": g.vae, "fps": 30.0, "filename_prefix": "a",
         },
+        "FrameMemoryFirstFrameComposer": lambda: {
+            "width": 128, "height": 96, "layout": "free boxes", "boxes": "2: 3, 4, 50 x 60",
+            "references": {"reference_1": picture, "reference_2": picture[..., :3]},
+            "masks": {"mask_2": picture[..., 0].flip(2).round()}, "background": picture.flip(2), "enlarge_small": True,
+        },
+        "FrameMemoryFFGoPrompt": lambda: {"caption": "A cat.", "names": "cat, dog", "references": 2},
+        "FrameMemoryDropTransitionFrames": lambda: {"video": VIDEO, "drop": "find the cut"},
         "FrameMemorySelfTestEncoders": dict,
     }[node_id]()  # fmt: skip
 
