@@ -174,7 +174,11 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
             canvases.append(made.canvas_HWC)
             bar.update(1)
             show(cls, f"{len(latents)} of {len(reader.clips)}: {made.name}")
-        report = reader.report()
+        held = [latent["samples"] for latent in latents] + canvases
+        entries = [part for made in positive for text, more in made for part in (text, *more.values())]
+        held += [part for part in entries if torch.is_tensor(part)]
+        size = sum(part.nelement() * part.element_size() for part in held) / 2**20
+        report = f"{reader.report()}\nLatents, captions and canvases take {size:.0f} MB of memory."
         show(cls, report)
         return io.NodeOutput(latents, positive, torch.stack(canvases), len(latents), report, ui=ui.PreviewText(report))
 

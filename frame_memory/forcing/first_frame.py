@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 from comfy import model_management
+from comfy.model_base import WAN21
 from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow, time_snr_shift
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_wan import WanImageToVideo
@@ -130,8 +131,8 @@ def _own_size(executor, noise, *args, **kwargs):
 
     `noise` is as large as the dataset, and the model repeats each canvas to that size.
     """
-    if model_management.in_training:
-        guider = executor.class_obj
+    guider = executor.class_obj
+    if model_management.in_training and isinstance(guider.model_patcher.model, WAN21):
         for cond in (cond for conds in guider.conds.values() for cond in conds):
             made = guider.model_patcher.model.concat_cond(**{**cond, "noise": noise[:1], "device": noise.device})
             if made is not None:

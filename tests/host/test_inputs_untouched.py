@@ -29,6 +29,9 @@ from frame_memory.sampling.unipc import framepack_unipc
 
 from .source import REPO
 
+sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
+from first_frame import clip_folders
+
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
 VIDEO = InputImpl.VideoFromFile(str(SELFTEST / "frame_memory_before.mp4"))
@@ -128,12 +131,15 @@ def folders(tmp_path, monkeypatch, graph):
     known = folder_paths.folder_names_and_paths
     monkeypatch.setitem(known, "diffusion_models", ([str(SELFTEST / "diffusion_models")], {".safetensors"}))
     monkeypatch.setitem(known, "loras", ([str(tmp_path)], {".safetensors"}))
-    before = folder_paths.get_output_directory(), folder_paths.get_temp_directory()
+    clip_folders.make(tmp_path / "input" / "clips")
+    before = folder_paths.get_output_directory(), folder_paths.get_temp_directory(), folder_paths.get_input_directory()
     folder_paths.set_output_directory(str(tmp_path / "output"))
     folder_paths.set_temp_directory(str(tmp_path / "temp"))
+    folder_paths.set_input_directory(str(tmp_path / "input"))
     yield tmp_path
     folder_paths.set_output_directory(before[0])
     folder_paths.set_temp_directory(before[1])
+    folder_paths.set_input_directory(before[2])
 
 
 def inputs_of(node_id: str, g) -> dict:
@@ -177,6 +183,10 @@ def inputs_of(node_id: str, g) -> dict:
         },
         "FrameMemoryFFGoPrompt": lambda: {"caption": "A cat.", "names": "cat, dog", "references": 2},
         "FrameMemoryDropTransitionFrames": lambda: {"video": VIDEO, "drop": "find the cut"},
+        "FrameMemoryFFGoDataset": lambda: {
+            "folder": "clips", "clip": SelfTestText(), "vae": g.vae, "width": 96, "height": 64, "length": 9,
+        },
+        "FrameMemoryExpertRange": lambda: {"model": g.model, "expert": "low noise", "boundary": 0.9},
         "FrameMemorySelfTestEncoders": dict,
     }[node_id]()  # fmt: skip
 
