@@ -49,6 +49,7 @@ class Editor {
     /** By name: {picture, size, source, ran}. source: which output it came from, so that another one replaces it. */
     this.pictures = new Map()
     this.lastSize = null
+    this.least = 0
     this.drawn = ""
     this.element = made("div", STYLE.root, { className: "frame-memory-composer" })
     this.canvas = made("canvas", STYLE.canvas, { tabIndex: 0 })
@@ -128,6 +129,15 @@ class Editor {
   get room() {
     const [width, height] = this.size
     return Math.round(Math.min(Math.max(((this.node.size[0] - 2 * MARGIN) * height) / width, 160), 720))
+  }
+
+  /** Make room for the canvas in a node that has too little, as after another width or height, or from an old file. */
+  grow() {
+    this.least = this.room
+    this.canvas.style.minHeight = `${this.least}px`
+    const [width, height] = this.node.size
+    const needed = this.node.computeSize?.()[1] ?? 0
+    if (!globalThis.LiteGraph?.vueNodesMode && needed > height) this.node.setSize([width, needed])
   }
 
   // What is connected, and its pictures.
@@ -370,7 +380,7 @@ class Editor {
     const bounds = this.canvas.getBoundingClientRect()
     const pictures = [...this.pictures].map(([name, p]) => [name, p.picture.src, p.picture.complete, p.size])
     const seen = [values.map((name) => this.value(name)), [...sockets], pictures, bounds.width, bounds.height, this.locked]
-    this.canvas.style.minHeight = `${this.room}px`
+    if (this.room !== this.least) this.grow()
     const now = JSON.stringify(seen)
     if (now !== this.drawn) this.draw()
     this.drawn = now
