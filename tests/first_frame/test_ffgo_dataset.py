@@ -57,6 +57,23 @@ def test_the_published_list_is_read_and_never_leaves_its_folder(tmp_path):
     assert set(said) == set(reasons) and all(part in said[name] for name, part in reasons.items()), said
 
 
+def test_cancel_stops_between_clips(tmp_path):
+    class Cancelled(Exception):
+        pass
+
+    read, seen = reader(folders.make(tmp_path)), []
+
+    def cancel():
+        if seen:
+            raise Cancelled
+
+    read.interrupt = cancel
+    with pytest.raises(Cancelled):
+        for clip, _ in read.frames():
+            seen.append(clip.name)
+    assert seen == ["clip_0.mp4"]
+
+
 def test_rates_shapes_and_empty_folders(tmp_path):
     folders.make(tmp_path, 1)
     folders.video(tmp_path / "clip_0.mp4", rate=24, width=128, height=64)
