@@ -187,7 +187,7 @@ def _match_core(lora_sd: Mapping[str, Tensor], modules: dict[str, list[str]], mo
         if module not in places:
             continue
         found[module] = (None, next(style for prefix, style in _CORE_STYLES if module.startswith(prefix)))
-        made = comfy.lora.load_lora({k: lora_sd[k] for k in keys}, {module: places[module]}, log_missing=False)
+        made = _core_patches(module, lora_sd, keys, places[module])
         _collect(module, (made, _misfit(made, model)), patches, failed)
     return found, patches, failed
 
@@ -203,15 +203,29 @@ def _collect(module: str, made: tuple[dict, str], patches: dict, failed: dict[st
         patches.update(new)
 
 
+def _core_patches(module: str, lora_sd: Mapping[str, Tensor], keys: list[str], place) -> dict:
+    """Core's patches of one module. place: a key of the model, or (key, rows of it, a change of their order)."""
+    made = {}
+    if not isinstance(place, str):
+        # Core's loader would lose a bias that goes to rows of a fused tensor.
+        for key in [key for key in keys if key.endswith((".diff_b", ".b_norm"))]:
+            made[(f"{place[0].removesuffix('.weight')}.bias", *place[1:])] = ("diff", (lora_sd[key],))
+            keys = [other for other in keys if other != key]
+    return made | comfy.lora.load_lora({k: lora_sd[k] for k in keys}, {module: place}, log_missing=False)
+
+
 def _misfit(made: dict, model) -> str:
-    """Why patches of whole tensors do not fit, or nothing. Core would find out while it samples, and log it only."""
+    """Why patches do not fit their tensor or its rows, or nothing. Core would find out while it samples, and log it."""
     if not made:
         return "no LoRA tensors that core knows"
-    for key, patch in made.items():
+    for place, patch in made.items():
+        # Fused tensors (Flux, Stable Diffusion 3, Lumina 2): (key, (dimension, start, length)), and perhaps a function.
+        key, span = (place, None) if isinstance(place, str) else place[:2]
         try:
-            shape = comfy.utils.get_attr(model, key).shape
+            tensor = comfy.utils.get_attr(model, key)
         except AttributeError:
             return f"changes {key.removeprefix(MODEL_PREFIX)}, which this model does not have"
+        shape = tensor.shape if span is None else tensor.narrow(*span).shape
         given = _delta_shape(patch)
         if given is None or not shape:
             continue

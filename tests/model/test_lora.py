@@ -2,6 +2,7 @@
 
 import comfy.lora
 import comfy.model_base
+import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import pytest
@@ -349,3 +350,40 @@ def test_fault_39_on_another_family_core_names_count(native, reference):
     file = {f"{name}.lora_A.weight": torch.ones(2, columns), f"{name}.lora_B.weight": torch.ones(rows, 2)}
     match = lora.match_lora(file, hunyuan.model)
     assert match.share == 1.0 and list(match.patches) == ["diffusion_model.double_blocks.0.img_attn.proj.weight"]
+
+
+@pytest.fixture(scope="module")
+def flux():
+    """A tiny Flux: core maps the diffusers names to rows of its fused tensors."""
+    config = {
+        "image_model": "flux", "hidden_size": 32, "depth": 1, "depth_single_blocks": 1, "num_heads": 2,
+        "in_channels": 16, "out_channels": 16, "context_in_dim": 16, "vec_in_dim": 16, "mlp_ratio": 2.0,
+        "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "guidance_embed": False, "patch_size": 2,
+        "txt_ids_dims": [],
+    }  # fmt: skip
+    model = comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
+    for value in model.diffusion_model.parameters():
+        torch.nn.init.normal_(value, std=0.02, generator=torch.Generator().manual_seed(value.numel()))
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def test_fault_39_a_model_whose_names_mean_rows_of_fused_tensors(flux):
+    """Each name changes its rows and no others; a wrong count of rows is refused, as of whole tensors."""
+    name, fused = "transformer.transformer_blocks.0.attn.to_k", "double_blocks.0.img_attn.qkv"
+    generator = torch.Generator().manual_seed(7)
+    down, up, bias = (torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2), (32,)))
+    file = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.diff_b": bias}
+    whole = "transformer.transformer_blocks.0.attn.to_out.0"
+    file |= {f"{whole}.lora_A.weight": down, f"{whole}.lora_B.weight": up}
+    before = patched_weights(flux)
+    clone, match = lora.apply_lora(flux, file)
+    assert match.share == 1.0 and match.total == 2, match.report()
+    got = patched_weights(clone)
+    expected = {k: v.clone() for k, v in before.items()}
+    expected[f"{fused}.weight"][32:64] += up @ down
+    expected[f"{fused}.bias"][32:64] += bias
+    expected["double_blocks.0.img_attn.proj.weight"] += up @ down
+    assert_equal(got, expected)
+    file = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": torch.zeros(96, 2)}
+    with pytest.raises(lora.LoraError, match="96 rows where this model has 32"):
+        lora.match_lora(file, flux.model)
