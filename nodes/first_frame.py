@@ -317,9 +317,7 @@ class FrameMemoryDropTransitionFrames(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames that are left."),
-                io.Video.Output(
-                    display_name="video", tooltip="The same with its sound, where a VIDEO came in."
-                ),
+                io.Video.Output(display_name="video", tooltip="The same with its sound, where a VIDEO came in."),
                 io.String.Output(display_name="report", tooltip="What was dropped, and how the cut was found."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -336,15 +334,20 @@ class FrameMemoryDropTransitionFrames(io.ComfyNode):
             cut = transition.find_cut(frames)
             count, found = cut.first_clean or 0, cut.describe()
         transition.check_drop(count, frames.shape[0])
-        kept = frames[count:]
+        kept = frames[count:].clone()
         report = f"{frames.shape[0]} frames: {count} dropped, {kept.shape[0]} kept. {found}".strip()
-        show(cls, report)
         # Images carry no rate: what is connected to the other output is told so, and the images go on.
         made = ExecutionBlocker(transition.NO_VIDEO)
         if parts is not None:
             rate = Fraction(parts.frame_rate)
             audio = transition.later_sound(parts.audio, count / rate, kept.shape[0] / rate)
-            made = InputImpl.VideoFromComponents(Types.VideoComponents(images=kept, frame_rate=rate, audio=audio))
+            alpha = None if parts.alpha is None else parts.alpha[count:].clone()
+            tags = None if parts.metadata is None else dict(parts.metadata)
+            made = InputImpl.VideoFromComponents(
+                Types.VideoComponents(images=kept, frame_rate=rate, audio=audio, metadata=tags, alpha=alpha)
+            )
+            report += f" {transition.NO_SOUND}" if audio is None and parts.audio is not None else ""
+        show(cls, report)
         return io.NodeOutput(kept, made, report, ui=ui.PreviewText(report))
 
 

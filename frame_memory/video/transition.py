@@ -19,6 +19,7 @@ from ..plan.errors import PlanError
 
 NODE = "Drop Transition Frames"
 OFFICIAL, SAFE = 4, 5
+NO_SOUND = "The sound ended before the first frame that is left, so the video has none."
 NO_VIDEO = (
     f"'{NODE}' was given images, which have no frame rate, so there is no VIDEO. Connect its 'images' output to "
     "'Create Video' (16 fps for Wan 2.2)."
@@ -31,6 +32,8 @@ SMALL_SIDE = 64
 LEAST_JUMP, TIMES_USUAL, TIMES_BEFORE = 0.03, 2.5, 4.0
 # A frame is clean when at most this share of the jump is still to come.
 STILL_TO_COME = 0.15
+# A ghost cannot outlast its latent frame: of the four frames in it the first shows the canvas, or there is no cut.
+GHOST = 4
 
 
 class TransitionError(PlanError):
@@ -60,7 +63,7 @@ def find_cut(frames_THWC: torch.Tensor, searched: int = SEARCHED) -> Cut:
     """Find the cut from the canvas into the video by the change from frame to frame, on small copies.
 
     A ghost of the canvas after the cut counts as canvas: the first clean frame is the one after which the picture
-    moves away from it no further.
+    moves away from it no further, three frames after the cut at most.
     """
     count = min(frames_THWC.shape[0], searched + 4)
     if count < 3:
@@ -76,8 +79,10 @@ def find_cut(frames_THWC: torch.Tensor, searched: int = SEARCHED) -> Cut:
     if jump < max(LEAST_JUMP, TIMES_USUAL * usual, TIMES_BEFORE * before):
         return Cut(None, jump, usual)
     first = at + 1
-    # With a ghost the change is spread: go on while the next frame still takes a good part of the jump.
-    while first < count - 1 and float(change_T[first]) - usual > STILL_TO_COME * (jump - usual):
+    # With a ghost the change is spread: go on while the next frame still moves away from the canvas, which is frame 0,
+    # by a good part of the jump. Motion of the scene itself does not, however fast it is.
+    away_T = (small_TCHW - small_TCHW[0]).abs().mean(dim=(1, 2, 3))
+    while first < min(count - 1, at + GHOST) and float(away_T[first + 1] - away_T[first]) > STILL_TO_COME * jump:
         first += 1
     return Cut(first, jump, usual)
 
@@ -109,12 +114,13 @@ def refuse_latent() -> TransitionError:
 
 
 def later_sound(audio: dict | None, start: Fraction, seconds: Fraction) -> dict | None:
-    """The stretch of an AUDIO that belongs to the frames that are left, to the sample; None without sound.
+    """The stretch of an AUDIO that belongs to the frames that are left, to the sample; None where there is none.
 
-    start, seconds: of the stretch. Sound that is shorter than the video stays shorter.
+    start, seconds: of the stretch. Sound that is shorter than the video stays shorter. A new tensor.
     """
     if audio is None:
         return None
     rate = int(audio["sample_rate"])
     first, last = round(start * rate), round((start + seconds) * rate)
-    return {**audio, "waveform": audio["waveform"][..., first:last]}
+    left = audio["waveform"][..., first:last]
+    return {**audio, "waveform": left.clone()} if left.shape[-1] else None  # a file cannot be saved with empty sound

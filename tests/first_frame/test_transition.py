@@ -46,6 +46,19 @@ def test_a_clip_without_a_cut_is_said_to_have_none(speed, noise):
         assert found.first_clean is None and "No cut was found" in found.describe()
 
 
+def moves_fast_at_first(seed: int) -> torch.Tensor:
+    """The canvas, ten frames of a fast pan, then a still scene."""
+    clip, pan = canvas_clip(4, seed, 0.5, 0.005, 0), scene(seed, 81, 6, 0.005)
+    clip[4:14] = pan[4:14]
+    return clip
+
+
+def test_good_frames_of_a_fast_beginning_are_kept():
+    for seed in range(6):
+        found = find_cut(moves_fast_at_first(seed))
+        assert found.first_clean is not None and 4 <= found.first_clean <= 6, found.describe()
+
+
 def test_a_slow_fade_is_no_cut():
     a, b = scene(1, 40, 0, 0), scene(2, 40, 0, 0)
     weight = torch.linspace(0, 1, 40).view(-1, 1, 1, 1)
@@ -88,3 +101,9 @@ def test_fault_32_sound_is_cut_by_the_same_time(rate, hertz):
     assert abs(float(kept["waveform"][0, 0, 0]) / hertz - float(4 / rate)) <= 0.5 / hertz + 1e-6
     assert abs(kept["waveform"].shape[-1] / hertz - float(77 / rate)) <= 1 / hertz
     assert audio["waveform"].shape[-1] == 6 * hertz and later_sound(None, 4 / rate, 77 / rate) is None
+
+
+@pytest.mark.parametrize("samples", [0, 1000, 4000])
+def test_sound_shorter_than_what_is_dropped_is_none_and_not_empty(samples):
+    audio = {"waveform": torch.zeros(1, 2, samples), "sample_rate": 16000}
+    assert later_sound(audio, Fraction(4, 16), Fraction(5, 16)) is None

@@ -7,16 +7,19 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
+import av
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import torch
-from comfy_api.latest import InputImpl
+from comfy_api.latest import InputImpl, Types
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from safetensors.torch import save_file
 
@@ -201,6 +204,40 @@ def test_inputs_are_the_same_before_and_after(nodes, graph, folders, node_id):
     assert output.result is not None
     assert fingerprint(given) == before[0]
     assert [p.read_bytes() for p in files] == before[1]
+
+
+def test_dropping_frames_gives_copies_and_no_sound_of_no_samples(nodes, tmp_path):
+    """IMAGE and VIDEO: no view of the input; sound that ends before the cut is left out, and the file can be saved."""
+    images = random(9, 32, 32, 3, seed=1).abs().clamp(0, 1)
+    sound = {"waveform": random(1, 2, 1000, seed=3), "sample_rate": 16000}
+    video = InputImpl.VideoFromComponents(Types.VideoComponents(images, Fraction(16), sound))
+    before = fingerprint([images, sound])
+    for given in (images, video):
+        kept, made, report = nodes["FrameMemoryDropTransitionFrames"].execute(given, "4 (official)").result
+        assert torch.equal(kept, images[4:])
+        kept.zero_()
+        assert fingerprint([images, sound]) == before
+    assert made.get_components().audio is None and "The sound ended before the first frame that is left" in report
+    made.save_to(str(tmp_path / "silent.mp4"))
+    assert len(InputImpl.VideoFromFile(str(tmp_path / "silent.mp4")).get_components().images) == 5
+
+
+def test_dropping_frames_of_a_file_keeps_its_alpha_and_its_metadata(nodes, tmp_path):
+    """Core hands neither on from a VIDEO of images today; what the node gives it is complete."""
+    with av.open(str(tmp_path / "clear.mov"), "w", options={"movflags": "use_metadata_tags"}) as file:
+        file.metadata["prompt"] = "a"
+        stream = file.add_stream("png", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgba"
+        for i in range(9):
+            pixels = np.full((16, 16, 4), 20 * i, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        file.mux(stream.encode(None))
+    video = InputImpl.VideoFromFile(str(tmp_path / "clear.mov"))
+    parts = video.get_components()
+    assert parts.alpha is not None and parts.metadata["prompt"] == "a"
+    _, made, _ = nodes["FrameMemoryDropTransitionFrames"].execute(video, "4 (official)").result
+    left = vars(made)["_VideoFromComponents__components"]
+    assert torch.equal(left.alpha, parts.alpha[4:]) and left.metadata == parts.metadata
 
 
 def test_the_fingerprint_sees_a_change_anywhere(graph):
