@@ -21,6 +21,8 @@ _CANVAS_WORDS = (
     "left half", "right half", "the image shows", "the picture shows",
 )  # fmt: skip
 _TRIGGER = re.compile(r"\s*".join(map(re.escape, TRIGGER.rstrip(".").split())) + r"\s*[.,;:!]?", re.IGNORECASE)
+# What is left of a trigger that was typed by hand and not to the end.
+_PART = re.compile(r"\bad23r2\b|\bcamera\s+view\s+suddenly\s+changes?\b", re.IGNORECASE)
 # A thing is named after one of these, and its noun comes before a word that joins (or after four words at most).
 _NAMED = re.compile(
     r"\b(?:an?|the|his|her|their|its|this|that|two|three|four|five|six|several|some)\s+([\w'-]+(?:\s+[\w'-]+){0,3})",
@@ -69,7 +71,12 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
     lower, warnings = body.lower(), []
     if not body:
         return ("The caption is empty. Describe the scene, each thing of the canvas, and what happens.",)
-    said = [words for words in _CANVAS_WORDS if re.search(rf"\b{re.escape(words)}s?\b", lower)]
+    part = _PART.search(body)
+    if part:
+        warnings.append(
+            f"The caption holds {part[0]!r}, a part of the trigger. Take it out: the whole trigger is put in front."
+        )
+    said = [words for words in _CANVAS_WORDS if re.search(rf"\b{words.replace(' ', '[ -]')}s?\b", lower)]
     if said:
         warnings.append(
             f"The caption speaks of the canvas ({', '.join(repr(w) for w in said)}). Describe the scene as it is in "
@@ -80,6 +87,11 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
         warnings.append(
             f"The caption does not name {', '.join(repr(n) for n in missing)}. What is not described is often left out "
             "of the video: add its look, its place and what it does."
+        )
+    if 0 < len(names) < references:
+        warnings.append(
+            f"'names' has {len(names)} ({', '.join(names)}), but there are {references} references. Give each one a name there "
+            "and in the caption."
         )
     if not names and references:
         found = things_named(body)

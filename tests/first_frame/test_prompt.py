@@ -81,6 +81,25 @@ def test_fewer_things_than_references_is_told_with_what_was_found():
     assert caption_warnings(caption, 1) == () and caption_warnings(caption, 0) == ()
 
 
+def test_fewer_names_than_references_is_told_whatever_the_caption_names():
+    (warning,) = caption_warnings(BOAT, 5, ("boat", "fisherman"))
+    assert "has 2 (boat, fisherman)" in warning and "5 references" in warning
+    assert caption_warnings(BOAT, 2, ("boat", "fisherman")) == () == caption_warnings(BOAT, 1, ("boat", "fisherman"))
+
+
+@pytest.mark.parametrize("words", ["reference-image", "the input-image", "a cut-out", "the white-background"])
+def test_hyphens_hide_no_words_about_the_canvas(words):
+    (warning,) = caption_warnings(f"{BOAT} All as in {words}.", 2)
+    assert "speaks of the canvas" in warning
+
+
+@pytest.mark.parametrize("rest", ["ad23r2 the camera view changes.", "ad23r2", "The camera view suddenly changes."])
+def test_a_part_of_the_trigger_in_the_caption_is_told(rest):
+    (warning,) = caption_warnings(f"{rest} {BOAT}", 2)
+    assert "part of the trigger" in warning and "Take it out" in warning
+    assert with_trigger(f"{rest} {BOAT}") == f"{TRIGGER} {rest} {BOAT}", "it may be meant: nothing is taken away"
+
+
 def test_things_are_guessed():
     assert {"boat", "fisherman", "beach", "net"} <= set(things_named(BOAT))
 
