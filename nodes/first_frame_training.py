@@ -142,8 +142,10 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **_):
+    def fingerprint_inputs(cls, folder=None, **_):
         """Names, sizes and times of the files, so that a changed folder is read again."""
+        if folder not in folder_paths.get_input_subfolders():
+            return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at
         root = Path(folder_paths.get_input_directory()) / folder
         files = sorted(path for path in root.rglob("*") if path.is_file())
         return [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -153,6 +155,7 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
         cls, folder, clip, vae, width, height, length, start_frame=0, layout=canvas.STACK, keep_background_aspect=False,
         enlarge_small=False, crop_to_content=True, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
+        ffgo_clips.check_folder(folder, folder_paths.get_input_subfolders())
         ffgo_clips.check_request(vae, width, height, length)
         look = ffgo_clips.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
         reader = ffgo_clips.Reader(
@@ -174,6 +177,7 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
             canvases.append(made.canvas_HWC)
             bar.update(1)
             show(cls, f"{len(latents)} of {len(reader.clips)}: {made.name}")
+        bar.update(len(reader.clips) - len(latents))  # for the damaged ones
         held = [latent["samples"] for latent in latents] + canvases
         entries = [part for made in positive for text, more in made for part in (text, *more.values())]
         held += [part for part in entries if torch.is_tensor(part)]

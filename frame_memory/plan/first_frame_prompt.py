@@ -90,8 +90,8 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
         )
     if 0 < len(names) < references:
         warnings.append(
-            f"'names' has {len(names)} ({', '.join(names)}), but there are {references} references. Give each one a name there "
-            "and in the caption."
+            f"'names' has {len(names)} ({', '.join(names)}), but there are {references} references. Give each one a name "
+            "there and in the caption."
         )
     if not names and references:
         found = things_named(body)

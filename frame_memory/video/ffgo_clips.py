@@ -11,9 +11,10 @@ Source: reference/ffgo.md section 6.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -71,6 +72,15 @@ class CanvasLook:
     colour: str = "#ffffff"
 
 
+def check_folder(folder: object, known: Sequence[str]) -> None:
+    """Refuse what is not one of the folders in ComfyUI's input folder: a link can bring any text, a path among them."""
+    if folder not in known:
+        near = difflib.get_close_matches(str(folder), known, 1, 0.0) or ["a folder made there"]
+        raise DatasetError(
+            f"'{NODE}' was given the folder {folder!r}; expected one inside ComfyUI's input folder, such as {near[0]!r}."
+        )
+
+
 def check_request(vae, width: int, height: int, length: int) -> None:
     """Refuse a VAE that is not Wan 2.1's, sizes off the grid, and lengths Wan cannot make; the nearest are named."""
     found = identify_vae(vae)
@@ -96,7 +106,8 @@ def find_clips(folder: Path) -> tuple[list[ClipFiles], dict[str, str]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder.name!r} in ComfyUI's input folder. Choose another in '{NODE}'.")
-    inside = sorted(folder.iterdir(), key=_counted)
+    # macOS puts a file ._NAME beside each NAME on other disks; it is no video.
+    inside = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_counted)
     lists = [path for path in inside if path.suffix.lower() == ".json"]
     if len(lists) > 1:
         names = ", ".join(path.name for path in lists)
@@ -180,7 +191,9 @@ def _beside(video: Path) -> ClipFiles:
         raise DatasetError(f"there is neither a canvas {video.stem}.png nor a folder {video.stem} with its pictures")
     if ready is not None:
         return ClipFiles(video.name, video, caption, canvas=ready)
-    pictures = sorted((p for p in parts.iterdir() if p.suffix.lower() in PICTURES), key=_counted)
+    pictures = sorted(
+        (p for p in parts.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")), key=_counted
+    )
     background = next((p for p in pictures if p.stem.lower() == canvas.BACKGROUND), None)
     things = [p for p in pictures if p != background]
     things.sort(key=lambda p: p.stem.lower() != "main_entity")

@@ -74,6 +74,14 @@ def test_cancel_stops_between_clips(tmp_path):
     assert seen == ["clip_0.mp4"]
 
 
+def test_files_that_begin_with_a_dot_are_no_clips_and_no_pictures(tmp_path):
+    folders.make(tmp_path, 2)
+    for name in ("._clip_0.mp4", "._list.json", "clip_1/._background.png", "clip_1/._main_entity.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    read = reader(tmp_path)
+    assert len(list(read.frames())) == 2 and not read.why
+
+
 def test_rates_shapes_and_empty_folders(tmp_path):
     folders.make(tmp_path, 1)
     folders.video(tmp_path / "clip_0.mp4", rate=24, width=128, height=64)
@@ -139,3 +147,17 @@ def test_a_changed_folder_is_read_again_and_bad_requests_are_refused(server, cli
     finally:
         for path in extra.glob("late.*"):
             path.unlink()
+
+
+@pytest.mark.parametrize("where", ["../secret", "{root}/secret", "few_shots/../../secret", "", "."])
+def test_a_folder_that_a_link_brings_stays_inside_comfyuis_input_folder(server, clips, where):
+    """A socket of any type passes core's check of the list, and with it any path."""
+    secret = folders.make(server.base / "secret", 1)
+    graph = {**dataset(clips), "count": {"class_type": "PreviewAny", "inputs": {"source": ["data", 3]}}}
+    said = where.format(root=secret.parent.as_posix())
+    graph["said"] = {"class_type": "PrimitiveString", "inputs": {"value": said}}
+    graph["pick"] = {"class_type": "ComfySwitchNode", "inputs": {"switch": True}}
+    graph["pick"]["inputs"] |= {"on_true": ["said", 0], "on_false": ["said", 0]}
+    graph["data"]["inputs"]["folder"] = ["pick", 0]
+    with pytest.raises(PromptError, match="expected one inside ComfyUI's input folder"):
+        server.client.queue(graph)
