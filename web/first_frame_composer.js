@@ -21,6 +21,8 @@ const BELOW = 52
 const LOOK = 250
 const STEPS_BACK = 4
 const MOST_PIXELS = 4096
+/** The property of the node that keeps the layout before the first drag. */
+const BEFORE = "layout before free boxes"
 
 const STYLE = {
   root: "display:flex;flex-direction:column;gap:4px;width:100%;height:100%;min-height:0;box-sizing:border-box;font:12px sans-serif",
@@ -211,26 +213,34 @@ class Editor {
 
   // Boxes.
 
-  boxes() {
+  boxes(as = this.value("layout")) {
     const names = [...this.sockets().keys()]
     const sizes = new Map([...this.pictures].map(([name, { size }]) => [name, size]))
     const [width, height] = this.size
     return layout.layOut({
       width, height, names, sizes,
-      layout: this.value("layout"), boxes: String(this.value("boxes", "")),
+      layout: as, boxes: String(this.value("boxes", "")),
       keepAspect: this.value("keep_background_aspect", false), enlarge: this.value("enlarge_small", false),
     })
+  }
+
+  /** The layout before the first drag, where Reset goes back to. */
+  get usual() {
+    const before = this.node.properties?.[BEFORE]
+    return before === layout.TWO_COLUMNS ? before : layout.STACK
   }
 
   /** Write boxes, and what of the text is not theirs: notes, and boxes of pictures that are not connected now. */
   store(boxes) {
     const text = String(this.value("boxes", ""))
-    const kept = this.value("layout") === layout.FREE ? layout.parseBoxes(text) : new Map()
+    const before = this.value("layout")
+    const free = before === layout.FREE
     const connected = this.sockets()
+    const kept = free ? layout.parseBoxes(text) : new Map()
     for (const [name, box] of kept) if (!connected.has(name)) boxes.set(name, box)
-    const others = this.value("layout") === layout.FREE ? layout.otherLines(text) : []
+    if (!free) this.node.properties = { ...this.node.properties, [BEFORE]: before }
     this.set("layout", layout.FREE)
-    this.set("boxes", [...others, layout.writeBoxes(boxes)].filter(Boolean).join("\n"))
+    this.set("boxes", layout.rewrite(free ? text : layout.asNotes(text), boxes))
     this.node.graph?.setDirtyCanvas?.(true, true)
     this.draw()
   }
@@ -246,9 +256,13 @@ class Editor {
     const text = String(this.value("boxes", ""))
     const left = layout.parseBoxes(text)
     if (this.selected === null) left.clear()
-    else left.delete(this.selected)
-    this.set("boxes", [...layout.otherLines(text), layout.writeBoxes(left)].filter(Boolean).join("\n"))
-    if (!left.size) this.set("layout", layout.STACK)
+    else {
+      const place = this.boxes(this.usual).get(this.selected)
+      if (place && this.usual !== layout.STACK) left.set(this.selected, place)
+      else left.delete(this.selected)
+    }
+    this.set("boxes", layout.rewrite(text, left))
+    if (!left.size) this.set("layout", this.usual)
     this.draw()
     this.remember()
   }
@@ -351,22 +365,28 @@ class Editor {
     if (event.ctrlKey || event.metaKey || event.altKey) return
     const boxes = this.boxes()
     const box = boxes.get(this.selected)
-    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key]
-    const far = event.shiftKey ? 16 : 1
     const chosen = /^[1-9]$/.test(event.key) ? event.key : event.key === "b" ? layout.BACKGROUND : null
+    const edits = ARROWS[event.key] || ["[", "]", "+", "-", "Delete", "Backspace"].includes(event.key)
     if (boxes.has(chosen)) this.selected = chosen
     else if (event.key === "Escape" && box) this.selected = null
-    else if (!box || this.locked) return
-    else if (arrow) this.store(boxes.set(this.selected, layout.moved(box, far * arrow[0], far * arrow[1], this.size)))
+    else if (!edits) return
+    else if (box && !this.locked) this.edit(event, boxes, box)
+    // The graph never hears of these keys, or it would delete the whole node.
+    event.stopPropagation()
+    event.preventDefault()
+    this.draw()
+  }
+
+  /** What a key does to the selected box. */
+  edit(event, boxes, box) {
+    const arrow = ARROWS[event.key]
+    const far = event.shiftKey ? 16 : 1
+    if (arrow) this.store(boxes.set(this.selected, layout.moved(box, far * arrow[0], far * arrow[1], this.size)))
     else if (event.key === "]" || event.key === "[") this.reorder(event.key === "]" ? 1 : -1)
     else if (event.key === "+" || event.key === "-") {
       const grown = (event.key === "+" ? 1 : -1) * Math.max(Math.round(box.width / 50), 1)
       this.store(boxes.set(this.selected, layout.scaled(box, [1, 1], grown, -Infinity, false, this.size)))
-    } else if (event.key === "Delete" || event.key === "Backspace") this.reset()
-    else return
-    event.stopPropagation()
-    event.preventDefault()
-    this.draw()
+    } else this.reset()
   }
 
   // Drawing.
@@ -397,8 +417,7 @@ class Editor {
     const [width, height] = this.size
     const { scale, left, top } = this.view()
     pen.setTransform(sharp * scale, 0, 0, sharp * scale, sharp * left, sharp * top)
-    pen.fillStyle = "#fff"
-    pen.fillStyle = String(this.value("canvas_colour", "#ffffff"))
+    pen.fillStyle = layout.readColour(String(this.value("canvas_colour", "")))
     pen.fillRect(0, 0, width, height)
     const boxes = [...this.boxes()]
     pen.save()
@@ -468,6 +487,7 @@ class Editor {
   }
 }
 
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
 const CORNERS = [[0, 0], [1, 0], [0, 1], [1, 1]]
 
 function cornerAt(box, x, y, near) {
@@ -479,6 +499,12 @@ function cursorOf(found) {
   if (!found) return "default"
   if (!found.corner) return "move"
   return found.corner[0] === found.corner[1] ? "nwse-resize" : "nesw-resize"
+}
+
+/** The frontend's name of a node among the outputs of the last runs: inside a subgraph with the subgraph before it. */
+function keyOf(node) {
+  const inner = node.graph && node.graph !== (node.graph.rootGraph ?? node.graph)
+  return inner ? `${node.graph.id}:${node.id}` : String(node.id)
 }
 
 /** Run `after` behind a callback of the node; another extension's callback stays. */
@@ -511,7 +537,7 @@ app.registerExtension({
     chain(node, "onRemoved", () => editor.stop())
     chain(node, "onConfigure", () => {
       // After undo, or back from another workflow, the page still knows the last run.
-      requestAnimationFrame(() => editor.ran(app.nodeOutputs?.[String(node.id)]))
+      requestAnimationFrame(() => editor.ran(app.nodeOutputs?.[keyOf(node)]))
     })
     const [wide, tall] = node.size
     node.setSize([Math.max(wide, 420), Math.max(tall, 720)])

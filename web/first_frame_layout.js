@@ -9,30 +9,64 @@ export const STACK = "official stack"
 export const TWO_COLUMNS = "two columns"
 const OFFICIAL = [1280, 720]
 const LINE = /^(background|reference\s*\d+|\d+)\s*:\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(\d+)\s*[x×,]\s*(\d+)$/i
+/** Where Python breaks lines. */
+const BREAK = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/
 /** The least side of a box that is dragged, and how much of one stays on the canvas. */
 export const LEAST = 8
+/** What the node takes at most, of a side and of a place. */
+const MOST_SIDE = 8192
 
 function readLine(line) {
   const found = LINE.exec(line.split("#")[0].trim())
   if (!found) return null
   const name = found[1].toLowerCase().replace(/reference\s*/, "").replace(/^0+(?=\d)/, "")
   const [x, y, width, height] = found.slice(2).map(Number)
+  if (name === "0" || Math.min(width, height) < 1) return null
+  if (Math.max(width, height, Math.abs(x), Math.abs(y)) > MOST_SIDE) return null
   return [name, { x, y, width, height }]
 }
 
 /** Boxes of the text by name, in the order they are drawn; lines that cannot be read are left to the node to refuse. */
 export function parseBoxes(text) {
-  return new Map(text.split("\n").map(readLine).filter(Boolean))
+  return new Map(text.split(BREAK).map(readLine).filter(Boolean))
 }
 
-/** Lines of the text that are no boxes: notes, and what the node will refuse. They are the artist's and stay. */
-export function otherLines(text) {
-  return text.split("\n").filter((line) => line.trim() && !readLine(line))
+const asNote = (line) => (line.trim().startsWith("#") ? line.trim() : `# ${line.trim()}`)
+
+/** The text with all its lines as notes, each once. */
+export function asNotes(text) {
+  return [...new Set(text.split(BREAK).filter((line) => line.trim()).map(asNote))].join("\n")
 }
 
-/** The text of boxes, as the node reads it. */
-export function writeBoxes(boxes) {
-  return [...boxes].map(([name, b]) => `${name}: ${b.x}, ${b.y}, ${b.width} x ${b.height}`).join("\n")
+/**
+ * The text with these boxes, as the node reads it. Nothing the artist wrote is lost: notes above and behind a box stay
+ * with it, those above the first box stay at the top, and lines the node would refuse become notes.
+ */
+export function rewrite(text, boxes) {
+  const top = []
+  const notes = new Map()
+  let waiting = top
+  for (const line of text.split(BREAK)) {
+    if (!line.trim()) continue
+    const name = readLine(line)?.[0]
+    const behind = line.includes("#") ? line.slice(line.indexOf("#")).trim() : ""
+    if (name && boxes.has(name) && !notes.has(name)) {
+      notes.set(name, { above: waiting === top ? [] : waiting, behind })
+      waiting = []
+    } else if (!name || boxes.has(name)) waiting.push(asNote(line))
+    else if (behind) waiting.push(behind)
+  }
+  const written = [...boxes].flatMap(([name, b]) => {
+    const { above = [], behind = "" } = notes.get(name) ?? {}
+    return [...above, `${name}: ${b.x}, ${b.y}, ${b.width} x ${b.height} ${behind}`.trim()]
+  })
+  return [...top, ...written, ...(waiting === top ? [] : waiting)].join("\n")
+}
+
+/** The colour the node reads, with or without its #; white for what it refuses. */
+export function readColour(text) {
+  const digits = text.trim().replace(/^#+/, "")
+  return /^([0-9a-f]{3}|[0-9a-f]{6})$/i.test(digits) ? `#${digits}` : "#ffffff"
 }
 
 function nearest(number, off) {
@@ -104,17 +138,23 @@ export function moved(box, dx, dy, [width, height]) {
  * A box whose corner was pulled by dx, dy; the corner across stays. corner: [0 left or 1 right, 0 top or 1 bottom].
  * free: without keeping the aspect.
  */
-export function scaled(box, [right, bottom], dx, dy, free, [most, tallest]) {
+export function scaled(box, [right, bottom], dx, dy, free, canvas) {
+  const [most, tallest] = canvas
+  // Some of it stays on the canvas, though the corner across may lie outside.
+  const leastWidth = Math.max(LEAST, right ? LEAST - box.x : box.x + box.width - most + LEAST)
+  const leastHeight = Math.max(LEAST, bottom ? LEAST - box.y : box.y + box.height - tallest + LEAST)
+  const [mostWidth, mostHeight] = canvas.map((side) => Math.min(2 * side, MOST_SIDE))
   let width = box.width + (right ? dx : -dx)
   let height = box.height + (bottom ? dy : -dy)
   if (!free) {
-    const least = LEAST / Math.min(box.width, box.height)
-    const grown = Math.max(width / box.width, height / box.height, least)
+    const least = Math.max(leastWidth / box.width, leastHeight / box.height)
+    const room = Math.min(mostWidth / box.width, mostHeight / box.height)
+    const grown = Math.min(Math.max(width / box.width, height / box.height, least), room)
     width = box.width * grown
     height = box.height * grown
   }
-  width = Math.round(Math.min(Math.max(width, LEAST), 2 * most))
-  height = Math.round(Math.min(Math.max(height, LEAST), 2 * tallest))
+  width = Math.round(Math.min(Math.max(width, leastWidth), mostWidth))
+  height = Math.round(Math.min(Math.max(height, leastHeight), mostHeight))
   const x = right ? box.x : box.x + box.width - width
-  return { x, y: bottom ? box.y : box.y + box.height - height, width, height }
+  return moved({ x, y: bottom ? box.y : box.y + box.height - height, width, height }, 0, 0, canvas)
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from frame_memory.plan import canvas
+from frame_memory.video import canvas as drawing
 
 from .graphs import colour, composer, pictures_of, preview
 
@@ -27,6 +28,7 @@ MODULE = """async (cases) => {
   const layout = await import('/' + list.find(f => f.endsWith('/first_frame_layout.js')).replace(/^\\//, ''))
   return cases.map(c => RETURN) }"""
 
+BOXES = "background: 160, 51, 160 x 90\n1: 30, 6, 100 x 50\n2: 50, 66, 60 x 60\n3: 56, 128, 48 x 64"
 GRAPH = {
     "red": colour(0xFF0000, 100, 50),
     "green": colour(0x00FF00, 60, 60),
@@ -99,6 +101,22 @@ def composed(editor):
     return editor
 
 
+@pytest.fixture
+def arranged(composed):
+    """The editor with known boxes, whatever a test before did."""
+    wait_for(composed, f"() => !!{NODE}", seconds=5)
+    arrange(composed, canvas.FREE, BOXES)
+    return composed
+
+
+def arrange(editor, layout: str, boxes: str) -> None:
+    editor.evaluate(
+        f"""([layout, boxes]) => {{ const n = {NODE}, e = n.frameMemoryEditor
+        e.selected = null; e.set('layout', layout); e.set('boxes', boxes); e.draw() }}""",
+        [layout, boxes],
+    )
+
+
 def test_what_is_dragged_is_written_made_saved_and_made_again(composed, server):
     editor = composed
     editor.queue()
@@ -126,11 +144,10 @@ def test_what_is_dragged_is_written_made_saved_and_made_again(composed, server):
     assert picture(editor, server).tobytes() == made.tobytes()
 
 
-def test_keys_move_order_and_put_back_and_undo_follows(composed):
-    editor = composed
-    start = canvas.parse_boxes(value(editor, "boxes"))
-    count = editor.evaluate("() => app.graph._nodes.length")
-    editor.evaluate(f"() => {NODE}.frameMemoryEditor.canvas.focus()")
+def test_keys_move_order_and_put_back_and_undo_follows(arranged):
+    editor = arranged
+    start = canvas.parse_boxes(BOXES)
+    editor.evaluate(f"() => {{ const e = {NODE}.frameMemoryEditor; e.remember(); e.canvas.focus() }}")
     keys(editor, "1", "ArrowRight", "Shift+ArrowDown")
     red = canvas.parse_boxes(value(editor, "boxes"))["1"]
     assert (red.x, red.y) == (start["1"].x + 1, start["1"].y + 16)
@@ -141,18 +158,69 @@ def test_keys_move_order_and_put_back_and_undo_follows(composed):
     editor.evaluate(f"() => {NODE}.frameMemoryEditor.canvas.focus()")
     keys(editor, "1", "Delete")
     assert "1" not in canvas.parse_boxes(value(editor, "boxes"))
-    assert editor.evaluate("() => app.graph._nodes.length") == count, "Delete belongs to the canvas, not to the node"
 
 
-def test_a_copy_has_an_editor_of_its_own_and_a_removed_one_leaves_nothing(composed):
-    editor = composed
+def test_the_graph_never_hears_the_keys_of_the_editor(arranged):
+    """The frontend deletes the selected node at Delete and Backspace, also with nothing selected in the editor."""
+    editor = arranged
+    script = (
+        f"() => {{ const n = {NODE}; app.canvas.select(n); n.frameMemoryEditor.canvas.focus(); return [...n.pos] }}"
+    )
+    place = editor.evaluate(script)
+    keys(editor, "Escape", "Delete", "Backspace", "ArrowLeft")
+    assert editor.evaluate(f"() => {NODE} && [...{NODE}.pos]") == place and value(editor, "boxes") == BOXES
+    editor.evaluate(
+        f"""() => {{ const n = {NODE}, t = LiteGraph.createNode('PrimitiveString'); app.graph.add(t)
+        t.connect(0, n, n.inputs.findIndex(i => i.widget?.name === 'boxes')) }}"""
+    )
+    assert editor.evaluate(f"() => {NODE}.frameMemoryEditor.locked")
+    editor.evaluate(script)
+    keys(editor, "1", "Delete", "Backspace", "ArrowLeft", "+")
+    assert editor.evaluate(f"() => {NODE} && [...{NODE}.pos]") == place and value(editor, "boxes") == BOXES
+    editor.evaluate("() => app.graph.remove(app.graph._nodes.find(n => n.type === 'PrimitiveString'))")
+    assert not editor.evaluate(f"() => {NODE}.frameMemoryEditor.locked")
+
+
+def test_what_was_typed_stays_when_a_picture_is_dragged_and_reset_knows_the_layout(arranged):
+    editor = arranged
+    arrange(editor, canvas.FREE, BOXES.replace("2: ", "# seen first\n2: ").replace("100 x 50", "100 x 50 # the car"))
+    drag(editor, "1", 0.5, 0.5, 8, 8)
+    lines = value(editor, "boxes").splitlines()
+    assert lines[1].endswith(" # the car") and lines[2:4] == ["# seen first", "2: 50, 66, 60 x 60"]
+    assert canvas.parse_boxes(lines[1])["1"].x in range(37, 40)
+
+    arrange(editor, canvas.TWO_COLUMNS, "3: 1, 2, 30 x 40 # the hat\n3: oops")
+    usual = editor.evaluate(f"() => {NODE}.frameMemoryEditor.boxes().get('2')")
+    assert usual["x"] >= 80
+    drag(editor, "2", 0.5, 0.5, 0, 30)
+    lines = value(editor, "boxes").splitlines()
+    assert lines[:2] == ["# 3: 1, 2, 30 x 40 # the hat", "# 3: oops"] and len(canvas.parse_boxes("\n".join(lines))) == 4
+    keys(editor, "2", "Delete")
+    assert canvas.parse_boxes(value(editor, "boxes"))["2"] == canvas.Box(**usual)
+    keys(editor, "Escape")
+    editor.evaluate(f"() => [...{NODE}.frameMemoryEditor.element.querySelectorAll('button')].at(-1).click()")
+    assert value(editor, "layout") == canvas.TWO_COLUMNS and value(editor, "boxes").splitlines() == lines[:2]
+
+
+def test_a_copy_has_an_editor_of_its_own_and_a_removed_one_leaves_nothing(arranged):
+    editor = arranged
     editor.evaluate(f"() => {{ app.canvas.copyToClipboard([{NODE}]); app.canvas.pasteFromClipboard() }}")
     mine = "app.graph._nodes.filter(n => n.type === 'FrameMemoryFirstFrameComposer')"
     texts = editor.evaluate(f"() => {mine}.map(n => n.widgets.find(w => w.name === 'boxes').value)")
-    assert len(texts) == 2 and texts[0] == texts[1] == value(editor, "boxes")
-    editor.evaluate(f"() => {{ const n = {mine}.at(-1); window.gone = n.frameMemoryEditor; app.graph.remove(n) }}")
-    wait_for(editor, "() => document.querySelectorAll('.frame-memory-composer').length === 1")
-    assert editor.evaluate("() => { const e = window.gone; delete window.gone; return e.element.isConnected }") is False
+    assert texts == [BOXES, BOXES]
+    # What still ran would look, or draw when its element is on the page again with another size.
+    heard = editor.evaluate(
+        f"""async () => {{ const n = {mine}.at(-1), e = n.frameMemoryEditor, heard = []
+        const wait = (ms) => new Promise(done => setTimeout(done, ms))
+        const hear = () => {{ for (const name of ['look', 'draw']) e[name] = () => heard.push(name) }}
+        await wait(400); hear(); await wait(600); const alive = heard.splice(0).includes('look')
+        app.graph.remove(n); await wait(600)
+        const gone = !e.element.isConnected; heard.length = 0
+        document.body.append(e.element); e.element.style.width = '77px'; await wait(600)
+        e.element.remove(); await wait(200); return [alive, gone, heard] }}"""
+    )
+    assert heard == [True, True, []]
+    assert editor.evaluate("() => document.querySelectorAll('.frame-memory-composer').length") == 1
 
 
 def test_the_editor_lays_out_as_the_node_does(composed):
@@ -187,12 +255,55 @@ def test_the_editor_lays_out_as_the_node_does(composed):
     assert composed.evaluate(script, cases) == wanted
 
 
-def test_the_editor_reads_boxes_as_the_node_does_and_keeps_notes(composed):
-    text = "# mine\nReference 02 : -4,5 , 6 × 7\n\nbackground:1,2,3,4 # wide\n3: 1,2"
+def test_the_editor_reads_boxes_and_colours_as_the_node_does_and_keeps_notes(composed):
+    good = "# mine\nReference 02 : -4,5 , 6 × 7\n\nbackground:1,2,3,4 # wide"
+    bad = "3: 1,2\n0: 1,2,3,4\n4: 1,2,0,4\n5: 1,2,8193,4\n6: -9000,2,3,4\n2: 1,2,3,4"
     script = MODULE.replace(
-        "RETURN", "[[...layout.parseBoxes(c)], layout.writeBoxes(layout.parseBoxes(c)), layout.otherLines(c)]"
+        "RETURN", "[[...layout.parseBoxes(c[0])], layout.rewrite(c.join('\\n'), layout.parseBoxes(c[0]))]"
     )
-    ((boxes, written, others),) = composed.evaluate(script, [text])
-    wanted = canvas.parse_boxes(text.rsplit("\n", 1)[0])
+    ((boxes, written),) = composed.evaluate(script, [[good, bad]])
+    wanted = canvas.parse_boxes(good)
     assert {name: canvas.Box(**box) for name, box in boxes} == wanted == canvas.parse_boxes(written)
-    assert others == ["# mine", "3: 1,2"]
+    assert written.splitlines() == [
+        "# mine", "2: -4, 5, 6 x 7", "background: 1, 2, 3 x 4 # wide", *(f"# {line}" for line in bad.splitlines()),
+    ]  # fmt: skip
+    colours = ["#102030", " 102030 ", "a0F", "#abc"]
+    read = composed.evaluate(MODULE.replace("RETURN", "layout.readColour(c)"), [*colours, "red", "12345", ""])
+    assert [drawing.parse_colour(c) for c in read[:4]] == [drawing.parse_colour(c) for c in colours]
+    assert read[4:] == ["#ffffff"] * 3
+
+
+def test_every_drag_makes_a_box_the_node_takes(composed):
+    chance = random.Random(5)
+    cases = [[[1280, 720], [0, 200, 300, 300], [["moved", -1000, 0], ["scaled", [1, 1], -250, -250, False]]]]
+    for _ in range(400):
+        size = [16 * chance.choice((4, 12, 45, 80, 300, 512)) for _ in "wh"]
+        box = [chance.randint(-200, size[0]), chance.randint(-200, size[1]), *(chance.randint(1, 900) for _ in "wh")]
+        pulls = []
+        for _ in range(chance.randint(1, 4)):
+            by = [chance.choice((1, 5, 30)) * chance.randint(-600, 600) for _ in "xy"]
+            corner = [chance.randint(0, 1), chance.randint(0, 1)]
+            pulls.append(chance.choice([["moved", *by], ["scaled", corner, *by, chance.random() < 0.5]]))
+        cases.append([size, box, pulls])
+    script = MODULE.replace(
+        "RETURN",
+        """{ let [x, y, width, height] = c[1], box = {x, y, width, height}
+        for (const [how, ...parts] of c[2]) box = layout[how](box, ...parts, c[0])
+        return layout.rewrite('', new Map([['1', box]])) }""",
+    )
+    for (size, box, pulls), text in zip(cases, composed.evaluate(script, cases), strict=True):
+        made = canvas.lay_out(*size, [(90, 60)], layout=canvas.FREE, boxes=text)
+        cell = made.regions[0].cell
+        assert min(cell.width, cell.height) >= (8 if pulls[-1][0] == "scaled" else 1), (size, box, pulls, text)
+
+
+def test_inside_a_subgraph_the_editor_finds_its_own_last_run(composed):
+    editor = composed
+    open_graph(editor, lambda: editor.load_api(GRAPH))
+    editor.evaluate(f"() => {{ app.graph.convertToSubgraph(new Set([{NODE}])) }}")
+    inner = "[...app.graph.subgraphs.values()].at(-1)._nodes.find(n => n.type === 'FrameMemoryFirstFrameComposer')"
+    ran = f"() => [...{inner}.frameMemoryEditor.pictures.values()].filter(p => p.ran).length === 4"
+    editor.queue()
+    wait_for(editor, ran)
+    editor.evaluate(f"() => {{ const n = {inner}; n.frameMemoryEditor.pictures.clear(); n.configure(n.serialize()) }}")
+    wait_for(editor, ran, seconds=10)
