@@ -62,8 +62,8 @@ def test_every_lora_fits_and_the_canvas_holds_three_pictures_and_the_place(made)
         report = shown(run, node)
         assert "401 of 401 modules matched (100%)" in report and "Warning" not in report
     composer, text = one(prompt, COMPOSER)[0], one(prompt, "FrameMemoryFFGoPrompt")[0]
-    boxes = "\n".join(run.outputs[composer]["boxes"])
-    assert [line.split(":")[0] for line in boxes.splitlines()] == ["background", "1", "2", "3"]
+    placed = [picture["name"] for picture in run.outputs[composer]["frame_memory_pictures"]]
+    assert sorted(placed) == ["1", "2", "3", "background"]
     assert prompt[text]["inputs"]["references"] == [composer, 2]
     assert shown(run, text).startswith("ad23r2 the camera view suddenly changes. Film quality")
     assert "Nothing to warn of" in shown(run, text)
@@ -97,5 +97,8 @@ def test_framepack_goes_on_from_a_clip_at_16_frames_a_second(server, api, tmp_pa
     prompt[one(prompt, "FrameMemoryVideoHistory")[0]]["inputs"]["size"] = 64
     run = server.client.queue(prompt, timeout=900)
     frames, rate = frames_in(path_of(server, run, one(prompt, "FrameMemoryJoinVideos")[0]))
-    assert rate == 30 and len(frames) == 60 + 36, "2 s at 30 frames a second, and a section"
-    assert "30 fps" in said(run, one(prompt, "FrameMemoryVideoHistory")[0])
+    assert rate == 30 and len(frames) == 60 - 2 + 36, "2 s at 30 frames a second without the first picture, a section"
+    report = said(run, one(prompt, "FrameMemoryVideoHistory")[0])
+    assert "30 fps" in report and "Used from 0.07 to 2.00 s" in report
+    first = [np.abs(frames[0].astype(int) - clip[i]).mean() for i in range(4)]
+    assert first.index(min(first)) == 1, "the frame that may hold a ghost of the canvas is left out"
