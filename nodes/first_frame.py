@@ -129,10 +129,13 @@ def _composer_advanced() -> list[io.Input]:
         ),
         io.Boolean.Input(
             "crop_to_content",
-            default=True,
+            default=False,
             optional=True,
             advanced=True,
-            tooltip="Cuts off the transparent border of references, so that the thing is as large as its room allows.",
+            tooltip=(
+                "On: cuts off the transparent border of references, so that the thing is as large as its room allows. "
+                "Off: keeps it, as published. References with a mask are always cut to their content."
+            ),
         ),
         io.String.Input(
             "canvas_colour",
@@ -174,7 +177,7 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
     @classmethod
     def execute(
         cls, width, height, layout, boxes, references=None, masks=None, background=None, keep_background_aspect=False,
-        enlarge_small=False, crop_to_content=True, canvas_colour="#ffffff",
+        enlarge_small=False, crop_to_content=False, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
         references, masks = _numbered(references), _numbered(masks)
         pictures = drawing.named_pictures(references, masks, background, crop=crop_to_content)
@@ -195,7 +198,6 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
         show(cls, report)
         preview = ui.PreviewImage(shown, cls=cls).as_dict()
         # For the editor in the node: where everything is, and the pictures to drag.
-        preview["boxes"] = [canvas.write_boxes(layouts[0])]
         preview["frame_memory_canvas"] = [{"width": width, "height": height}]
         preview["frame_memory_pictures"] = _thumbnails(pictures)
         return io.NodeOutput(images, shown, len(references), report, ui=preview)

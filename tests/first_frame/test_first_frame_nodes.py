@@ -30,7 +30,6 @@ def test_references_from_sockets_that_grow_are_composed(server):
     report = run.outputs["report"]["text"][0]
     assert "reference 1: 30, 23, 100 x 50" in report and "background: 160, 51, 160 x 90" in report
     assert run.outputs["count"]["text"][0] == "2"
-    assert run.outputs["canvas"]["boxes"][0].splitlines()[1] == "1: 30, 23, 100 x 50"
     assert {f["name"] for f in run.outputs["canvas"]["frame_memory_pictures"]} == {"background", "1", "2"}
 
 
@@ -56,6 +55,12 @@ def test_boxes_that_cannot_be_read_are_refused_on_the_node(server):
 def test_fault_28_nothing_connected_is_refused_by_name(server):
     with pytest.raises(PromptError, match="'First Frame Composer' has nothing to place"):
         server.client.queue({"canvas": composer(), "seen": preview("canvas")})
+
+
+def test_fault_28_a_background_alone_is_made_and_noted(server):
+    graph = {"place": colour(0x00FF00, 64, 36), "canvas": composer(background=["place", 0]), "seen": preview("canvas")}
+    run = server.client.queue({**graph, "report": text("canvas", 3)})
+    assert "Note: There are no references: connect" in run.outputs["report"]["text"][0]
 
 
 def test_fault_31_ten_references_of_different_sizes_are_all_there(server):
