@@ -9,7 +9,7 @@ Source: reference/ffgo.md section 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -24,8 +24,9 @@ NO_VIDEO = (
     f"'{NODE}' was given images, which have no frame rate, so there is no VIDEO. Connect its 'images' output to "
     "'Create Video' (16 fps for Wan 2.2)."
 )
-# How far into a clip a cut is looked for: far past the 4 frames it is trained to come after.
-SEARCHED = 24
+# How far into a clip the cut is looked for: far past the 4 frames it is trained to come after, and not so far that a
+# cut of the film itself is taken for it. LATER: how far a cut is looked for that is only told.
+SEARCHED, LATER = 12, 24
 SMALL_SIDE = 64
 # A cut changes the picture by at least this much (mean of 0..1), by this many times its usual change, and by this many
 # times what the canvas before it does, which stands still.
@@ -42,19 +43,25 @@ class TransitionError(PlanError):
 
 @dataclass(frozen=True)
 class Cut:
-    """first_clean: the first frame of the video proper; None where no cut was found. jump: its size, 0..1."""
+    """first_clean: the first frame of the video proper; None where no cut was found. jump: its size, 0..1.
+
+    later: the first frame after a cut that comes too late to be that of the canvas.
+    """
 
     first_clean: int | None
     jump: float
     usual: float
+    later: int | None = None
 
     def describe(self) -> str:
         """For the node."""
         if self.first_clean is None:
+            later = f" The cut before frame {self.later} comes too late for it." if self.later is not None else ""
             return (
                 f"No cut was found in the first {SEARCHED} frames (largest change {self.jump:.3f}, usual "
-                f"{self.usual:.3f}): the video may show the canvas throughout. Nothing was dropped. Check the LoRAs "
-                "and that the prompt begins with the trigger ('FFGo Prompt')."
+                f"{self.usual:.3f}), so nothing was dropped: right for a clip whose canvas is gone already.{later} If "
+                "the video does show the canvas, check the LoRAs and that the prompt begins with the trigger ('FFGo "
+                "Prompt')."
             )
         return f"The cut is before frame {self.first_clean} (change {self.jump:.3f}, usual {self.usual:.3f})."
 
@@ -63,8 +70,16 @@ def find_cut(frames_THWC: torch.Tensor, searched: int = SEARCHED) -> Cut:
     """Find the cut from the canvas into the video by the change from frame to frame, on small copies.
 
     A ghost of the canvas after the cut counts as canvas: the first clean frame is the one after which the picture
-    moves away from it no further, three frames after the cut at most.
+    moves away from it no further, three frames after the cut at most. A cut after `searched` frames is the film's own:
+    it is told as `later`, and nothing is to be dropped for it.
     """
+    found = _cut_within(frames_THWC, searched)
+    if found.first_clean is not None or searched >= LATER:
+        return found
+    return replace(found, later=_cut_within(frames_THWC, LATER).first_clean)
+
+
+def _cut_within(frames_THWC: torch.Tensor, searched: int) -> Cut:
     count = min(frames_THWC.shape[0], searched + 4)
     if count < 3:
         return Cut(None, 0.0, 0.0)

@@ -70,6 +70,19 @@ def test_a_later_cut_of_the_film_itself_is_left_alone():
     assert find_cut(clip).first_clean is None
 
 
+@pytest.mark.parametrize("cut", [13, 15, 20])
+def test_a_finished_clip_with_a_cut_of_its_own_loses_nothing_and_is_told(cut):
+    found = find_cut(torch.cat([scene(1, cut, 0.5, 0.005), scene(2, 77 - cut, 0.5, 0.005)]))
+    assert found.first_clean is None and found.later == cut
+    assert f"cut before frame {cut} comes too late" in found.describe() and "nothing was dropped" in found.describe()
+
+
+def test_a_clip_without_a_canvas_is_no_reason_for_alarm():
+    told = find_cut(scene(3, 77, 1, 0.01)).describe()
+    assert "right for a clip whose canvas is gone already" in told
+    assert told.index("right") < told.index("check the LoRAs")
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_short_clips_do_no_harm(frames):
     find_cut(scene(0, frames, 1, 0))
