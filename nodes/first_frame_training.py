@@ -93,10 +93,10 @@ def _dataset_advanced() -> list[io.Input]:
         ),
         io.Boolean.Input(
             "crop_to_content",
-            default=True,
+            default=False,
             optional=True,
             advanced=True,
-            tooltip="Cuts off the transparent border of cut-outs, so that each is as large as its room allows.",
+            tooltip="On: cuts off the transparent border of cut-outs, so that each fills its room. Off: as published.",
         ),
         io.String.Input(
             "canvas_colour",
@@ -153,7 +153,7 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
     @classmethod
     def execute(
         cls, folder, clip, vae, width, height, length, start_frame=0, layout=canvas.STACK, keep_background_aspect=False,
-        enlarge_small=False, crop_to_content=True, canvas_colour="#ffffff",
+        enlarge_small=False, crop_to_content=False, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
         ffgo_clips.check_folder(folder, folder_paths.get_input_subfolders())
         ffgo_clips.check_request(vae, width, height, length)

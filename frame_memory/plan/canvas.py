@@ -192,11 +192,6 @@ def parse_boxes(text: str) -> dict[str, Box]:
     return boxes
 
 
-def write_boxes(layout: CanvasLayout) -> str:
-    """The text `parse_boxes` reads, of the boxes as they are drawn: a start for free boxes."""
-    return "\n".join(f"{region.name}: {region.box}" for region in layout.regions)
-
-
 def _freely(
     width: int, height: int, regions: list[Region], sizes: Mapping[str, tuple[int, int]], boxes: Mapping[str, Box],
     keep_background_aspect: bool,
@@ -236,6 +231,8 @@ def _visible(box: Box, width: int, height: int) -> Box:
 def _with_notes(width: int, height: int, regions: tuple[Region, ...], notes: list[str]) -> CanvasLayout:
     """Add what the paper and its users warn of."""
     subjects = [region for region in regions if region.name != BACKGROUND]
+    if not subjects:
+        notes.append("There are no references: connect what is to appear in the video to reference_1 and on.")
     if len(subjects) > MOST_SUBJECTS:
         notes.append(
             f"{len(subjects)} references: FFGo was validated with up to {MOST_SUBJECTS} beside the scene; identities "

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 NODE = "FFGo Prompt"
 TRIGGER = "ad23r2 the camera view suddenly changes."
 # Long captions of some 80 to 200 words are what the LoRA was trained with.
-FEWEST_WORDS, MOST_WORDS = 40, 260
+FEWEST_WORDS, MOST_WORDS = 80, 260
+# Chinese and Japanese are written without spaces: two of their characters count as a word.
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+_PLURALS = {"women": "woman", "men": "man", "children": "child", "people": "person", "mice": "mouse", "geese": "goose"}
 
 # Captions describe the scene as it is there already; words about the canvas are not in any training caption.
 _CANVAS_WORDS = (
@@ -90,17 +93,17 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
         )
     if 0 < len(names) < references:
         warnings.append(
-            f"'names' has {len(names)} ({', '.join(names)}), but there are {references} references. Give each one a name "
-            "there and in the caption."
+            f"'names' has {len(names)} ({', '.join(names)}), but there are {references} references. Give each one a "
+            "name there and in the caption."
         )
-    if not names and references:
+    if not names and references and len(_CJK.findall(body)) < len(body) / 4:  # the guess is for English
         found = things_named(body)
         if len(found) < references:
             warnings.append(
                 f"The caption seems to name {len(found)} things ({', '.join(found) or 'none'}), but there are "
                 f"{references} references. Name each one with its look, its place and what it does."
             )
-    count = len(body.split())
+    count = count_words(body)
     if count < FEWEST_WORDS:
         warnings.append(
             f"The caption has {count} words; FFGo was trained with long ones (about 80 to 200). Add looks, places, "
@@ -111,9 +114,26 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
     return tuple(warnings)
 
 
+def count_words(text: str) -> int:
+    """Words, where two characters of Chinese or Japanese count as one."""
+    spaced = [word for word in _CJK.sub(" ", text).split() if any(letter.isalnum() for letter in word)]
+    return len(spaced) + -(-len(_CJK.findall(text)) // 2)
+
+
 def _is_in(name: str, lower: str) -> bool:
-    """Whether every word of a name is in the text, in any order, plural or not."""
-    return all(re.search(rf"\b{re.escape(word.lower())}(?:e?s|'s)?\b", lower) for word in re.findall(r"[\w'-]+", name))
+    """Whether every word of a name is in the text, in any order, singular or plural."""
+    said = {form for word in re.findall(r"[\w']+", lower) for form in _forms(word)}
+    words = [
+        word for part in name.lower().split() for word in ([part] if _CJK.search(part) else re.findall(r"[\w']+", part))
+    ]
+    return all(word in lower if _CJK.search(word) else not said.isdisjoint(_forms(word)) for word in words)
+
+
+def _forms(word: str) -> set[str]:
+    """A word and what may be its singular."""
+    word = word.removesuffix("'s")
+    singular = {word.removesuffix(ending) for ending in ("s", "es")} if len(word) > 3 else set()
+    return {word, _PLURALS.get(word, word), *singular}
 
 
 def parse_names(text: str) -> tuple[str, ...]:

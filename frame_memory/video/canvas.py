@@ -40,19 +40,27 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 def cut_out(image_BHWC: torch.Tensor, mask_BHW: torch.Tensor | None, socket: str, *, crop: bool) -> list[Image.Image]:
     """Pictures of a batch as RGB or RGBA. mask: 1 where the thing is, as SAM 3 and BiRefNet give it.
 
-    crop: an RGBA picture is cut to its content, so that an empty border takes no room of the canvas. Raises ImageError
-    or CanvasError naming `socket` for what is no picture, no mask of it, or transparent throughout.
+    crop: an RGBA picture is cut to its content, so that an empty border takes no room of the canvas. With a mask its
+    edges are cleaned; without one it is taken as it is, as the official script does. Raises ImageError or CanvasError
+    naming `socket` for what is no picture, no mask of it, or transparent throughout.
     """
     check_image(image_BHWC, socket)
-    if mask_BHW is not None:
-        if not bool(mask_BHW.any()):
-            raise CanvasError(
-                f"The mask of '{socket}' of '{NODE}' is empty: nothing of the picture would be seen. Masks are 1 where "
-                "the thing is; invert it with 'Invert Mask', or take it out to use the whole picture."
-            )
-        image_BHWC = with_mask(image_BHWC, 1.0 - _one_a_picture(mask_BHW, image_BHWC), f"mask of {socket}")
-        image_BHWC = clean_edges(image_BHWC)
-    return [_picture(image_HWC, socket, crop) for image_HWC in image_BHWC]
+    if mask_BHW is None:
+        return [_picture(image_HWC, socket, crop) for image_HWC in image_BHWC]
+    if not bool(mask_BHW.any()):
+        raise CanvasError(
+            f"The mask of '{socket}' of '{NODE}' is empty: nothing of the picture would be seen. Masks are 1 where "
+            "the thing is; invert it with 'Invert Mask', or take it out to use the whole picture."
+        )
+    clear_BHW = 1.0 - _one_a_picture(mask_BHW, image_BHWC)
+    made_BHWC = with_mask(image_BHWC[..., :3], clear_BHW, f"mask of {socket}")
+    if image_BHWC.shape[-1] == 4:
+        # The smaller of both, not their product: a picture cut out with this very mask keeps its edge.
+        alpha_BHW1 = image_BHWC[..., 3:]
+        alpha_BHW1 = torch.minimum(alpha_BHW1, made_BHWC[..., 3:]) if made_BHWC.shape[-1] == 4 else alpha_BHW1
+        made_BHWC = torch.cat([image_BHWC[..., :3], alpha_BHW1], dim=-1)
+    # One after the other: cleaning holds several copies of a picture.
+    return [_picture(clean_edges(made_BHWC[i : i + 1])[0], socket, crop) for i in range(len(made_BHWC))]
 
 
 def _one_a_picture(mask_BHW: torch.Tensor, image_BHWC: torch.Tensor) -> torch.Tensor:
@@ -90,6 +98,8 @@ def mask_notes(references: dict[int, torch.Tensor], masks: dict[int, torch.Tenso
     """What an artist should know of masks by the number of their socket: joined, stretched, or the wrong way round."""
     notes = []
     for number, mask in masks.items():
+        if bool((mask >= SOLID).all()):
+            continue  # Load Image's mask of a picture without transparency, inverted: the picture is used whole
         image, mask_BHW = references[number], mask.unsqueeze(0) if mask.ndim == 2 else mask
         (count, tall, wide), (height, width) = mask_BHW.shape, image.shape[1:3]
         if image.shape[0] == 1 and count > 1:
@@ -140,7 +150,11 @@ def compose(
     canvas = Image.new("RGB", (layout.width, layout.height), colour)
     for region in layout.regions:
         picture = pictures[region.name]
-        squeezed = region.name == BACKGROUND and not keep_background_aspect and not free
+        squeezed = region.name == BACKGROUND and not keep_background_aspect
+        # Through 1280x720 as the official script does it, so that moving a background changes none of its pixels; a box
+        # that is larger would lose detail that way.
+        box = region.box
+        squeezed = squeezed and not (free and (box.width > OFFICIAL_SIZE[0] or box.height > OFFICIAL_SIZE[1]))
         if free and picture.mode == "RGBA":
             scaled = _scaled_with_alpha(picture, region)
             canvas.paste(scaled, (region.box.x, region.box.y), scaled.getchannel("A"))
@@ -209,7 +223,8 @@ def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
         box = region.box
         drawing.rectangle((box.x, box.y, box.x + box.width - 1, box.y + box.height - 1), outline=colour, width=line)
         text = f"{region.label} {box.width}x{box.height}"
-        at = (min(max(box.x, 0), layout.width - 8), min(max(box.y, 0), layout.height - 8))
+        right, bottom = drawing.textbbox((0, 0), text, font=font)[2:]
+        at = (max(min(box.x, layout.width - right), 0), max(min(box.y, layout.height - bottom), 0))
         drawing.rectangle(drawing.textbbox(at, text, font=font), fill=colour)
         drawing.text(at, text, fill=(255, 255, 255), font=font)
     return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
@@ -220,7 +235,8 @@ def named_pictures(
 ) -> dict[str, list[Image.Image]]:
     """Every picture of a canvas by region name: 'background', and the number of each reference's socket.
 
-    references, masks: by the number of their socket. Raises CanvasError for a mask without its reference.
+    references, masks: by the number of their socket. crop: references with a mask are cut to their content always,
+    those with transparency of their own where this is on. Raises CanvasError for a mask without its reference.
     """
     lone = [number for number in masks if number not in references]
     if lone:
@@ -231,5 +247,5 @@ def named_pictures(
     if background is not None:
         made[BACKGROUND] = cut_out(background, None, BACKGROUND, crop=False)
     for number, image in references.items():
-        made[str(number)] = cut_out(image, masks.get(number), f"reference_{number}", crop=crop)
+        made[str(number)] = cut_out(image, masks.get(number), f"reference_{number}", crop=crop or number in masks)
     return made

@@ -68,7 +68,7 @@ class CanvasLook:
     layout: str = canvas.STACK
     keep_background_aspect: bool = False
     enlarge_small: bool = False
-    crop_to_content: bool = True
+    crop_to_content: bool = False
     colour: str = "#ffffff"
 
 
@@ -77,7 +77,8 @@ def check_folder(folder: object, known: Sequence[str]) -> None:
     if folder not in known:
         near = difflib.get_close_matches(str(folder), known, 1, 0.0) or ["a folder made there"]
         raise DatasetError(
-            f"'{NODE}' was given the folder {folder!r}; expected one inside ComfyUI's input folder, such as {near[0]!r}."
+            f"'{NODE}' was given the folder {folder!r}; expected one inside ComfyUI's input folder, such as "
+            f"{near[0]!r}."
         )
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import folder_paths
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from frame_memory.plan.canvas import FREE, CanvasError, lay_out
+from frame_memory.plan.canvas import FREE, TWO_COLUMNS, CanvasError, lay_out
 from frame_memory.video.canvas import (
+    LINE_COLOURS,
     compose,
     compose_batch,
     cut_out,
@@ -39,24 +46,28 @@ def drawn(width: int, height: int, seed: int, alpha: bool) -> Image.Image:
 
 
 def published(
-    background: Image.Image, references: list[Image.Image], width=1280, height=720, squeezed=True
+    background: Image.Image, references: list[Image.Image], width=1280, height=720, squeezed=True, columns=1
 ) -> np.ndarray:
-    """reference/ffgo.md section 2, step by step."""
+    """reference/ffgo.md section 2, step by step; two columns as on its canvas of five: 2 + 2 + 1."""
     half = width // 2
     canvas = Image.new("RGB", (width, height), WHITE)
     scene = background.convert("RGB")
     scene = scene.resize((1280, 720)) if squeezed else scene
     scene.thumbnail((half, height), Image.LANCZOS)
     canvas.paste(scene, (half + (half - scene.width) // 2, (height - scene.height) // 2))
-    slot = height // len(references)
-    for i, reference in enumerate(references):
-        if reference.mode == "RGBA":
-            white = Image.new("RGB", reference.size, WHITE)
-            white.paste(reference, mask=reference.split()[3])
-            reference = white
-        small = reference.copy()
-        small.thumbnail((half, slot), Image.LANCZOS)
-        canvas.paste(small, ((half - small.width) // 2, i * slot + (slot - small.height) // 2))
+    columns = min(columns, len(references))
+    rows = [references[i : i + columns] for i in range(0, len(references), columns)]
+    slot = height // len(rows)
+    for i, row in enumerate(rows):
+        wide = half // len(row)
+        for k, reference in enumerate(row):
+            if reference.mode == "RGBA":
+                white = Image.new("RGB", reference.size, WHITE)
+                white.paste(reference, mask=reference.split()[3])
+                reference = white
+            small = reference.copy()
+            small.thumbnail((wide, slot), Image.LANCZOS)
+            canvas.paste(small, (k * wide + (wide - small.width) // 2, i * slot + (slot - small.height) // 2))
     return np.asarray(canvas)
 
 
@@ -64,32 +75,70 @@ def as_image(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255.0
 
 
-def ours(background, references, width=1280, height=720, squeezed=True) -> np.ndarray:
-    inputs = {i: as_image(picture) for i, picture in enumerate(references, 1)}
-    pictures = named_pictures(inputs, {}, as_image(background), crop=False)
-    images, _ = compose_batch(
-        lambda sizes: lay_out(width, height, [s for n, s in sizes.items() if n != "background"], sizes["background"],
-                              keep_background_aspect=not squeezed),
-        pictures, WHITE, keep_background_aspect=not squeezed,
-    )  # fmt: skip
-    assert images.shape == (1, height, width, 3) and images.dtype == torch.float32
-    return images[0].mul(255).round().to(torch.uint8).numpy()
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """The node itself as the pack makes it, everything that is not given at its default; a canvas as 8-bit numbers."""
+    repo, name = Path(__file__).parents[2], "frame_memory_pack_of_canvas_tests"
+    package = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None, is_package=True))
+    package.__path__ = [str(repo)]
+    sys.modules[name] = package
+    node = importlib.import_module(f"{name}.nodes.first_frame").FrameMemoryFirstFrameComposer
+    inputs = node.GET_SCHEMA().inputs
+    usual = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
+    before = folder_paths.get_temp_directory()
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
+
+    def made(background, references, **inputs) -> np.ndarray:
+        given = {f"reference_{i}": as_image(picture) for i, picture in enumerate(references, 1)}
+        result = node.execute(**{**usual, **inputs}, references=given, background=as_image(background)).result
+        image_BHWC = result[0]
+        assert image_BHWC.dtype == torch.float32 and len(image_BHWC) == 1
+        return image_BHWC[0].mul(255).round().to(torch.uint8).numpy()
+
+    yield made
+    folder_paths.set_temp_directory(before)
+    for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+        del sys.modules[key]
+
+
+SIZES = [(1300, 900), (64, 700), (900, 120), (333, 334), (2100, 2050)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("alpha", [False, True])
-def test_the_canvas_is_the_published_one_pixel_for_pixel(count, alpha):
-    sizes = [(1300, 900), (64, 700), (900, 120), (333, 334), (2100, 2050)]
-    references = [drawn(*sizes[i], seed=i, alpha=alpha) for i in range(count)]
+def test_the_canvas_is_the_published_one_pixel_for_pixel(ours, count, alpha):
+    references = [drawn(*SIZES[i], seed=i, alpha=alpha) for i in range(count)]
     background = drawn(1501, 1003, seed=99, alpha=False)
     assert np.array_equal(ours(background, references), published(background, references))
 
 
-def test_a_background_that_keeps_its_aspect_is_shrunk_as_pillow_does():
+def test_a_transparent_border_is_kept_as_published(ours):
+    cut, background = Image.new("RGBA", (400, 400), (0, 0, 0, 0)), drawn(640, 360, seed=99, alpha=False)
+    cut.paste((255, 0, 0, 255), (150, 150, 250, 250))
+    assert np.array_equal(ours(background, [cut]), published(background, [cut]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_two_columns_pixel_for_pixel(ours, count):
+    references = [drawn(*SIZES[-1 - i], seed=i, alpha=i % 2 == 0) for i in range(count)]
+    background = drawn(900, 500, seed=99, alpha=False)
+    got = ours(background, references, layout=TWO_COLUMNS, width=832, height=480)
+    assert np.array_equal(got, published(background, references, 832, 480, columns=2))
+
+
+def test_a_background_that_keeps_its_aspect_is_shrunk_as_pillow_does(ours):
     references, background = [drawn(333, 334, 1, True)], drawn(1501, 1003, seed=99, alpha=False)
-    assert np.array_equal(
-        ours(background, references, squeezed=False), published(background, references, squeezed=False)
-    )
+    got = ours(background, references, keep_background_aspect=True)
+    assert np.array_equal(got, published(background, references, squeezed=False))
+
+
+def test_in_free_boxes_a_background_keeps_its_pixels_where_it_is(ours):
+    """Untouched, written down at its place, or moved by 9: the same pixels as in the official layout."""
+    references, background = [drawn(64, 48, 1, False)], drawn(1501, 1003, seed=99, alpha=False)
+    wanted = published(background, references, 832, 480)[123:357, 416:]
+    for line, x in (("", 416), ("background: 416, 123, 416 x 234\n", 416), ("background: 407, 123, 416 x 234", 407)):
+        made = ours(background, references, layout=FREE, boxes=f"{line}\n1: 0, 0, 64 x 48", width=832, height=480)
+        assert np.array_equal(made[123:357, x : x + 416], wanted), line
 
 
 @pytest.mark.parametrize("size", [(20, 35), (90, 30), (1, 1)])
@@ -106,10 +155,11 @@ def test_small_pictures_are_enlarged_where_that_is_asked_for(size):
 
 @given(st.lists(st.tuples(st.integers(1, 250), st.integers(1, 250)), min_size=1, max_size=5), st.booleans())
 @settings(max_examples=12, deadline=None)
-def test_any_mixture_of_sizes_is_drawn_as_published(sizes, alpha):
+def test_any_mixture_of_sizes_is_shown_as_published(ours, sizes, alpha):
     references = [drawn(*size, seed=i, alpha=alpha) for i, size in enumerate(sizes)]
     background = drawn(64, 48, seed=7, alpha=False)
-    assert np.array_equal(ours(background, references, 832, 480), published(background, references, 832, 480))
+    got = ours(background, references, width=832, height=480)
+    assert np.array_equal(got, published(background, references, 832, 480))
 
 
 def test_fault_27_hidden_colours_leave_no_rim():
@@ -128,17 +178,33 @@ def test_fault_27_hidden_colours_leave_no_rim():
         assert (canvas[..., 1] < 128).sum() > 1000, "no disc"
 
 
-def test_fault_27_what_was_behind_a_soft_edge_does_not_tint_it():
-    """A red disc with a soft edge in front of black, and its mask: flattened it is red mixed with white alone."""
+@pytest.mark.parametrize("joined", [False, True], ids=["mask", "mask and the same alpha"])
+def test_fault_27_what_was_behind_a_soft_edge_does_not_tint_it(joined):
+    """A red disc with a soft edge in front of black, and its mask: flattened it is red mixed with white alone.
+
+    With 'joined' the picture has the same alpha already, as the blueprints' 'reference' has: nothing is cut twice.
+    """
     y, x = torch.meshgrid(torch.arange(120.0), torch.arange(120.0), indexing="ij")
     mask = ((45 - ((x - 60) ** 2 + (y - 60) ** 2).sqrt()) / 6 + 0.5).clamp(0, 1)[None]
-    image = torch.zeros(1, 120, 120, 3)
+    image = torch.zeros(1, 120, 120, 4 if joined else 3)
     image[..., 0] = mask
+    if joined:
+        image[..., 3] = mask
     before = image.clone()
     flat = np.asarray(flatten(cut_out(image, mask.half(), "reference_1", crop=False)[0], WHITE)).astype(float)
     wanted = 255 * (1 - mask[0].numpy())
     assert abs(flat[..., 0] - 255).max() <= 3 and abs(flat[..., 1] - wanted).max() <= 3
     assert torch.equal(image, before)
+
+
+def test_a_mask_cuts_what_the_picture_still_shows_and_brings_nothing_back():
+    image, mask = torch.rand(1, 20, 20, 4), torch.ones(1, 20, 20)
+    image[..., 3], image[:, :5, :, 3], mask[:, :, :5] = 1, 0, 0
+    alpha = np.asarray(cut_out(image, mask, "reference_1", crop=False)[0])[..., 3]
+    assert (alpha[5:, 5:] == 255).all() and not alpha[:5].any() and not alpha[:, :5].any()
+    assert named_pictures({1: image}, {1: mask}, None, crop=False)["1"][0].size == (15, 15), "cropped by its mask"
+    whole = cut_out(image, torch.ones(1, 20, 20), "reference_1", crop=False)[0]
+    assert np.array_equal(np.asarray(whole)[..., 3] > 0, np.arange(20)[:, None].repeat(20, 1) >= 5)
 
 
 def test_thin_hair_that_is_never_solid_keeps_its_colours():
@@ -159,7 +225,8 @@ def test_masks_of_sam3_are_joined_and_what_looks_wrong_is_said():
     joined, stretched, hole = mask_notes({1: image, 2: image}, {1: several, 2: inverted})
     assert "mask_1 holds 2 masks" in joined and "30x30 and was stretched" in stretched
     assert "mask_2 keeps all corners" in hole and "Invert Mask" in hole
-    assert mask_notes({1: image}, {1: torch.ones(60, 80)}) == []
+    # Load Image gives 64x64 zeros for a picture without transparency; inverted they keep all of it.
+    assert mask_notes({1: image}, {1: torch.ones(60, 80)}) == mask_notes({1: image}, {1: torch.ones(1, 64, 64)}) == []
 
 
 def test_in_free_boxes_the_transparent_part_shows_what_lies_below():
@@ -234,7 +301,24 @@ def test_other_words_are_no_colour(text):
         parse_colour(text)
 
 
-def test_the_labelled_layout_leaves_the_canvas_alone():
-    canvas = torch.ones(96, 160, 3)
-    shown = labelled(canvas, lay_out(160, 96, [(50, 50)], (160, 90)))
-    assert shown.shape == (1, 96, 160, 3) and not torch.equal(shown[0], canvas) and bool((canvas == 1).all())
+def test_the_labelled_layout_frames_every_region_in_its_colour_and_leaves_the_canvas_alone():
+    canvas = torch.ones(368, 640, 3)
+    layout = lay_out(640, 368, [(50, 70), (90, 60)], (160, 90))
+    shown = labelled(canvas, layout)
+    assert shown.shape == (1, 368, 640, 3) and bool((canvas == 1).all())
+    pixels = shown[0].mul(255).round().int()
+    for colour, region in zip(LINE_COLOURS, layout.regions, strict=False):
+        box = region.box
+        right, bottom = box.x + box.width - 1, box.y + box.height - 1
+        for x, y in ((right, bottom), (box.x, bottom), (right, box.y + box.height // 2), (box.x + 1, box.y)):
+            assert tuple(pixels[y, x].tolist()) == colour, region.label
+        assert tuple(pixels[bottom - 5, right - 5].tolist()) == (255, 255, 255), "only its frame"
+    assert int((pixels != 255).any(-1)[:, 320:].sum()) and tuple(pixels[2, 638].tolist()) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("box", ["600,340,40x28", "-30,-20,40x28", "635,10,40x28"])
+def test_a_label_never_runs_out_of_the_picture(box):
+    layout = lay_out(640, 368, [(40, 28)], layout=FREE, boxes=f"1: {box}")
+    left, top, right, bottom = ImageFont.load_default(size=368 // 28).getbbox("reference 1 40x28")
+    rows, columns = np.nonzero((labelled(torch.ones(368, 640, 3), layout)[0].numpy() < 1).any(-1))
+    assert columns.max() - columns.min() >= right - left - 1 and rows.max() - rows.min() >= bottom - top - 1
