@@ -76,8 +76,13 @@ _FAMILIES = (
 FLUX_BLOCKS = (19, 38)
 # How names begin that core knows, to the style a report names; the first that fits counts.
 _CORE_STYLES = (("lora_unet_", "kohya names"), ("diffusion_model.", "ComfyUI names"), ("", "diffusers names"))
-# A word of a file's name that says which of Wan 2.2's two experts it is for: "high_noise", "-LOW_", "14bHigh".
-_EXPERT = re.compile(r"(?:^|[^a-z]|14b)(high|low)(?=noise|[^a-z]|$)")
+# What of a file's name says which of Wan 2.2's two experts it is for; the first that is found counts: "high_noise" and
+# "lownoise", then a word that is written to stand out or ends the name: "-LOW_", "i2vLOW", "14bHigh", "style_low".
+_EXPERTS = (
+    re.compile(r"(?i:(high|low)[ _-]?noise)"),
+    re.compile(r"(?:^|[^A-Z])(HIGH|LOW)(?![A-Za-z])|(?:14[bB])(High|Low)(?![a-z])"),
+    re.compile(r"(?i:(?:^|[^a-z])(high|low)$)"),
+)
 
 
 class LoraError(ValueError):
@@ -255,8 +260,13 @@ def expert_warning(lora_name: str, model_patcher) -> str:
 
 
 def _expert(name: str) -> str | None:
-    said = set(_EXPERT.findall(name.lower()))
-    return said.pop() if len(said) == 1 else None
+    """The expert that a file's name says, or else its folder's: FFGo's own files are all called checkpoint-600."""
+    for part in reversed(name.replace("\\", "/").removesuffix(".safetensors").split("/")):
+        for pattern in _EXPERTS:
+            said = {word.lower() for found in pattern.finditer(part) for word in found.groups() if word}
+            if said:
+                return said.pop() if len(said) == 1 else None
+    return None
 
 
 def _names(model) -> dict[str, tuple[Target, str]]:

@@ -387,3 +387,26 @@ def test_fault_39_a_model_whose_names_mean_rows_of_fused_tensors(flux):
     file = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": torch.zeros(96, 2)}
     with pytest.raises(lora.LoraError, match="96 rows where this model has 32"):
         lora.match_lora(file, flux.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors", "high"),
+        ("wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors", "low"),
+        ("Wan22_FFGO-LoRA-HIGH_bf16.safetensors", "high"),
+        ("10_LargeMixedDatset_wan_14bLow_f81_LongCaption/checkpoint-600.safetensors", "low"),
+        ("wan_14bLow_f81_r128.safetensors", "low"),
+        ("i2vLOW_style.safetensors", "low"),
+        ("low/style-high.safetensors", "high"),
+        ("LowNoise_v2.safetensors", "low"),
+        ("wan_low_vram_high_noise.safetensors", "high"),
+        ("wan_low_vram_style.safetensors", None),
+        ("low-poly_style.safetensors", None),
+        ("highlands.safetensors", None),
+        ("HIGH_and_LOW.safetensors", None),
+        ("follow.safetensors", None),
+    ],
+)
+def test_the_expert_is_read_from_the_name_of_the_file(name, expert):
+    assert lora._expert(name) == expert
