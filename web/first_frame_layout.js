@@ -8,7 +8,7 @@ export const FREE = "free boxes"
 export const STACK = "official stack"
 export const TWO_COLUMNS = "two columns"
 const OFFICIAL = [1280, 720]
-const LINE = /^(background|reference\s*\d+|\d+)\s*:\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(\d+)\s*[x×,]\s*(\d+)$/i
+const LINE = /^(background|reference[\s_]*\d+|\d+)\s*:\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(\d+)\s*[x×,]\s*(\d+)$/i
 /** Where Python breaks lines. */
 const BREAK = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/
 /** The least side of a box that is dragged, and how much of one stays on the canvas. */
@@ -19,7 +19,7 @@ const MOST_SIDE = 8192
 function readLine(line) {
   const found = LINE.exec(line.split("#")[0].trim())
   if (!found) return null
-  const name = found[1].toLowerCase().replace(/reference\s*/, "").replace(/^0+(?=\d)/, "")
+  const name = found[1].toLowerCase().replace(/reference[\s_]*/, "").replace(/^0+(?=\d)/, "")
   const [x, y, width, height] = found.slice(2).map(Number)
   if (name === "0" || Math.min(width, height) < 1) return null
   if (Math.max(width, height, Math.abs(x), Math.abs(y)) > MOST_SIDE) return null
@@ -117,9 +117,10 @@ export function layOut({ width, height, names, sizes, layout, boxes, keepAspect,
   references.forEach((name, i) => put(name, sizes.get(name), rooms[i]))
   if (layout !== FREE) return usual
   const written = parseBoxes(boxes)
-  const placed = new Map([...usual].filter(([name]) => !written.has(name)))
-  for (const [name, box] of written) if (usual.has(name)) placed.set(name, box)
-  return placed
+  const chosen = [...written].filter(([name]) => usual.has(name))
+  const rest = [...usual].filter(([name]) => !written.has(name))
+  // A background whose line comes first lies under everything, also under what has no line.
+  return new Map(chosen[0]?.[0] === BACKGROUND ? [chosen[0], ...rest, ...chosen.slice(1)] : [...rest, ...chosen])
 }
 
 /** The part of a box that its picture covers; a background is stretched over all of it unless it keeps its aspect. */
