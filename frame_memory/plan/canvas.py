@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import PlanError
 
@@ -21,6 +21,10 @@ BACKGROUND = "background"
 # Four subjects beside the scene are what the paper validated; smaller sides than this lost their detail.
 MOST_SUBJECTS, LEAST_SIDE = 4, 128
 MOST_SIDE = 8192
+# A background is said to be squeezed from this change of its aspect on: 4:3 is, 3:2 is not.
+SQUEEZED = 1.25
+# Boxes that fill less than this much of the canvas, both ways, were probably drawn for a smaller one.
+FILLED = 0.75
 
 
 class CanvasError(PlanError):
@@ -129,11 +133,17 @@ def lay_out(
     sizes = dict(zip(names or map(str, range(1, len(references) + 1)), references, strict=True))
     for (name, size), cell in zip(sizes.items(), cells, strict=True):
         regions.append(Region(name, cell, _middle(fit(size, (cell.width, cell.height), enlarge=enlarge), cell)))
-    if layout != FREE:
-        return _with_notes(width, height, tuple(regions), [])
+    notes = []
+    if layout != FREE and any(line.split("#")[0].strip() for line in boxes.splitlines()):
+        notes.append(f"'boxes' is not used, because layout is '{layout}': choose '{FREE}'.")
     if background is not None:
         sizes[BACKGROUND] = background
-    return _freely(width, height, regions, sizes, parse_boxes(boxes), keep_background_aspect)
+    made = tuple(regions)
+    if layout == FREE:
+        made = _freely(width, height, regions, sizes, parse_boxes(boxes), keep_background_aspect, notes)
+    if background is not None and not keep_background_aspect:
+        notes += _squeezed(next(region for region in made if region.name == BACKGROUND), background)
+    return _with_notes(width, height, made, notes, layout)
 
 
 def _cells(count: int, width: int, height: int, columns: int) -> list[Box]:
@@ -152,7 +162,7 @@ def _cells(count: int, width: int, height: int, columns: int) -> list[Box]:
 
 
 _LINE = re.compile(
-    r"(?P<name>background|reference\s*\d+|\d+)\s*:\s*(?P<x>-?\d+)\s*,\s*(?P<y>-?\d+)\s*,\s*(?P<w>\d+)\s*[x×,]\s*(?P<h>\d+)",
+    r"(?P<name>background|reference[\s_]*\d+|\d+)\s*:\s*(?P<x>-?\d+)\s*,\s*(?P<y>-?\d+)\s*,\s*(?P<w>\d+)\s*[x×,]\s*(?P<h>\d+)",
     re.IGNORECASE,
 )
 
@@ -160,7 +170,8 @@ _LINE = re.compile(
 def parse_boxes(text: str) -> dict[str, Box]:
     """Typed boxes by name, in the order they are drawn: one a line, `2: x, y, width x height`.
 
-    The name is a reference's number from 1, or 'background'. Empty lines and what follows # are passed over.
+    The name is a reference's number from 1, or its socket's ('reference_2'), or 'background'. Empty lines and what
+    follows # are passed over.
     Raises CanvasError with the line's number, what was read, and an example.
     """
     boxes: dict[str, Box] = {}
@@ -175,7 +186,7 @@ def parse_boxes(text: str) -> dict[str, Box]:
                 "such as '1: 40, 60, 320 x 480' or 'background: 640, 180, 640 x 360'.",
                 number,
             )
-        name = re.sub(r"(?i)reference\s*", "", found["name"]).lower()
+        name = re.sub(r"(?i)reference[\s_]*", "", found["name"]).lower()
         name = name if name == BACKGROUND else str(int(name))
         box = Box(*(int(found[k]) for k in ("x", "y", "w", "h")))
         if name == "0" or name in boxes:
@@ -194,12 +205,19 @@ def parse_boxes(text: str) -> dict[str, Box]:
 
 def _freely(
     width: int, height: int, regions: list[Region], sizes: Mapping[str, tuple[int, int]], boxes: Mapping[str, Box],
-    keep_background_aspect: bool,
-) -> CanvasLayout:  # fmt: skip
-    notes = []
+    keep_background_aspect: bool, notes: list[str],
+) -> tuple[Region, ...]:  # fmt: skip
+    """Regions in the order they are drawn: what has no box, then the boxes as written.
+
+    A background whose box comes first lies under everything, also under references without a box. Adds to `notes`.
+    """
     usual = {region.name: region for region in regions}
     placed, spare = [], [name for name in boxes if name not in sizes]
-    for name in [*(n for n in usual if n not in boxes), *(n for n in boxes if n in sizes)]:
+    written = [name for name in boxes if name in sizes]
+    order = [*(name for name in usual if name not in boxes), *written]
+    if written and written[0] == BACKGROUND:
+        order.sort(key=lambda name: name != BACKGROUND)
+    for name in order:
         if name not in boxes:
             placed.append(usual[name])
             notes.append(f"{usual[name].label} has no box and keeps its usual place.")
@@ -208,14 +226,32 @@ def _freely(
         if cell.x >= width or cell.y >= height or cell.x + cell.width <= 0 or cell.y + cell.height <= 0:
             raise CanvasError(
                 f"The box of {usual[name].label} ({cell}) lies outside the canvas of {width}x{height}. Nearest inside: "
-                f"{_inside(cell, width, height)}. Change 'boxes' in '{NODE}'."
+                f"{_inside(cell, width, height)}. Boxes are pixels and stay when width and height change. Change "
+                f"'boxes' in '{NODE}'."
             )
         stretched = name == BACKGROUND and not keep_background_aspect
         size = (cell.width, cell.height) if stretched else fit(sizes[name], (cell.width, cell.height), enlarge=True)
         placed.append(Region(name, cell, _middle(size, cell)))
     if spare:
         notes.append(f"There are boxes for {', '.join(spare)}, but no such pictures are connected.")
-    return _with_notes(width, height, tuple(placed), notes)
+    used = [boxes[name] for name in written]
+    far = max((b.x + b.width for b in used), default=0), max((b.y + b.height for b in used), default=0)
+    if len(used) == len(sizes) and far[0] <= FILLED * width and far[1] <= FILLED * height:
+        notes.append(
+            f"All boxes lie within {far[0]}x{far[1]} of the canvas of {width}x{height}: boxes are pixels and stay when "
+            "width and height change."
+        )
+    return tuple(placed)
+
+
+def _squeezed(region: Region, source: tuple[int, int]) -> list[str]:
+    aspect, was = region.box.width / region.box.height, source[0] / source[1]
+    if max(aspect / was, was / aspect) < SQUEEZED:
+        return []
+    return [
+        f"The background of {source[0]}x{source[1]} is squeezed to {region.box.width}x{region.box.height}. Switch on "
+        "'keep_background_aspect' to keep its shape, or crop it to the shape of its place."
+    ]
 
 
 def _inside(box: Box, width: int, height: int) -> Box:
@@ -228,7 +264,35 @@ def _visible(box: Box, width: int, height: int) -> Box:
     return Box(x, y, min(box.x + box.width, width) - x, min(box.y + box.height, height) - y)
 
 
-def _with_notes(width: int, height: int, regions: tuple[Region, ...], notes: list[str]) -> CanvasLayout:
+def _too_small(regions: Sequence[Region], width: int, height: int, layout: str) -> list[str]:
+    """One note for all regions that need the same remedy."""
+    alike: dict[str, list[str]] = {}
+    for region in regions:
+        seen = _visible(region.box, width, height)
+        if min(seen.width, seen.height) < LEAST_SIDE:
+            told = f"{region.label} is only {seen.width}x{seen.height} pixels"
+            alike.setdefault(_remedy(region, seen, len(regions), layout), []).append(told)
+    ending = f"on the canvas (under {LEAST_SIDE}): details will be lost."
+    return [f"{', '.join(told)} {ending} {remedy}" for remedy, told in alike.items()]
+
+
+def _remedy(region: Region, seen: Box, count: int, layout: str) -> str:
+    box, cell = region.box, region.cell
+    if min(box.width, box.height) >= LEAST_SIDE:
+        return "Move it further onto the canvas."
+    if layout == FREE:
+        return f"Make its box {'wider' if box.width == cell.width and box.height < cell.height else 'larger'}."
+    if box.width < cell.width and box.height < cell.height and min(cell.width, cell.height) >= LEAST_SIDE:
+        return "The picture itself is that small: switch on 'enlarge_small', or use a larger picture."
+    if box.width == cell.width and box.height < cell.height:
+        return f"It fills the width of its room: use a larger canvas, or a wider box ('{FREE}')."
+    columns = f"'{TWO_COLUMNS}', " if layout == STACK and count > 3 else ""
+    return f"Use {columns}fewer references, a larger canvas, or '{FREE}'."
+
+
+def _with_notes(
+    width: int, height: int, regions: tuple[Region, ...], notes: list[str], layout: str
+) -> CanvasLayout:  # fmt: skip
     """Add what the paper and its users warn of."""
     subjects = [region for region in regions if region.name != BACKGROUND]
     if not subjects:
@@ -238,13 +302,9 @@ def _with_notes(width: int, height: int, regions: tuple[Region, ...], notes: lis
             f"{len(subjects)} references: FFGo was validated with up to {MOST_SUBJECTS} beside the scene; identities "
             "may get lost or mixed."
         )
+    notes += _too_small(regions, width, height, layout)
     for region in regions:
         seen = _visible(region.box, width, height)
-        if min(seen.width, seen.height) < LEAST_SIDE:
-            notes.append(
-                f"{region.label} is only {seen.width}x{seen.height} pixels on the canvas (under {LEAST_SIDE}): its "
-                "details will be lost. Use fewer references, a larger canvas, or a larger box."
-            )
         if seen != region.box:
             notes.append(f"{region.label} is cut off by the edge of the canvas: {seen} of {region.box} is seen.")
     for i, region in enumerate(regions):
@@ -262,21 +322,25 @@ def _overlap(a: Box, b: Box) -> int:
 
 
 def describe_all(layouts: Sequence[CanvasLayout], more: Sequence[str] = ()) -> str:
-    """The report of a batch: the first canvas, what the others have to note beside it, and `more` notes."""
-    lines = [describe(layouts[0])]
+    """The report of a batch: notes of all canvases and `more` notes, then the regions of the first canvas."""
+    notes = list(more)
     if len(layouts) > 1:
-        lines.append(f"{len(layouts)} canvases; the places are those of the first.")
+        notes.append(
+            f"{len(layouts)} canvases, one for each picture of the batch; the places below are those of the first. "
+            "'Wan Image To Video' takes them as the first frames of one video: put 'Get Image from Batch' behind "
+            "'image' and make a video of one canvas at a time."
+        )
     known = set(layouts[0].notes)
     for number, layout in enumerate(layouts[1:], 2):
-        lines += [f"Note: canvas {number}: {note}" for note in layout.notes if note not in known]
+        notes += [f"canvas {number}: {note}" for note in layout.notes if note not in known]
         known.update(layout.notes)
-    return "\n".join([*lines, *(f"Note: {note}" for note in more)])
+    return describe(replace(layouts[0], notes=(*layouts[0].notes, *notes)))
 
 
 def describe(layout: CanvasLayout) -> str:
-    """The report of a node: each picture's region, and the notes."""
-    lines = [f"Canvas {layout.width}x{layout.height}"]
+    """The report of a node: the notes, because a node shows few lines, and each picture's region."""
+    lines = [*(f"Note: {note}" for note in layout.notes), f"Canvas {layout.width}x{layout.height}"]
     for region in layout.regions:
         share = region.box.width * region.box.height / (layout.width * layout.height)
         lines.append(f"{region.label}: {region.box} ({share:.0%} of the canvas)")
-    return "\n".join([*lines, *(f"Note: {note}" for note in layout.notes)])
+    return "\n".join(lines)

@@ -195,12 +195,14 @@ def compose_batch(
     together.
     """
     counts = {name: len(made) for name, made in pictures.items()}
-    count = max(counts.values(), default=1)
-    odd = [f"{name} has {n}" for name, n in counts.items() if n not in (1, count)]
+    longest = max(counts, key=counts.__getitem__)
+    count = counts[longest]
+    called = {name: name if name == BACKGROUND else f"reference_{name}" for name in counts}
+    odd = [f"{called[name]} has {n}" for name, n in counts.items() if n not in (1, count)]
     if odd:
         raise CanvasError(
-            f"The pictures of '{NODE}' come in batches of different lengths: the longest has {count}, {', '.join(odd)}."
-            f" Expected 1 or {count} of each."
+            f"The pictures of '{NODE}' come in batches of different lengths: {called[longest]} has {count}, "
+            f"{', '.join(odd)}. Expected 1 or {count} of each."
         )
     canvases, layouts = [], []
     for i in range(count):
@@ -218,8 +220,9 @@ def labelled(canvas_HWC: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
     drawing = ImageDraw.Draw(picture)
     line = max(min(layout.width, layout.height) // 240, 1)
     font = ImageFont.load_default(size=max(min(layout.width, layout.height) // 28, 10))
-    for i, region in enumerate(layout.regions):
-        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
+    for region in layout.regions:
+        # By number, so that a picture keeps its colour whatever it lies on.
+        colour = LINE_COLOURS[(0 if region.name == BACKGROUND else int(region.name)) % len(LINE_COLOURS)]
         box = region.box
         drawing.rectangle((box.x, box.y, box.x + box.width - 1, box.y + box.height - 1), outline=colour, width=line)
         text = f"{region.label} {box.width}x{box.height}"

@@ -269,7 +269,7 @@ def test_batches_make_a_canvas_each_and_single_pictures_serve_all():
         alone = {name: [p[i if len(p) > 1 else 0]] for name, p in pictures.items()}
         assert torch.equal(compose_batch(layout_of, alone, WHITE)[0][0], made[i])
     pictures["2"] = pictures["2"] * 2
-    with pytest.raises(CanvasError, match="the longest has 3, 2 has 2"):
+    with pytest.raises(CanvasError, match="background has 3, reference_2 has 2"):
         compose_batch(layout_of, pictures, WHITE)
 
 

@@ -143,6 +143,64 @@ def test_what_has_no_box_keeps_its_place_and_is_named():
     assert any("boxes for 7" in note for note in made.notes)
 
 
+@pytest.mark.parametrize("layout", ["background: 0,0,832x480", "background: 0,0,832x480\n2: 9,9,99x99"])
+def test_a_background_whose_box_comes_first_covers_nobody(layout):
+    made = lay_out(832, 480, [(400, 400)] * 2, (1280, 720), layout=FREE, boxes=layout)
+    assert [region.name for region in made.regions] == [BACKGROUND, "1", "2"]
+    assert not any("background covers" in note for note in made.notes)
+
+
+def test_a_background_after_another_box_covers_it_and_is_told():
+    made = lay_out(832, 480, [(9, 9)], (16, 9), layout=FREE, boxes="1: 0,0,400x400\nbackground: 0,0,832x480")
+    assert [region.name for region in made.regions] == ["1", BACKGROUND]
+    assert "background covers 100% of reference 1." in made.notes
+
+
+def test_boxes_that_are_not_used_are_told():
+    made = lay_out(832, 480, [(400, 400)], boxes="1: 0,0,300x300")
+    assert any("'boxes' is not used, because layout is 'official stack'" in note for note in made.notes)
+    assert not any("boxes" in note for note in lay_out(832, 480, [(400, 400)], boxes="# 1: 0,0,300x300\n").notes)
+
+
+def test_boxes_drawn_for_a_smaller_canvas_are_told():
+    boxes = "background: 416,123,416x234\n1: 0,32,416x416"
+    large, small = (
+        lay_out(*size, [(400, 400)], (16, 9), layout=FREE, boxes=boxes).notes for size in ((1280, 720), (832, 480))
+    )
+    assert "All boxes lie within 832x448 of the canvas of 1280x720" in large[0] and not small
+
+
+def test_a_squeezed_background_is_told():
+    squeezed = lay_out(832, 480, [(400, 400)], (600, 1400)).notes
+    assert any("600x1400 is squeezed to 416x234" in note and "keep_background_aspect" in note for note in squeezed)
+    assert not lay_out(832, 480, [(400, 400)], (1500, 1000)).notes
+    kept = lay_out(832, 480, [(400, 400)], (600, 1400), keep_background_aspect=True)
+    assert not any("squeezed" in note for note in kept.notes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "words"),
+    [
+        ([(24, 18)], {}, "enlarge_small"),
+        ([(4000, 300)], {}, "a wider box"),
+        ([(900, 900)] * 7, {}, "'two columns'"),
+        ([(900, 900)] * 14, {"layout": TWO_COLUMNS}, "fewer references"),
+        ([(300, 300)], {"layout": FREE, "boxes": "1: 0,0,400x100"}, "Make its box larger"),
+        ([(900, 90)], {"layout": FREE, "boxes": "1: 0,0,400x400"}, "Make its box wider"),
+        ([(300, 300)], {"layout": FREE, "boxes": "1: -250,0,300x300"}, "onto the canvas"),
+    ],
+)
+def test_what_is_too_small_has_a_remedy_that_helps_and_is_told_once(sizes, more, words):
+    small = [note for note in lay_out(1280, 720, sizes, (1280, 720), **more).notes if "is only" in note]
+    assert len(small) == 1 and words in small[0]
+    assert small[0].count("is only") == len(sizes) and small[0].count("details will be lost") == 1
+
+
+def test_notes_come_before_the_places():
+    made = describe(lay_out(832, 480, [(20, 20)]))
+    assert made.index("Note: reference 1 is only") < made.index("Canvas 832x480") < made.index("reference 1: ")
+
+
 def test_what_is_covered_or_cut_off_is_said():
     made = lay_out(1280, 720, [(300, 300)] * 2, layout=FREE, boxes="1: 0,0,300x300\n2: 150,0,300x300\n")
     assert "reference 2 covers 50% of reference 1." in made.notes
@@ -156,6 +214,7 @@ def test_what_is_covered_or_cut_off_is_said():
         ("1: 0,0,10", "'1: 0,0,10'", 1),
         ("\n# a note\nfoo: 1,2,3x4", "'foo: 1,2,3x4'", 3),
         ("1: 0,0,9x9\nreference 1: 0,0,9x9", "has a box already", 2),
+        ("reference_1: 0,0,9x9\n1: 0,0,9x9", "has a box already", 2),
         ("0: 0,0,9x9", "count from 1", 1),
         ("1: 0,0,0x9", "sides of 1", 1),
         ("1: 2000,0,300x300", "outside the canvas of 1280x720. Nearest inside: 980, 0, 300 x 300", 0),
