@@ -142,7 +142,7 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder=None, **_):
+    def fingerprint_inputs(cls, folder="", **_):
         """Names, sizes and times of the files, so that a changed folder is read again."""
         if folder not in folder_paths.get_input_subfolders():
             return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at

@@ -53,7 +53,7 @@ def published(
     canvas = Image.new("RGB", (width, height), WHITE)
     scene = background.convert("RGB")
     scene = scene.resize((1280, 720)) if squeezed else scene
-    scene.thumbnail((half, height), Image.LANCZOS)
+    scene.thumbnail((half, height), Image.Resampling.LANCZOS)
     canvas.paste(scene, (half + (half - scene.width) // 2, (height - scene.height) // 2))
     columns = min(columns, len(references))
     rows = [references[i : i + columns] for i in range(0, len(references), columns)]
@@ -66,7 +66,7 @@ def published(
                 white.paste(reference, mask=reference.split()[3])
                 reference = white
             small = reference.copy()
-            small.thumbnail((wide, slot), Image.LANCZOS)
+            small.thumbnail((wide, slot), Image.Resampling.LANCZOS)
             canvas.paste(small, (k * wide + (wide - small.width) // 2, i * slot + (slot - small.height) // 2))
     return np.asarray(canvas)
 

@@ -93,6 +93,16 @@ def test_loaders_carry_links(path):
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
 
 
+@by_name
+def test_what_a_link_replaces_holds_no_text(path):
+    """A text that a link hides is neither seen nor used, and is shared with the file all the same."""
+    for node in parts(path)[1]["nodes"]:
+        widgets = [i for i in node["inputs"] if i.get("widget")]
+        for entry, value in zip(widgets, node.get("widgets_values") or [], strict=False):
+            named = str(value).endswith(".safetensors")
+            assert entry["link"] is None or not isinstance(value, str) or len(value) < 40 or named, (node["id"], value)
+
+
 def inserted(editor, name: str) -> dict:
     """API format of a canvas with the blueprint alone, put there as the editor does when it is chosen from the list."""
     text = editor.evaluate(INSERT, name)
@@ -137,14 +147,14 @@ def test_what_is_cut_out_is_what_the_composer_shows(editor, server, tmp_path, pa
     finder = of_class(prompt, "SAM3_Detect" if "SAM" in path.stem else "RemoveBackground")
     prompt[finder] = {"class_type": "ImageToMask", "inputs": {"image": ["picture", 0], "channel": "red"}}
     prompt = {i: n for i, n in prompt.items() if n["class_type"] in ("ImageToMask", "InvertMask", "JoinImageWithAlpha")}
-    reference = [of_class(prompt, "JoinImageWithAlpha"), 0]
+    reference, mask = [of_class(prompt, "JoinImageWithAlpha"), 0], [of_class(prompt, "ImageToMask"), 0]
     prompt |= {
         "picture": {"class_type": "LoadImage", "inputs": picture},
         "canvas": {
             "class_type": "FrameMemoryFirstFrameComposer",
             "inputs": {
-                "references.reference_1": reference, "width": 128, "height": 64, "layout": "official stack",
-                "boxes": "",
+                "references.reference_1": reference, "masks.mask_1": mask, "width": 128, "height": 64,
+                "layout": "official stack", "boxes": "",
             },
         },
         "shown": {"class_type": "PreviewImage", "inputs": {"images": ["canvas", 0]}},
