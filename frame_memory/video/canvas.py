@@ -195,8 +195,8 @@ def compose_batch(
     together.
     """
     counts = {name: len(made) for name, made in pictures.items()}
-    longest = max(counts, key=counts.__getitem__)
-    count = counts[longest]
+    longest = max(counts, key=counts.__getitem__, default="")
+    count = counts.get(longest, 1)
     called = {name: name if name == BACKGROUND else f"reference_{name}" for name in counts}
     odd = [f"{called[name]} has {n}" for name, n in counts.items() if n not in (1, count)]
     if odd:
