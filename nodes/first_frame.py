@@ -35,8 +35,9 @@ def _pictures() -> list[io.Input]:
                     "reference",
                     optional=True,
                     tooltip=(
-                        "A person, animal or thing to appear in the video: best cut out, with transparency or with the "
-                        "mask of the same number, else on white. A batch makes one canvas for each picture."
+                        "A person, animal or thing to appear in the video: best cut out, with the mask of the same "
+                        "number (Load Image drops a PNG's transparency, its mask keeps it), else on white. A batch "
+                        "makes one canvas for each picture."
                     ),
                 ),
                 names=REFERENCES,
@@ -52,13 +53,14 @@ def _pictures() -> list[io.Input]:
                     optional=True,
                     tooltip=(
                         "Mask for the reference of the same number: 1 where the thing is, as SAM 3 and BiRefNet give "
-                        "it. The mask of Load Image is the other way round: put 'Invert Mask' between."
+                        "it. A transparent PNG from Load Image turns black without it; its mask is the other way "
+                        "round: put 'Invert Mask' between."
                     ),
                 ),
                 names=MASKS,
                 min=SHOWN,
             ),
-            tooltip="Masks by number; none is needed for pictures with transparency, or for whole pictures.",
+            tooltip="Masks by number; none is needed for the blueprints' references, or for whole pictures.",
         ),
         io.Image.Input(
             "background",
@@ -102,7 +104,8 @@ def _composer_inputs() -> list[io.Input]:
             default="",
             tooltip=(
                 "For 'free boxes': one a line, 'number: x, y, width x height' in pixels of the canvas, or 'background: "
-                "...'. Later lines lie on top. What has no line keeps its usual place."
+                "...'. Later lines lie on top; a background in the first line lies under everything. What has no line "
+                "keeps its usual place. Pixels do not change with width and height."
             ),
         ),
     ]
@@ -157,19 +160,19 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
             display_name=canvas.NODE,
             category=CATEGORY,
             description=(
-                "Puts up to five references on one picture, the first frame of an FFGo video: people and things on the "
-                "left, the place on the right. Feed it to Wan Image To Video as the start image."
+                "Puts people, animals and things (four work well) and a place on one picture, the first frame of an "
+                "FFGo video: the place on the right. Feed it to Wan Image To Video as the start image."
             ),
             search_aliases=["ffgo", "collage", "reference to video", "subjects", "customization", "stitch images"],
             inputs=[*_composer_inputs(), *_composer_advanced()],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The canvas at width x height; one for each of a batch."),
+                io.Image.Output(display_name="image", tooltip="The canvas at width x height; one for each of a batch: give the video one of them."),
                 io.Image.Output(
                     display_name="layout",
                     tooltip="The canvas with every region framed and named; the first of a batch.",
                 ),
                 io.Int.Output(display_name="count", tooltip="Number of references, the background not counted."),
-                io.String.Output(display_name="report", tooltip="Each region in pixels, and warnings."),
+                io.String.Output(display_name="report", tooltip="Warnings, and each region in pixels."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -283,7 +286,7 @@ class FrameMemoryFFGoPrompt(io.ComfyNode):
         show(cls, report)
         prompt = first_frame_prompt.with_trigger(caption)
         return io.NodeOutput(
-            prompt, first_frame_prompt.instruction(caption, named), report, ui=ui.PreviewText(f"{prompt}\n\n{report}")
+            prompt, first_frame_prompt.instruction(caption, named), report, ui=ui.PreviewText(f"{report}\n\n{prompt}")
         )
 
 

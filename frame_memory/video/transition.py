@@ -58,10 +58,9 @@ class Cut:
         if self.first_clean is None:
             later = f" The cut before frame {self.later} comes too late for it." if self.later is not None else ""
             return (
-                f"No cut was found in the first {SEARCHED} frames (largest change {self.jump:.3f}, usual "
-                f"{self.usual:.3f}), so nothing was dropped: right for a clip whose canvas is gone already.{later} If "
-                "the video does show the canvas, check the LoRAs and that the prompt begins with the trigger ('FFGo "
-                "Prompt')."
+                f"No cut was found in the first {SEARCHED} frames, so nothing was dropped: right for a clip whose "
+                f"canvas is gone already.{later} If the video does show the canvas, check the LoRAs and that the prompt "
+                f"begins with the trigger ('FFGo Prompt'). Largest change {self.jump:.3f}, usual {self.usual:.3f}."
             )
         return f"The cut is before frame {self.first_clean} (change {self.jump:.3f}, usual {self.usual:.3f})."
 

@@ -65,8 +65,8 @@ def test_every_lora_fits_and_the_canvas_holds_three_pictures_and_the_place(made)
     placed = [picture["name"] for picture in run.outputs[composer]["frame_memory_pictures"]]
     assert sorted(placed) == ["1", "2", "3", "background"]
     assert prompt[text]["inputs"]["references"] == [composer, 2]
-    assert shown(run, text).startswith("ad23r2 the camera view suddenly changes. Film quality")
-    assert "Nothing to warn of" in shown(run, text)
+    assert shown(run, text).startswith("Nothing to warn of"), "a node shows few lines: what matters comes first"
+    assert "\n\nad23r2 the camera view suddenly changes. Film quality" in shown(run, text)
 
 
 def test_wan_goes_on_from_the_last_five_frames(server, api, wan_stand_ins):
