@@ -60,7 +60,7 @@ def _pictures() -> list[io.Input]:
                 names=MASKS,
                 min=SHOWN,
             ),
-            tooltip="Masks by number; none is needed for the blueprints' references, or for whole pictures.",
+            tooltip="Masks by number: connect both the reference and the mask of a cut-out blueprint. Whole pictures need none.",
         ),
         io.Image.Input(
             "background",
