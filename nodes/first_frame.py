@@ -166,7 +166,10 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
             search_aliases=["ffgo", "collage", "reference to video", "subjects", "customization", "stitch images"],
             inputs=[*_composer_inputs(), *_composer_advanced()],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The canvas at width x height; one for each of a batch: give the video one of them."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The canvas at width x height; one for each of a batch: give the video one of them.",
+                ),
                 io.Image.Output(
                     display_name="layout",
                     tooltip="The canvas with every region framed and named; the first of a batch.",

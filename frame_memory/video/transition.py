@@ -59,8 +59,8 @@ class Cut:
             later = f" The cut before frame {self.later} comes too late for it." if self.later is not None else ""
             return (
                 f"No cut was found in the first {SEARCHED} frames, so nothing was dropped: right for a clip whose "
-                f"canvas is gone already.{later} If the video does show the canvas, check the LoRAs and that the prompt "
-                f"begins with the trigger ('FFGo Prompt'). Largest change {self.jump:.3f}, usual {self.usual:.3f}."
+                f"canvas is gone already.{later} If the video does show the canvas, check the LoRAs and that the "
+                f"prompt begins with the trigger ('FFGo Prompt'). Largest change {self.jump:.3f}, usual {self.usual:.3f}."
             )
         return f"The cut is before frame {self.first_clean} (change {self.jump:.3f}, usual {self.usual:.3f})."
 
