@@ -60,7 +60,7 @@ def _pictures() -> list[io.Input]:
                 names=MASKS,
                 min=SHOWN,
             ),
-            tooltip="Masks by number: connect both the reference and the mask of a cut-out blueprint. Whole pictures need none.",
+            tooltip="Masks by number: of a cut-out blueprint connect reference and mask. Whole pictures need none.",
         ),
         io.Image.Input(
             "background",

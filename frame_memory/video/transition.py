@@ -60,7 +60,8 @@ class Cut:
             return (
                 f"No cut was found in the first {SEARCHED} frames, so nothing was dropped: right for a clip whose "
                 f"canvas is gone already.{later} If the video does show the canvas, check the LoRAs and that the "
-                f"prompt begins with the trigger ('FFGo Prompt'). Largest change {self.jump:.3f}, usual {self.usual:.3f}."
+                f"prompt begins with the trigger ('FFGo Prompt'). Largest change {self.jump:.3f}, usual "
+                f"{self.usual:.3f}."
             )
         return f"The cut is before frame {self.first_clean} (change {self.jump:.3f}, usual {self.usual:.3f})."
 
