@@ -17,6 +17,8 @@ const NEAR = 10
 const MARGIN = 12
 /** The line below the canvas, and the room ComfyUI leaves around a widget. */
 const BELOW = 52
+/** The text of the boxes: a background and four references. */
+const TEXT = 84
 /** Milliseconds between looks at what the graph has changed, and how many nodes back a picture is looked for. */
 const LOOK = 250
 const STEPS_BACK = 4
@@ -50,6 +52,8 @@ class Editor {
     this.drag = null
     /** By name: {picture, size, source, ran}. source: which output it came from, so that another one replaces it. */
     this.pictures = new Map()
+    /** Pictures of Load Image without their transparency, by address. */
+    this.whole = new Map()
     this.lastSize = null
     this.least = 0
     this.drawn = ""
@@ -156,16 +160,28 @@ class Editor {
     return new Map(found.sort(([a], [b]) => numberOf(a) - numberOf(b)))
   }
 
-  /** The picture that a node before this one shows, and its address; null where none is known. */
-  shownBefore(slot) {
+  /** The picture that a node before this one shows, as its IMAGE is; null where none is known. */
+  shownBefore(slot, name) {
     let node = this.node.getInputNode?.(slot)
+    let cut = (this.node.inputs ?? []).some((input) => input.name === `masks.mask_${name}` && input.link != null)
     for (let step = 0; node && step < STEPS_BACK; step++) {
       const picture = node.imgs?.[0]
-      if (picture?.naturalWidth) return picture
+      if (picture?.naturalWidth) return !cut && /^LoadImage/.test(node.comfyClass) ? this.withoutAlpha(picture) : picture
+      cut ||= Boolean(node.isSubgraphNode?.()) || (node.inputs ?? []).some((input) => input.link != null && input.type === "MASK")
       const next = (node.inputs ?? []).findIndex((input) => input.link != null && /^(IMAGE|\*)$/.test(input.type))
       node = next < 0 ? null : node.getInputNode?.(next)
     }
     return null
+  }
+
+  /** Load Image shows a transparent file cut out, and gives it whole: here it is seen as it will be used. */
+  withoutAlpha(picture) {
+    const src = `${picture.src}&channel=rgb`
+    if (!picture.src.includes("/view?") || picture.src.includes("channel=")) return picture
+    if (this.whole.size > 16) this.whole.clear()
+    if (!this.whole.has(src)) this.whole.set(src, Object.assign(new Image(), { src }))
+    const whole = this.whole.get(src)
+    return whole.complete && whole.naturalWidth ? whole : null
   }
 
   sourceOf(slot) {
@@ -178,7 +194,7 @@ class Editor {
     for (const name of this.pictures.keys()) if (!sockets.has(name)) this.pictures.delete(name)
     for (const [name, slot] of sockets) {
       const source = this.sourceOf(slot)
-      const before = this.shownBefore(slot)
+      const before = this.shownBefore(slot, name)
       const known = this.pictures.get(name)
       const src = before?.src ?? ""
       if (known && known.source === source && (known.before === src || !src)) continue
@@ -205,7 +221,7 @@ class Editor {
       const query = new URLSearchParams({ filename: file.filename, subfolder: file.subfolder ?? "", type: file.type })
       picture.src = api.apiURL(`/view?${query}`)
       const slot = sockets.get(file.name)
-      const before = this.shownBefore(slot)?.src ?? ""
+      const before = this.shownBefore(slot, file.name)?.src ?? ""
       this.pictures.set(file.name, { picture, size: [file.width, file.height], source: this.sourceOf(slot), before, ran: true })
     }
     this.draw()
@@ -275,6 +291,20 @@ class Editor {
     ;[boxes[at], boxes[to]] = [boxes[to], boxes[at]]
     this.store(new Map(boxes))
     this.remember()
+  }
+
+  /** After another width or height, typed or dragged: free boxes keep their part of the canvas. */
+  follow() {
+    const [before, now] = [this.seenSize, this.size]
+    this.seenSize = now
+    if (!before || this.locked || this.value("layout") !== layout.FREE) return
+    const text = String(this.value("boxes", ""))
+    if (layout.wrongIn(text, [], now)) return
+    // Many small steps, as of a widget that is dragged, are one step from the first, or they would add up errors.
+    if (this.followed?.text !== text) this.followed = { from: before, boxes: layout.parseBoxes(text) }
+    const { from, boxes } = this.followed
+    this.followed.text = layout.rewrite(text, layout.resized(boxes, from, now))
+    if (boxes.size) this.set("boxes", this.followed.text)
   }
 
   // Pointer and keys.
@@ -395,6 +425,7 @@ class Editor {
   look() {
     if (!this.node.graph) return
     const sockets = this.sockets()
+    this.seenSize = this.size
     this.collect(sockets)
     const values = ["width", "height", "layout", "boxes", "keep_background_aspect", "enlarge_small", "canvas_colour"]
     const bounds = this.canvas.getBoundingClientRect()
@@ -434,8 +465,11 @@ class Editor {
 
   say(boxes) {
     const box = boxes.find(([name]) => name === this.selected)?.[1]
+    const free = this.value("layout") === layout.FREE && !this.locked
+    const wrong = free ? layout.wrongIn(String(this.value("boxes", "")), [...this.sockets().keys()], this.size) : ""
     let text = "Drag a picture; its corners scale it"
     if (!boxes.length) text = "Connect references and a background"
+    else if (wrong) text = wrong
     else if (box) text = `${label(this.selected)}: ${box.width} × ${box.height} at ${box.x}, ${box.y}`
     else if (this.locked) text = "The boxes come from a link"
     if (this.said.textContent !== text) this.said.textContent = this.said.title = text
@@ -525,21 +559,27 @@ app.registerExtension({
     const widget = node.addDOMWidget("canvas", "frame-memory-canvas", editor.element, {
       serialize: false,
       hideOnZoom: false,
+      // The panel at the side would draw it there, and its width would stay in the node.
+      hideInPanel: true,
       getMinHeight: () => editor.room + BELOW,
     })
     widget.serialize = false
     node.frameMemoryEditor = editor
     // The editor shows what the preview below the node would show once more.
     node.hideOutputImages = true
+    node.onDrawBackground = () => {}
     chain(node, "onExecuted", (output) => editor.ran(output))
+    editor.widget("boxes").options.getMinHeight = () => TEXT
+    for (const side of ["width", "height"]) chain(editor.widget(side), "callback", () => editor.follow())
     chain(node, "onConnectionsChange", () => editor.look())
     chain(node, "onAdded", () => editor.start())
     chain(node, "onRemoved", () => editor.stop())
     chain(node, "onConfigure", () => {
+      editor.seenSize = editor.size
       // After undo, or back from another workflow, the page still knows the last run.
       requestAnimationFrame(() => editor.ran(app.nodeOutputs?.[keyOf(node)]))
     })
     const [wide, tall] = node.size
-    node.setSize([Math.max(wide, 420), Math.max(tall, 720)])
+    node.setSize([Math.max(wide, 420), Math.max(tall, 780)])
   },
 })

@@ -31,6 +31,21 @@ export function parseBoxes(text) {
   return new Map(text.split(BREAK).map(readLine).filter(Boolean))
 }
 
+/** What the node will refuse of the text, for pictures of these names on this canvas; "" where it takes all of it. */
+export function wrongIn(text, names, [width, height]) {
+  const known = new Set()
+  for (const [at, line] of text.split(BREAK).entries()) {
+    if (!line.split("#")[0].trim()) continue
+    const [name, b] = readLine(line) ?? []
+    if (!name) return `Line ${at + 1} of boxes cannot be read`
+    if (known.has(name)) return `Line ${at + 1} of boxes: ${name} has a box already`
+    known.add(name)
+    const outside = b.x >= width || b.y >= height || b.x + b.width <= 0 || b.y + b.height <= 0
+    if (outside && names.includes(name)) return `Line ${at + 1} of boxes is off the canvas`
+  }
+  return ""
+}
+
 const asNote = (line) => (line.trim().startsWith("#") ? line.trim() : `# ${line.trim()}`)
 
 /** The text with all its lines as notes, each once. */
@@ -127,6 +142,15 @@ export function layOut({ width, height, names, sizes, layout, boxes, keepAspect,
 export function covered(name, box, size, keepAspect) {
   if (!size || (name === BACKGROUND && !keepAspect)) return box
   return middle(fit(size, [box.width, box.height], true), box)
+}
+
+/** Boxes of a canvas on one of another size, at the same part of it. */
+export function resized(boxes, from, to) {
+  const [across, down] = [to[0] / from[0], to[1] / from[1]]
+  const place = (at) => Math.min(Math.max(Math.round(at), -MOST_SIDE), MOST_SIDE)
+  const side = (length) => Math.min(Math.max(Math.round(length), 1), MOST_SIDE)
+  const put = (b) => ({ x: place(b.x * across), y: place(b.y * down), width: side(b.width * across), height: side(b.height * down) })
+  return new Map([...boxes].map(([name, b]) => [name, put(b)]))
 }
 
 /** A box moved by dx, dy; some of it stays on the canvas. */

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from frame_memory.plan import canvas
 from frame_memory.video import canvas as drawing
@@ -121,6 +122,8 @@ def test_what_is_dragged_is_written_made_saved_and_made_again(composed, server):
     editor = composed
     editor.queue()
     wait_for(editor, f"() => [...{NODE}.frameMemoryEditor.pictures.values()].filter(p => p.ran).length === 4")
+    # The labelled preview would show the canvas once more.
+    assert editor.evaluate(f"() => {NODE}.widgets.every(w => w.name !== '$$canvas-image-preview')")
     before = picture(editor, server)
     green = place_of(before, (0, 255, 0))
     assert green == canvas.Box(50, 66, 60, 60) and value(editor, "boxes") == ""
@@ -200,6 +203,50 @@ def test_what_was_typed_stays_when_a_picture_is_dragged_and_reset_knows_the_layo
     keys(editor, "Escape")
     editor.evaluate(f"() => [...{NODE}.frameMemoryEditor.element.querySelectorAll('button')].at(-1).click()")
     assert value(editor, "layout") == canvas.TWO_COLUMNS and value(editor, "boxes").splitlines() == lines[:2]
+
+
+def test_the_panel_at_the_side_leaves_the_canvas_its_width(arranged):
+    editor = arranged
+    width = f"() => {NODE}.frameMemoryEditor.canvas.clientWidth"
+    panel = "open => app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open)"
+    before = editor.evaluate(width)
+    title = editor.evaluate(
+        f"""() => {{ const n = {NODE}, c = app.canvas, r = c.canvas.getBoundingClientRect()
+        return [0, 1].map(i => [r.x, r.y][i] + (n.pos[i] + [120, -15][i] + c.ds.offset[i]) * c.ds.scale) }}"""
+    )
+    editor.with_page(lambda page: page.mouse.click(*title))
+    editor.evaluate(panel, True)
+    wait_for(editor, "() => /^height$/m.test(document.body.innerText)", seconds=10)  # the panel lists the widgets
+    time.sleep(0.5)
+    seen = editor.evaluate(width)
+    editor.evaluate("() => app.canvas.deselectAll()")
+    editor.evaluate(panel, False)
+    time.sleep(0.5)
+    assert seen == before == editor.evaluate(width)
+
+
+def test_boxes_follow_the_size_of_the_canvas_and_wrong_ones_are_told(arranged):
+    editor = arranged
+    edit = f"""([name, values]) => {{ const w = {NODE}.widgets.find(w => w.name === name)
+      for (const v of values) {{ w.value = v; w.callback(v) }} }}"""
+    arrange(editor, canvas.FREE, BOXES + "\n# mine")
+    editor.evaluate(edit, ["width", [16 * n for n in range(21, 41)]])
+    assert canvas.parse_boxes(value(editor, "boxes"))["1"] == canvas.Box(60, 6, 200, 50)
+    editor.evaluate(edit, ["height", [208, 384]])
+    assert canvas.parse_boxes(value(editor, "boxes"))["3"] == canvas.Box(112, 256, 96, 128)
+    editor.evaluate(edit, ["height", [192]])
+    editor.evaluate(edit, ["width", [320]])
+    assert value(editor, "boxes") == BOXES + "\n# mine"
+    said = f"() => {NODE}.frameMemoryEditor.said.textContent"
+    for line, words in [
+        ("2: oops", "cannot be read"),
+        ("1: 1, 2, 3 x 4", "has a box"),
+        ("2: 400, 2, 3 x 4", "off the canvas"),
+    ]:
+        arrange(editor, canvas.FREE, "1: 1, 2, 3 x 4\n" + line)
+        assert editor.evaluate(said).startswith("Line 2 of boxes") and words in editor.evaluate(said)
+    arrange(editor, canvas.STACK, "1: oops")
+    assert "oops" not in editor.evaluate(said) and "Line" not in editor.evaluate(said)
 
 
 def test_a_copy_has_an_editor_of_its_own_and_a_removed_one_leaves_nothing(arranged):
@@ -297,6 +344,27 @@ def test_every_drag_makes_a_box_the_node_takes(composed):
         assert min(cell.width, cell.height) >= (8 if pulls[-1][0] == "scaled" else 1), (size, box, pulls, text)
 
 
+def test_a_transparent_file_is_shown_as_load_image_gives_it(composed, server):
+    """Load Image gives a picture without its transparency, so black comes out where the file seems empty."""
+    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(server.base / "input" / "empty.png")
+    node = "() => app.graph._nodes.find(n => n.type === 'FrameMemoryFirstFrameComposer')"
+    middle = f"""() => {{ const e = ({node})().frameMemoryEditor, v = e.view(), b = e.boxes().get('1'), c = e.canvas
+      const zoom = c.width / c.clientWidth, at = (o, s, p) => Math.round(zoom * (o + v.scale * (p + s / 2)))
+      return [...c.getContext('2d').getImageData(at(v.left, b.width, b.x), at(v.top, b.height, b.y), 1, 1).data] }}"""
+    graph = {
+        "file": {"class_type": "LoadImage", "inputs": {"image": "empty.png"}},
+        "canvas": composer(**{"references.reference_1": ["file", 0]}), "seen": preview("canvas"),
+    }  # fmt: skip
+    open_graph(composed, lambda: composed.load_api(graph))
+    wait_for(composed, f"() => ({node})().frameMemoryEditor.pictures.size === 1", seconds=10)
+    wait_for(composed, f"() => ({middle})()[0] === 0", seconds=10)
+    graph["turned"] = {"class_type": "InvertMask", "inputs": {"mask": ["file", 1]}}
+    graph["canvas"]["inputs"]["masks.mask_1"] = ["turned", 0]
+    open_graph(composed, lambda: composed.load_api(graph))
+    wait_for(composed, f"() => ({node})().frameMemoryEditor.pictures.size === 1", seconds=10)
+    wait_for(composed, f"() => ({middle})()[0] === 255", seconds=10)
+
+
 def test_inside_a_subgraph_the_editor_finds_its_own_last_run(composed):
     editor = composed
     open_graph(editor, lambda: editor.load_api(GRAPH))
@@ -305,5 +373,7 @@ def test_inside_a_subgraph_the_editor_finds_its_own_last_run(composed):
     ran = f"() => [...{inner}.frameMemoryEditor.pictures.values()].filter(p => p.ran).length === 4"
     editor.queue()
     wait_for(editor, ran)
+    # A node of the root graph with this number is another one.
+    editor.evaluate(f"() => {{ const n = {inner}; delete app.nodeOutputs[String(n.id)] }}")
     editor.evaluate(f"() => {{ const n = {inner}; n.frameMemoryEditor.pictures.clear(); n.configure(n.serialize()) }}")
     wait_for(editor, ran, seconds=10)
