@@ -105,7 +105,7 @@ def _composer_inputs() -> list[io.Input]:
             tooltip=(
                 "For 'free boxes': one a line, 'number: x, y, width x height' in pixels of the canvas, or 'background: "
                 "...'. Later lines lie on top; a background in the first line lies under everything. What has no line "
-                "keeps its usual place. Pixels do not change with width and height."
+                "keeps its usual place."
             ),
         ),
     ]

@@ -226,7 +226,7 @@ def _freely(
         if cell.x >= width or cell.y >= height or cell.x + cell.width <= 0 or cell.y + cell.height <= 0:
             raise CanvasError(
                 f"The box of {usual[name].label} ({cell}) lies outside the canvas of {width}x{height}. Nearest inside: "
-                f"{_inside(cell, width, height)}. Boxes are pixels and stay when width and height change. Change "
+                f"{_inside(cell, width, height)}. Boxes are pixels, perhaps of another width and height. Change "
                 f"'boxes' in '{NODE}'."
             )
         stretched = name == BACKGROUND and not keep_background_aspect
@@ -238,8 +238,8 @@ def _freely(
     far = max((b.x + b.width for b in used), default=0), max((b.y + b.height for b in used), default=0)
     if len(used) == len(sizes) and far[0] <= FILLED * width and far[1] <= FILLED * height:
         notes.append(
-            f"All boxes lie within {far[0]}x{far[1]} of the canvas of {width}x{height}: boxes are pixels and stay when "
-            "width and height change."
+            f"All boxes lie within {far[0]}x{far[1]} of the canvas of {width}x{height}: boxes are pixels, and these "
+            "were probably drawn for a smaller canvas."
         )
     return tuple(placed)
 
