@@ -57,7 +57,13 @@ class Recipe:
 
 
 def load():
-    """MODEL and VAE of the shipped files."""
+    """MODEL and VAE of the shipped files. Exits where there are none: no training was good enough to ship yet."""
+    missing = [file for file in (BASE, AUTOENCODER) if not (MODELS / file).exists()]
+    if missing:
+        raise SystemExit(
+            f"{MODELS.name} has no {' and no '.join(missing)}. Train them with benchmarks.train_autoencoder --world "
+            "shots and benchmarks.train_wan, pack them with benchmarks.ship_selftest --wan ... --wan-autoencoder ..."
+        )
     model = comfy.sd.load_diffusion_model(str(MODELS / BASE))
     return model, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / AUTOENCODER)))
 
@@ -127,7 +133,7 @@ def make_videos(
         ).result
         x = latent["samples"]
         noise = comfy.sample.prepare_noise(x, 1000 * seed + i)
-        settings = (STEPS, cfg, "uni_pc", "simple", positive, negative)
+        settings = (STEPS, cfg, "euler", "simple", positive, negative)
         x = comfy.sample.sample(
             experts[HIGH], noise, *settings, x, last_step=change, disable_pbar=True, seed=seed
         )  # fmt: skip
@@ -214,7 +220,7 @@ def main() -> None:
 
 
 def ship(pair: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Write a pair as the files that workflows/ffgo_selftest.json loads."""
+    """Write a pair beside the base they were trained on."""
     for expert, lora in pair.items():
         path = MODELS / LORAS[expert]
         path.parent.mkdir(exist_ok=True)

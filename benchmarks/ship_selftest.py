@@ -18,7 +18,7 @@ from PIL import Image
 
 from frame_memory.model import checkpoint
 
-from . import ffgo, shots
+from . import ffgo
 from .quality import AUTOENCODER, FILES, MODELS
 from .train_wan import TOPOLOGY
 from .world import Scene, render, tidied
@@ -41,11 +41,6 @@ WAN_METADATA = {
 START = tidied(
     Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30, phase=64)
 )
-# What workflows/ffgo_selftest.json composes, as an artist would bring it: cut-outs and a place.
-COMPOSITION = shots.Shot(
-    cast=(shots.Sprite("red", "circle"), shots.Sprite("yellow", "square"), shots.Sprite("cyan", "triangle")),
-    heights=(36.0, 20.0, 44.0), direction="right", ground="hills", ground_colour="navy", phase=32.0,
-)  # fmt: skip
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -83,11 +78,6 @@ def main() -> None:
     picture = render(START, np.arange(1))[0]
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / "start.png")
     print(f"start.png shows: {START.caption}")
-    for i, sprite in enumerate(COMPOSITION.cast, 1):
-        shots.cut_out(sprite).save(MODELS / f"ffgo_reference_{i}.png")
-    place = (shots.ground(COMPOSITION, np.arange(1))[0] * 255).round().astype(np.uint8)
-    Image.fromarray(place).save(MODELS / "ffgo_background.png")
-    print(f"the FFGo pictures show: {COMPOSITION.caption()}")
     for file in sorted(MODELS.rglob("*.safetensors")):
         print(f"{file.relative_to(MODELS)}: {file.stat().st_size / 1e6:.2f} MB")
 

@@ -50,28 +50,33 @@ def build(dim: int = DIMS["sprites"]) -> WanVAE:
     return model
 
 
-def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid."""
+def random_crops(videos: Tensor, batch: int, generator: torch.Generator, given: float = 0.0) -> Tensor:
+    """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid.
+
+    given: share of crops that are grey after their first frame, as an image-to-video model is given its picture.
+    """
     crops = []
     places = [len(videos), videos.shape[1] - FRAMES + 1, *((side - CROP) // 8 + 1 for side in videos.shape[2:4])]
     for _ in range(batch):
         i, f, y, x = (int(torch.randint(high, (), generator=generator)) for high in places)
         crops.append(videos[i, f : f + FRAMES, y * 8 : y * 8 + CROP, x * 8 : x * 8 + CROP])
-    return torch.stack(crops).float()
+    made = torch.stack(crops).float()
+    made[: round(batch * given), 1:] = 0.5
+    return made
 
 
 class DistilLoss:
     """Encoder against the codec's latents, decoder against pixels; decoder_only leaves the encoder as it is.
 
-    noise: largest level of noise on the latents that the decoder draws from.
+    noise: largest level of noise on the latents that the decoder draws from. given: see `random_crops`.
     """
 
     def __init__(
         self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int, latent_format: LatentFormat,
-        decoder_only: bool = False, noise: float = 0.1,
+        decoder_only: bool = False, noise: float = 0.1, given: float = 0.0,
     ):  # fmt: skip
         self.model, self.codec, self.videos, self.batch, self.stills = model, codec, videos, batch, stills
-        self.format, self.decoder_only, self.noise = latent_format, decoder_only, noise
+        self.format, self.decoder_only, self.noise, self.given = latent_format, decoder_only, noise, given
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         loss = self._clips(generator)
@@ -87,7 +92,7 @@ class DistilLoss:
         return 2 * (made - latents).square().mean()
 
     def _clips(self, generator: torch.Generator) -> Tensor:
-        crops = random_crops(self.videos, self.batch, generator)
+        crops = random_crops(self.videos, self.batch, generator, self.given)
         latents = torch.stack([self.codec.encode(c) for c in crops])
         pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
         level = self.noise * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decoder-only", action="store_true", help="video models made for its encoder stay valid")
     parser.add_argument("--noise", type=float, default=0.1, help="largest noise level on latents to draw from")
+    parser.add_argument("--given", type=float, default=0.0, help="share of crops that are grey after their first frame")
     parser.add_argument("--name", default="autoencoder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -165,7 +171,9 @@ def main() -> None:
         model.load_state_dict(safetensors.torch.load_file(args.start))
     trainer = Trainer(model, TrainSettings(steps=args.steps, other_rate=args.rate, weight_decay=0.0, average=0.99))
     stills = 0 if args.decoder_only else args.stills
-    loss = DistilLoss(model, codec, videos, args.batch, stills, latent_format, args.decoder_only, args.noise)
+    loss = DistilLoss(
+        model, codec, videos, args.batch, stills, latent_format, args.decoder_only, args.noise, args.given
+    )
     for step, _ in run(trainer, loss, args.work / f"{args.name}.safetensors"):
         if step % 100 == 0:
             print(report(trainer.averaged_model(), codec, unseen, latent_format), flush=True)

@@ -15,15 +15,20 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
+import numpy as np
 import safetensors.torch
 import torch
+from comfy.latent_formats import Wan21
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
 from frame_memory.forcing.flow import add_noise, shifted_sigmas
 from frame_memory.forcing.loop import Trainer, TrainSettings, run
 
-from .shot_clips import ShotClips, fit_codec
+from .codec import LinearCodec
+from .shot_clips import ShotClips, fit_codec, given_pixels, random_clip
+from .train_autoencoder import DIMS
+from .train_autoencoder import build as build_autoencoder
 
 # What core's detection reads from the weights, and the number of heads, which it reads from the file's metadata.
 TOPOLOGY = {
@@ -85,6 +90,25 @@ class ShotLoss:
         return (velocity - (noise - x)).square().mean()
 
 
+@torch.no_grad()
+def as_autoencoder(clips: ShotClips, codec: LinearCodec, path: Path, sample: int = 32) -> ShotClips:
+    """Clips whose given latents are as the autoencoder makes them of a picture followed by grey.
+
+    How it differs from the codec there hardly depends on the picture, so the mean over a sample stands for all.
+    """
+    autoencoder = build_autoencoder(DIMS["shots"]).requires_grad_(False)
+    autoencoder.load_state_dict(safetensors.torch.load_file(path))
+    rng = np.random.default_rng(11)
+    off = []
+    for _ in range(sample):
+        pixels = given_pixels(torch.from_numpy(random_clip(rng)[0][0]))
+        made = Wan21().process_in(autoencoder.encode((pixels * 2 - 1).permute(3, 0, 1, 2)[None]))[0]
+        off.append(made - codec.encode(pixels))
+    off_CThw = torch.stack(off).mean(0)
+    off_CThw[:, 0] = 0
+    return ShotClips(clips.latents, clips.given + off_CThw.half().numpy(), clips.captions)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder for clips and checkpoints")
@@ -94,12 +118,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=2e-3, help="Muon's rate; AdamW's is half of it")
     parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--autoencoder", type=Path, help="trained autoencoder whose coding of grey is to be known")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    clips = ShotClips.make(args.work, fit_codec(), args.clips, seed=1)
+    codec = fit_codec()
+    clips = ShotClips.make(args.work, codec, args.clips, seed=1)
+    if args.autoencoder:
+        clips = as_autoencoder(clips, codec, args.autoencoder)
     model = build()
     if args.start:
         model.load_state_dict(safetensors.torch.load_file(args.start))

@@ -13,7 +13,7 @@ from benchmarks.ship_selftest import START
 from benchmarks.world import render
 from scripts.workflow import NOT_RUN, WIDGET_TYPES
 
-from .tiny import GRAPHS, REPO, SELFTEST_GRAPHS, START_PICTURE, WAN_GRAPHS, ui_graph
+from .tiny import GRAPHS, REPO, SELFTEST_GRAPHS, START_PICTURE, ui_graph
 
 by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 FOLDERS = {
@@ -100,9 +100,11 @@ def test_notes_say_models_settings_and_licence(path):
     graph = ui_graph(path)
     notes = [n["widgets_values"][0] for n in graph["nodes"] if n["type"] == "MarkdownNote"]
     assert len(notes) >= 2
-    if any(n["type"] == "UNETLoader" for n in graph["nodes"]):
+    if path.stem in SELFTEST_GRAPHS:
+        assert "ship" in notes[0]
+    elif any(n["type"] == "UNETLoader" for n in graph["nodes"]):
         assert "Apache 2.0" in notes[0]
-    elif path.stem not in SELFTEST_GRAPHS:
+    else:
         assert "European Union" in notes[0] and "United Kingdom" in notes[0] and "South Korea" in notes[0]
         assert "1.2 s" in notes[1]
 
@@ -153,14 +155,19 @@ def test_the_selftest_asks_for_what_its_picture_shows(name):
     assert shown.shape == truth.shape and np.abs(shown - truth).max() <= 0.51 / 255
 
 
-@pytest.mark.parametrize("path", WAN_GRAPHS, ids=lambda p: p.stem)
+# Steps, CFG, sampler, scheduler, first step, first step of the low noise model.
+TWO_EXPERTS = {
+    "ffgo_wan22": [50, 6, "uni_pc", "simple", 0, 18],
+    "ffgo_wan22_fast": [4, 1, "euler", "simple", 0, 2],
+}
+
+
+@pytest.mark.parametrize("path", [p for p in GRAPHS if p.stem in TWO_EXPERTS], ids=lambda p: p.stem)
 def test_the_high_noise_model_makes_the_steps_down_to_the_boundary(path):
     """Wan 2.2's experts meet at sigma 0.9 (reference/ffgo.md section 4), by core's schedule for the graph's shift."""
     by_type = {}
     for node in ui_graph(path)["nodes"]:
         by_type.setdefault(node["type"], []).append(node["widgets_values"])
-    if "KSamplerAdvanced" not in by_type:
-        return
     high, low = sorted(by_type["KSamplerAdvanced"], key=lambda w: w[7])
     assert {w[0] for w in by_type["ModelSamplingSD3"]} == {5}
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
@@ -169,5 +176,4 @@ def test_the_high_noise_model_makes_the_steps_down_to_the_boundary(path):
     border = next(i for i, sigma in enumerate(sigmas) if sigma < 0.9)
     assert (high[0], high[7:]) == ("enable", [0, border, "enable"])
     assert (low[0], low[7:]) == ("disable", [border, 10000, "disable"]) and low[3:7] == high[3:7]
-    official = [50, 6, "uni_pc", "simple", 0, 18]
-    assert high[3:9] == official if path.stem == "ffgo_wan22" else high[3:9] == [4, 1, "euler", "simple", 0, 2]
+    assert high[3:9] == TWO_EXPERTS[path.stem]

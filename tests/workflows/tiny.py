@@ -37,8 +37,6 @@ SELFTEST_GRAPHS = (
 )  # those made for the models that ship with the pack
 START_PICTURE = REPO / "selftest_models" / "start.png"
 SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
-# Graphs for Wan 2.2, run in test_ffgo_graphs.py with those that go on from what they made.
-WAN_GRAPHS = [path for path in GRAPHS if path.stem.startswith("ffgo_") and path.stem != "ffgo_continue"]
 # Graphs that begin with a picture; the others are run in test_extend.py and test_ffgo_graphs.py.
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem != "extend_and_bridge"]
 PICTURE_NAME = "frame_memory_start.png"
