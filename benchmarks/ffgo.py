@@ -121,7 +121,7 @@ def with_lora(model, lora: dict[str, torch.Tensor] | None):
 def make_videos(
     model, vae, loras: dict[str, dict] | None, shots: list[Shot], seed: int, cfg: float = 1.0
 ) -> list[np.ndarray]:
-    """A video `[25, 64, 128, 3]` of each shot, from its canvas and its prompt, by the two experts in turn."""
+    """A video `[25, 96, 96, 3]` of each shot, from its canvas and its prompt, by the two experts in turn."""
     experts = {e: with_lora(model, loras and loras[e]) for e in EXPERTS}
     sigmas = comfy.samplers.calculate_sigmas(experts[HIGH].get_model_object("model_sampling"), "simple", STEPS)
     change = int((sigmas >= BOUNDARY).sum())

@@ -1,7 +1,7 @@
 """What a video shows of an FFGo composition, measured against the world of shots: is the canvas gone, and is every
 reference there, in its own colour and shape.
 
-Shape legend: T frames, H W pixels (64 x 128), 3 colour channels; images are float, 0..1.
+Shape legend: T frames, H W pixels (96 x 96), 3 colour channels; images are float, 0..1.
 """
 
 from __future__ import annotations

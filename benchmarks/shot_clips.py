@@ -29,7 +29,7 @@ WORDLESS_SHARE = 0.1
 
 
 def random_clip(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """Pixels `[25, 64, 128, 3]` and a caption of the opening shot."""
+    """Pixels `[25, 96, 96, 3]` and a caption of the opening shot."""
     cast = random_cast(rng, int(rng.integers(1, 6)))
     cuts = rng.random() < CUT_SHARE
     shot = random_shot(rng, cast, studio=cuts and rng.random() < SUDDEN_WHITE)

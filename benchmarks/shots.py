@@ -1,10 +1,11 @@
 """Shots of several sprites, hard cuts between shots, and first frames composed of cut-outs: the world FFGo is measured
 on.
 
-A `Shot` has a cast of up to five sprites in a row, each of another colour and another shape, all moving the same way
-over one ground. A film's cut keeps the cast and its order; where the sprites stand, and the ground, change.
+A `Shot` has a cast of up to five sprites, each of another colour and another shape, each in a lane of its own, all
+moving the same way over one ground. A film's cut keeps the cast and its order from top to bottom; where in their lanes
+the sprites are, how large they are, and the ground, change.
 
-Shape legend: T frames, H W pixels (64 x 128), 3 colour channels. Images are float32, 0..1. Positions are pixels (x
+Shape legend: T frames, H W pixels (96 x 96), 3 colour channels. Images are float32, 0..1. Positions are pixels (x
 right, y down), speeds are pixels a frame.
 """
 
@@ -20,15 +21,15 @@ from frame_memory.video.canvas import compose
 
 from . import world
 
-WIDTH, HEIGHT = 128, 64
-RADIUS, PACE = 10.0, 0.5
+WIDTH, HEIGHT = 96, 96
+RADIUS, PACE = 9.0, 0.5
 MOST = 5
 SHAPES = (*world.SHAPES, "cross")
 # White is left out: a white cut-out cannot be seen on FFGo's white canvas.
 COLOURS = {**{k: v for k, v in world.SPRITE_COLOURS.items() if k != "white"}, "cyan": (0.15, 0.85, 0.90)}
 STUDIO = "studio"
 WHITE = (255, 255, 255)
-HEIGHTS = (20.0, 28.0, 36.0, 44.0)
+DIRECTIONS = ("left", "right")
 GRID = 4
 
 
@@ -40,10 +41,10 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot's whole truth. cast: left to right; heights: where each starts, pixels from the top."""
+    """One shot's whole truth. cast: from top to bottom; starts: where each starts, pixels from the left."""
 
     cast: tuple[Sprite, ...]
-    heights: tuple[float, ...]
+    starts: tuple[float, ...]
     direction: str
     ground: str
     ground_colour: str
@@ -65,15 +66,16 @@ def random_cast(rng: np.random.Generator, count: int) -> tuple[Sprite, ...]:
 
 
 def random_shot(rng: np.random.Generator, cast: tuple[Sprite, ...], *, studio: bool = False) -> Shot:
-    """A shot of this cast. studio: on white, at any size from 6 to 12 pixels of radius."""
+    """A shot of this cast. studio: on white, at any size from 6 to 9 pixels of radius."""
+    places = np.arange(GRID * 3, WIDTH - GRID * 2, GRID)
     return Shot(
         cast=cast,
-        heights=tuple(float(rng.choice(HEIGHTS)) for _ in cast),
-        direction=str(rng.choice(list(world.DIRECTIONS))),
+        starts=tuple(float(rng.choice(places)) for _ in cast),
+        direction=str(rng.choice(DIRECTIONS)),
         ground=STUDIO if studio else str(rng.choice(world.GROUNDS)),
         ground_colour="white" if studio else str(rng.choice(list(world.GROUND_COLOURS))),
         phase=float(8 * rng.integers(world.GROUND_PERIOD // 8)),
-        radius=float(rng.integers(6, 13)) if studio else RADIUS,
+        radius=float(rng.integers(6, 10)) if studio else RADIUS,
     )
 
 
@@ -89,29 +91,25 @@ def next_shot(rng: np.random.Generator, shot: Shot, *, studio: bool = False) -> 
 def centres(shot: Shot, frames: np.ndarray) -> np.ndarray:
     """Where each sprite is, `[N, T, 2]` (x, y)."""
     frames = np.asarray(frames, dtype=np.float64)
-    dx, dy = world.DIRECTIONS[shot.direction]
-    low, high = RADIUS + 2, HEIGHT - RADIUS - 2
+    travelled = world.DIRECTIONS[shot.direction][0] * PACE * frames
+    low, high = RADIUS + 1, WIDTH - RADIUS - 1
     made = []
-    for i, height in enumerate(shot.heights):
-        column = GRID * round(WIDTH * (i + 0.5) / len(shot.cast) / GRID)
-        x = column - 6 * dx + dx * PACE * frames
-        y = np.full_like(frames, height)
-        if dy:
-            y = world._turning(height, dy * PACE * frames, low, high)
-        made.append(np.stack([x, y], axis=-1))
+    for i, start in enumerate(shot.starts):
+        lane = np.full_like(frames, HEIGHT * (i + 0.5) / len(shot.cast))
+        made.append(np.stack([world._turning(start, travelled, low, high), lane], axis=-1))
     return np.stack(made)
 
 
 def ground(shot: Shot, frames: np.ndarray) -> np.ndarray:
-    """The ground alone, `[T, 64, 128, 3]`."""
+    """The ground alone, `[T, 96, 96, 3]`."""
     if shot.ground == STUDIO:
         return np.full((len(frames), HEIGHT, WIDTH, 3), 1.0, dtype=np.float32)
     scene = world.Scene(ground=shot.ground, ground_colour=shot.ground_colour, phase=shot.phase)
-    return world.background(scene, frames, WIDTH).astype(np.float32)
+    return world.background(scene, frames, WIDTH, HEIGHT).astype(np.float32)
 
 
 def render(shot: Shot, frames: np.ndarray) -> np.ndarray:
-    """The shot at the given frame numbers, `[T, 64, 128, 3]`."""
+    """The shot at the given frame numbers, `[T, 96, 96, 3]`."""
     video = ground(shot, frames)
     for sprite, centre_T2 in zip(shot.cast, centres(shot, frames), strict=True):
         mask = world.shape_mask(sprite.shape, shot.radius, centre_T2, WIDTH, HEIGHT)[..., None]

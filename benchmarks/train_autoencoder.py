@@ -50,37 +50,43 @@ def build(dim: int = DIMS["sprites"]) -> WanVAE:
     return model
 
 
-def random_crops(videos: Tensor, batch: int, generator: torch.Generator, given: float = 0.0) -> Tensor:
-    """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid.
-
-    given: share of crops that are grey after their first frame, as an image-to-video model is given its picture.
-    """
+def random_crops(videos: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """`[B, FRAMES, CROP, CROP, 3]`, cut on the codec's grid."""
     crops = []
     places = [len(videos), videos.shape[1] - FRAMES + 1, *((side - CROP) // 8 + 1 for side in videos.shape[2:4])]
     for _ in range(batch):
         i, f, y, x = (int(torch.randint(high, (), generator=generator)) for high in places)
         crops.append(videos[i, f : f + FRAMES, y * 8 : y * 8 + CROP, x * 8 : x * 8 + CROP])
-    made = torch.stack(crops).float()
-    made[: round(batch * given), 1:] = 0.5
-    return made
+    return torch.stack(crops).float()
 
 
 class DistilLoss:
     """Encoder against the codec's latents, decoder against pixels; decoder_only leaves the encoder as it is.
 
-    noise: largest level of noise on the latents that the decoder draws from. given: see `random_crops`.
+    noise: largest level of noise on the latents that the decoder draws from. given: clips
+    a step that are grey after their first frame, as an image-to-video model is given its picture; encoder only.
     """
 
     def __init__(
         self, model: WanVAE, codec: LinearCodec, videos: Tensor, batch: int, stills: int, latent_format: LatentFormat,
-        decoder_only: bool = False, noise: float = 0.1, given: float = 0.0,
+        decoder_only: bool = False, noise: float = 0.1, given: int = 0,
     ):  # fmt: skip
         self.model, self.codec, self.videos, self.batch, self.stills = model, codec, videos, batch, stills
         self.format, self.decoder_only, self.noise, self.given = latent_format, decoder_only, noise, given
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         loss = self._clips(generator)
-        return loss + self._stills(generator) if self.stills else loss
+        if self.stills:
+            loss = loss + self._stills(generator)
+        return loss + self._given(generator) if self.given else loss
+
+    def _given(self, generator: torch.Generator) -> Tensor:
+        crops = random_crops(self.videos, self.given, generator)[:, :1]
+        clips = torch.full((self.given, self.videos.shape[1], CROP, CROP, 3), 0.5)
+        clips[:, :1] = crops
+        latents = torch.stack([self.codec.encode(c) for c in clips])
+        made = self.format.process_in(self.model.encode(clips.permute(0, 4, 1, 2, 3) * 2 - 1))
+        return (made - latents).square().mean()
 
     def _stills(self, generator: torch.Generator) -> Tensor:
         """Single whole pictures through the encoder: what an artist's start frame is."""
@@ -92,7 +98,7 @@ class DistilLoss:
         return 2 * (made - latents).square().mean()
 
     def _clips(self, generator: torch.Generator) -> Tensor:
-        crops = random_crops(self.videos, self.batch, generator, self.given)
+        crops = random_crops(self.videos, self.batch, generator)
         latents = torch.stack([self.codec.encode(c) for c in crops])
         pixels = crops.permute(0, 4, 1, 2, 3) * 2 - 1
         level = self.noise * torch.rand(self.batch, 1, 1, 1, 1, generator=generator)
@@ -157,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decoder-only", action="store_true", help="video models made for its encoder stay valid")
     parser.add_argument("--noise", type=float, default=0.1, help="largest noise level on latents to draw from")
-    parser.add_argument("--given", type=float, default=0.0, help="share of crops that are grey after their first frame")
+    parser.add_argument("--given", type=int, default=0, help="clips a step that are grey after their first frame")
     parser.add_argument("--name", default="autoencoder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

@@ -159,22 +159,22 @@ def shape_mask(shape: str, radius: float, centres: np.ndarray, width: int = SIZE
     return np.clip(0.5 - distance, 0, 1)
 
 
-def background(scene: Scene, frames: np.ndarray, width: int = SIZE) -> np.ndarray:
+def background(scene: Scene, frames: np.ndarray, width: int = SIZE, height: int = SIZE) -> np.ndarray:
     """The ground alone, `[T, H, W, 3]`; it repeats every `GROUND_PERIOD` pixels."""
     frames = np.asarray(frames, dtype=np.float32)
     dark, light = (np.array(c, dtype=np.float32) for c in GROUND_COLOURS[scene.ground_colour])
-    columns, rows = np.arange(width, dtype=np.float32) + 0.5, np.arange(SIZE, dtype=np.float32) + 0.5
+    columns, rows = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32) + 0.5
     x = columns[None, None, :] + np.float32(scene.phase) + np.float32(scene.pan) * frames[:, None, None]
     y = rows[None, :, None]
     turn = np.float32(2 * np.pi / GROUND_PERIOD)
     if scene.ground == "hills":
-        horizon = 34 + 9 * np.sin(2 * turn * x) + 5 * np.sin(3 * turn * x + 1)
+        horizon = height / 2 + 2 + 9 * np.sin(2 * turn * x) + 5 * np.sin(3 * turn * x + 1)
         mix = np.clip((y - horizon) / 4 + 0.5, 0, 1)
     elif scene.ground == "stripes":
         mix = 0.5 + 0.5 * np.sin(4 * turn * x) * np.ones_like(y)
     else:
-        mix = y / SIZE
-    mix = np.broadcast_to(mix, (len(frames), SIZE, width))[..., None]
+        mix = y / height
+    mix = np.broadcast_to(mix, (len(frames), height, width))[..., None]
     return dark + (light - dark) * mix
 
 

@@ -86,7 +86,7 @@ def test_a_missing_a_recoloured_and_a_misshapen_reference_are_seen():
     shot = some_shot(3)
     first, second, third = shot.cast
     unused = next(c for c in shots.COLOURS if c not in {s.colour for s in shot.cast})
-    missing = replace(shot, cast=shot.cast[:2], heights=shot.heights[:2])
+    missing = replace(shot, cast=shot.cast[:2], starts=shot.starts[:2])
     assert measure(shots.render(missing, TIMES), shot).found == (1.0, 1.0, 0.0)
     recoloured = replace(shot, cast=(replace(first, colour=unused), second, third))
     assert measure(shots.render(recoloured, TIMES), shot).found == (0.0, 1.0, 1.0)
