@@ -74,12 +74,17 @@ def probe(path: Path) -> Probed:
     )
 
 
-def check_video(path: Path, frames: int, fps, size: tuple[int, int], *, silent: bool = True) -> Probed:
-    """What every mp4 of the pack promises: frames, exact rate, yuv420p, BT.709, H.264; silent: no complaint."""
+def check_video(
+    path: Path, frames: int, fps, size: tuple[int, int], *, silent: bool = True, within: float = 1e-5
+) -> Probed:
+    """What every mp4 of the pack promises: frames, exact rate, yuv420p, BT.709, H.264; silent: no complaint.
+
+    within: seconds by which the length may be off; core's Save Video writes it in whole milliseconds.
+    """
     seen = probe(path)
     rate = Fraction(fps)
     assert (seen.frames, seen.listed, seen.fps, seen.steady_fps) == (frames, frames, rate, rate)
     assert (seen.codec, seen.pixel_format, seen.colour, seen.size) == ("h264", "yuv420p", BT709, size)
-    assert seen.start == 0 and seen.seconds == pytest.approx(float(frames / rate), abs=1e-5)
+    assert seen.start == 0 and seen.seconds == pytest.approx(float(frames / rate), abs=within)
     assert seen.words == "" or not silent
     return seen

@@ -68,8 +68,9 @@ def made(request, server, api):
 
 
 def test_the_video_is_whole_and_not_black(made, written):
-    _, _, path = made
-    written.check_video(path, frames_of(SECONDS), 30, (64, 64))
+    prompt, _, path = made
+    cores = prompt[saver(prompt)]["class_type"] == "SaveVideo"
+    written.check_video(path, frames_of(SECONDS), 30, (64, 64), within=1e-3 if cores else 1e-5)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (64, 64, 30)
