@@ -31,10 +31,9 @@ def test_a_cast_differs_in_colour_and_shape_and_stays_apart_and_inside(count):
     for seed in range(20):
         shot = some_shot(count, seed)
         assert len({s.colour for s in shot.cast}) == len({s.shape for s in shot.cast}) == count
-        xs = shots.centres(shot, TIMES)[..., 0]
-        assert count == 1 or np.diff(xs, axis=0).min() >= 2 * shots.RADIUS
-        ys = shots.centres(shot, TIMES)[..., 1]
-        assert ys.min() >= shots.RADIUS and ys.max() <= shots.HEIGHT - shots.RADIUS
+        xs, lanes = shots.centres(shot, TIMES)[..., 0], shots.centres(shot, TIMES)[..., 1]
+        assert count == 1 or np.diff(lanes, axis=0).min() >= 2 * shots.RADIUS
+        assert xs.min() >= shots.RADIUS and xs.max() <= shots.WIDTH - shots.RADIUS
 
 
 def test_a_cut_keeps_the_cast_and_its_order_and_changes_the_picture():
@@ -57,11 +56,11 @@ def test_captions_never_tell_the_colour_of_a_sprite():
 
 
 def test_the_training_clips_hold_no_canvas_but_the_autoencoders_do():
-    """A canvas has white left and right of its middle, and its ground in a strip of the right half."""
+    """The right half of a canvas is its ground in a strip, and white above it."""
 
     def canvas_like(picture: np.ndarray) -> bool:
-        top, middle = picture[2], picture[32]
-        return bool((top > 0.98).all() and (middle[70:] < 0.6).all())
+        top, middle = (picture[row, shots.WIDTH // 2 + 2 :] for row in (2, shots.HEIGHT // 2))
+        return bool((top > 0.98).all() and (middle < 0.6).all())
 
     rng = np.random.default_rng(6)
     assert not any(canvas_like(f) for _ in range(60) for f in random_clip(rng)[0][::6])
