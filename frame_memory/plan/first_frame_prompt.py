@@ -44,8 +44,11 @@ _FILM = {
 
 def with_trigger(caption: str) -> str:
     """The caption with the trigger at its start and nowhere else; spaces and line ends become single spaces."""
-    rest = " ".join(_TRIGGER.sub(" ", caption).split())
-    return f"{TRIGGER} {rest}".rstrip()
+    return f"{TRIGGER} {_body(caption)}".rstrip()
+
+
+def _body(caption: str) -> str:
+    return " ".join(_TRIGGER.sub(" ", caption).split())
 
 
 def things_named(caption: str) -> tuple[str, ...]:
@@ -53,10 +56,10 @@ def things_named(caption: str) -> tuple[str, ...]:
 
     A guess without a language model: it counts too many rather than too few.
     """
-    body = " ".join(_TRIGGER.sub(" ", caption).split())
+    body, joins = _body(caption), frozenset(_JOINS.split())
     found: dict[str, None] = {}
     for match in _NAMED.finditer(body):
-        words = list(itertools.takewhile(lambda word: word not in _JOINS.split(), match[1].lower().split()))
+        words = list(itertools.takewhile(lambda word: word not in joins, match[1].lower().split()))
         if words and not _FILM.intersection(words):
             found.setdefault(words[-1].removesuffix("'s"))
     for match in re.finditer(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*", body):
@@ -70,7 +73,7 @@ def caption_warnings(caption: str, references: int = 0, names: Sequence[str] = (
     references: how many pictures are on the canvas, the background not counted; 0 where that is not known. names: what
     the references are called, if the artist says so; each has to be in the caption.
     """
-    body = " ".join(_TRIGGER.sub(" ", caption).split())
+    body = _body(caption)
     lower, warnings = body.lower(), []
     if not body:
         return ("The caption is empty. Describe the scene, each thing of the canvas, and what happens.",)
@@ -143,7 +146,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 def instruction(caption: str, names: Sequence[str] = ()) -> str:
     """What to ask a language model that sees the canvas, so that it writes the caption; the trigger is not in it."""
-    body = " ".join(_TRIGGER.sub(" ", caption).split())
+    body = _body(caption)
     things = f" The things in it are: {', '.join(names)}." if names else ""
     idea = f" What happens: {body}" if body else ""
     return (
