@@ -22,6 +22,9 @@ from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow, time_snr_shif
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_wan import WanImageToVideo
 
+from ..plan.buckets import nearest_valid
+from ..plan.frames import nearest_clip
+
 HIGH, LOW = "high noise", "low noise"
 EXPERTS = (HIGH, LOW)
 # Wan 2.2 I2V A14B changes its expert here; FFGo was trained with this shift, while core samples Wan with 8 unless told.
@@ -76,11 +79,11 @@ def triple(
     """
     made_THWC = with_canvas(frames_THWC, canvas_HWC, held)
     length, height, width = made_THWC.shape[:3]
-    near = [max(round(side / 16) * 16, 16) for side in (width, height)]
-    if length % 4 != 1 or [width, height] != near:
+    near, frames = nearest_valid(width, height), nearest_clip(length)
+    if length != frames or (width, height) != near:
         raise FirstFrameTrainingError(
             f"The clip has {length} frames of {width}x{height}; expected 4n + 1 frames with sides that are multiples "
-            f"of 16. The nearest is {max(round((length - 1) / 4), 1) * 4 + 1} frames of {near[0]}x{near[1]}."
+            f"of 16. The nearest is {frames} frames of {near[0]}x{near[1]}."
         )
     nothing = torch.zeros(1, 1, 1)
     positive = WanImageToVideo.execute(

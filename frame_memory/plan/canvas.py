@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .buckets import nearest_valid
 from .errors import PlanError
 
 NODE = "First Frame Composer"
@@ -20,7 +21,8 @@ LAYOUTS = (STACK, TWO_COLUMNS, FREE)
 BACKGROUND = "background"
 # Four subjects beside the scene are what the paper validated; smaller sides than this lost their detail.
 MOST_SUBJECTS, LEAST_SIDE = 4, 128
-MOST_SIDE = 8192
+# Sides of a canvas, in pixels.
+LEAST_CANVAS, MOST_SIDE = 64, 8192
 # A background is said to be squeezed from this change of its aspect on: 4:3 is, 3:2 is not.
 SQUEEZED = 1.25
 # Boxes that fill less than this much of the canvas, both ways, were probably drawn for a smaller one.
@@ -93,13 +95,19 @@ def _middle(size: tuple[int, int], cell: Box) -> Box:
     return Box(cell.x + (cell.width - size[0]) // 2, cell.y + (cell.height - size[1]) // 2, *size)
 
 
+def nearest_canvas(width: int, height: int) -> tuple[int, int]:
+    """The nearest (width, height) that `check_canvas` takes."""
+    wide, tall = (min(max(side, LEAST_CANVAS), MOST_SIDE) for side in nearest_valid(width, height))
+    return wide, tall
+
+
 def check_canvas(width: int, height: int) -> None:
     """Refuse sizes that Wan cannot make: multiples of 16, 64 to 8192. Names the nearest pair."""
-    near = [min(max(round(side / 16) * 16, 64), MOST_SIDE) for side in (width, height)]
-    if (width, height) != tuple(near):
+    near = nearest_canvas(width, height)
+    if (width, height) != near:
         raise CanvasError(
-            f"The canvas of '{NODE}' is {width}x{height}; width and height must be multiples of 16 from 64 to "
-            f"{MOST_SIDE}. The nearest is {near[0]}x{near[1]}. Use the size the video is made at."
+            f"The canvas of '{NODE}' is {width}x{height}; width and height must be multiples of 16 from "
+            f"{LEAST_CANVAS} to {MOST_SIDE}. The nearest is {near[0]}x{near[1]}. Use the size the video is made at."
         )
 
 

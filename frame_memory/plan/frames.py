@@ -14,6 +14,11 @@ def pixel_frames(latent_frames: int) -> int:
     return 4 * latent_frames - 3 if latent_frames > 0 else 0
 
 
+def nearest_clip(frames: int, least: int = 5) -> int:
+    """The number of pixel frames nearest to this one that a causal video autoencoder can hold: 4n + 1, n > 0."""
+    return max(4 * round((frames - 1) / 4) + 1, least)
+
+
 def pixel_span(start: int, stop: int) -> tuple[int, int]:
     """First and last pixel frame, both inclusive, of the latent frames [start, stop) of a video."""
     return max(4 * start - 3, 0), 4 * (stop - 1)

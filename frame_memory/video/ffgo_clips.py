@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..plan import canvas
 from ..plan.errors import PlanError
 from ..plan.first_frame_prompt import with_trigger
+from ..plan.frames import nearest_clip
 from ..plan.mark import MarkError, as_fps
 from . import canvas as drawing
 from .history import read_video
@@ -37,6 +38,8 @@ NODE = "FFGo Dataset"
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 FEWEST, MOST = 20, 50
+# Of fewer frames no latent frame is free of the canvas.
+FEWEST_FRAMES = 9
 # What Wan 2.2 makes and FFGo was published for; other rates are played slower or faster.
 WAN_FPS, NEAR_FPS = 16.0, 1.5
 # A caption has some 200 words; a file much larger than that is something else.
@@ -90,11 +93,11 @@ def check_request(vae, width: int, height: int, length: int) -> None:
             f"'Load VAE' gave {found}, but Wan 2.2 I2V A14B reads the latents of {EXPECTED_FILES[WAN]}. Change the "
             "file in the node 'Load VAE'."
         )
-    near = [min(max(round(side / 16) * 16, 64), canvas.MOST_SIDE) for side in (width, height)]
-    if [width, height] != near or length < 9 or length % 4 != 1:
+    near, frames = canvas.nearest_canvas(width, height), nearest_clip(length, FEWEST_FRAMES)
+    if (width, height) != near or length != frames:
         raise DatasetError(
-            f"'{NODE}' was asked for {length} frames of {width}x{height}; expected 4n + 1 frames, at least 9, with "
-            f"sides that are multiples of 16. The nearest is {max(round((length - 1) / 4), 2) * 4 + 1} frames of "
+            f"'{NODE}' was asked for {length} frames of {width}x{height}; expected 4n + 1 frames, at least "
+            f"{FEWEST_FRAMES}, with sides that are multiples of 16. The nearest is {frames} frames of "
             f"{near[0]}x{near[1]}; FFGo was trained with 81."
         )
 

@@ -56,7 +56,7 @@ def test_a_canvas_of_another_size_is_refused_with_both_sizes():
         ff.with_canvas(frames, canvas[..., :1])
 
 
-@pytest.mark.parametrize(("frames", "width", "nearest"), [(10, 48, "9 frames of 48x32"), (9, 40, "9 frames of 32x32")])
+@pytest.mark.parametrize(("frames", "width", "nearest"), [(10, 48, "9 frames of 48x32"), (9, 40, "9 frames of 48x32")])
 def test_lengths_and_sizes_wan_cannot_make_are_refused_with_the_nearest(vae, frames, width, nearest):
     video, canvas = clip(0, frames, 32, width)
     with pytest.raises(ff.FirstFrameTrainingError, match=nearest):
