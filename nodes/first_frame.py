@@ -187,18 +187,8 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         references, masks = _numbered(references), _numbered(masks)
         pictures = drawing.named_pictures(references, masks, background, crop=crop_to_content)
-        colour = drawing.parse_colour(canvas_colour)
-
-        def layout_of(sizes):
-            return canvas.lay_out(
-                width, height, [sizes[str(number)] for number in references], sizes.get(canvas.BACKGROUND),
-                names=[str(number) for number in references], layout=layout, boxes=boxes,
-                keep_background_aspect=keep_background_aspect, enlarge=enlarge_small,
-            )  # fmt: skip
-
-        images, layouts = drawing.compose_batch(
-            layout_of, pictures, colour, keep_background_aspect=keep_background_aspect, free=layout == canvas.FREE
-        )
+        look = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour, boxes)
+        images, layouts = drawing.compose_batch(pictures, (width, height), look)
         shown = drawing.labelled(images[0], layouts[0])
         report = canvas.describe_all(layouts, drawing.mask_notes(references, masks))
         show(cls, report)

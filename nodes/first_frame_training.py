@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..frame_memory.forcing import first_frame
 from ..frame_memory.plan import canvas
+from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips
 from .shown import show
 
@@ -157,7 +158,7 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         ffgo_clips.check_folder(folder, folder_paths.get_input_subfolders())
         ffgo_clips.check_request(vae, width, height, length)
-        look = ffgo_clips.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
+        look = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
         reader = ffgo_clips.Reader(
             Path(folder_paths.get_input_directory()) / folder, (width, height), length, start_frame, look,
             comfy.model_management.throw_exception_if_processing_interrupted,

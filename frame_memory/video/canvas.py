@@ -6,11 +6,13 @@ Source: reference/ffgo.md section 2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..plan.canvas import BACKGROUND, NODE, OFFICIAL_SIZE, CanvasError, CanvasLayout, Region
+from ..plan.canvas import BACKGROUND, FREE, NODE, OFFICIAL_SIZE, STACK, CanvasError, CanvasLayout, Region, lay_out
 from .images import check_image, with_mask
 
 # A mask is content where it is at least this much; less is the haze that segmentation leaves around things.
@@ -20,6 +22,18 @@ SOLID = 0.99
 # How far, in pixels, the colours of a thing are carried outwards under the soft edge of its mask.
 EDGE = 8
 LINE_COLOURS = ((232, 74, 39), (30, 136, 229), (67, 160, 71), (253, 167, 32), (142, 36, 170), (0, 151, 167))
+
+
+@dataclass(frozen=True)
+class CanvasLook:
+    """How an artist wants canvases: the widgets of First Frame Composer, by their names there."""
+
+    layout: str = STACK
+    keep_background_aspect: bool = False
+    enlarge_small: bool = False
+    crop_to_content: bool = False
+    canvas_colour: str = "#ffffff"
+    boxes: str = ""
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -186,14 +200,14 @@ def _scaled_with_alpha(picture: Image.Image, region: Region) -> Image.Image:
 
 
 def compose_batch(
-    layout_of, pictures: dict[str, list[Image.Image]], colour: tuple[int, int, int], *,
-    keep_background_aspect: bool = False, free: bool = False,
-) -> tuple[torch.Tensor, list[CanvasLayout]]:  # fmt: skip
+    pictures: dict[str, list[Image.Image]], size: tuple[int, int], look: CanvasLook
+) -> tuple[torch.Tensor, list[CanvasLayout]]:
     """Canvases of a batch as IMAGE [B,H,W,3], and their layouts. One picture serves every canvas of a larger batch.
 
-    layout_of: called with the sizes of one canvas's pictures by name. Raises CanvasError for batches that do not fit
-    together.
+    pictures: of `named_pictures`. size: (width, height). Raises CanvasError for batches that do not fit together, for a
+    colour that is none, and as `lay_out`.
     """
+    colour = parse_colour(look.canvas_colour)
     counts = {name: len(made) for name, made in pictures.items()}
     longest = max(counts, key=counts.__getitem__, default="")
     count = counts.get(longest, 1)
@@ -207,8 +221,15 @@ def compose_batch(
     canvases, layouts = [], []
     for i in range(count):
         chosen = {name: made[i if len(made) > 1 else 0] for name, made in pictures.items()}
-        layout = layout_of({name: picture.size for name, picture in chosen.items()})
-        canvas = compose(layout, chosen, colour, keep_background_aspect=keep_background_aspect, free=free)
+        sizes = {name: picture.size for name, picture in chosen.items()}
+        background = sizes.pop(BACKGROUND, None)
+        layout = lay_out(
+            *size, list(sizes.values()), background, names=list(sizes), layout=look.layout, boxes=look.boxes,
+            keep_background_aspect=look.keep_background_aspect, enlarge=look.enlarge_small,
+        )  # fmt: skip
+        canvas = compose(
+            layout, chosen, colour, keep_background_aspect=look.keep_background_aspect, free=look.layout == FREE
+        )
         canvases.append(np.asarray(canvas))
         layouts.append(layout)
     return torch.from_numpy(np.stack(canvases)).float() / 255.0, layouts

@@ -64,17 +64,6 @@ class ClipFiles:
     references: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class CanvasLook:
-    """How canvases are composed, as in First Frame Composer."""
-
-    layout: str = canvas.STACK
-    keep_background_aspect: bool = False
-    enlarge_small: bool = False
-    crop_to_content: bool = False
-    colour: str = "#ffffff"
-
-
 def check_folder(folder: object, known: Sequence[str]) -> None:
     """Refuse what is not one of the folders in ComfyUI's input folder: a link can bring any text, a path among them."""
     if folder not in known:
@@ -247,7 +236,7 @@ def read_frames(
     return made_THWC
 
 
-def canvas_of(files: ClipFiles, width: int, height: int, look: CanvasLook) -> tuple[torch.Tensor, list[str]]:
+def canvas_of(files: ClipFiles, width: int, height: int, look: drawing.CanvasLook) -> tuple[torch.Tensor, list[str]]:
     """(canvas [H,W,C], what an artist should know) of a clip. Raises DatasetError for pictures that cannot be used.
 
     A ready canvas of another shape is scaled to fit, and the rest gets the canvas colour: nothing of it is cut off.
@@ -255,7 +244,7 @@ def canvas_of(files: ClipFiles, width: int, height: int, look: CanvasLook) -> tu
     try:
         if files.canvas is None:
             return _composed(files, width, height, look)
-        ready = drawing.flatten(_picture(files.canvas), drawing.parse_colour(look.colour))
+        ready = drawing.flatten(_picture(files.canvas), drawing.parse_colour(look.canvas_colour))
     except (PlanError, ImageError) as error:
         raise DatasetError(_ours(error)) from error
     if ready.size == (width, height):
@@ -263,24 +252,16 @@ def canvas_of(files: ClipFiles, width: int, height: int, look: CanvasLook) -> tu
     aspect = (ready.width / ready.height) / (width / height)
     if abs(aspect - 1) <= SAME_ASPECT:
         return _tensor(ready.resize((width, height), Image.Resampling.LANCZOS))[..., :3], []
-    made = ImageOps.pad(ready, (width, height), Image.Resampling.LANCZOS, drawing.parse_colour(look.colour))
+    made = ImageOps.pad(ready, (width, height), Image.Resampling.LANCZOS, drawing.parse_colour(look.canvas_colour))
     return _tensor(made)[..., :3], [f"its canvas of {ready.width}x{ready.height} got borders to fit {width}x{height}"]
 
 
-def _composed(files: ClipFiles, width: int, height: int, look: CanvasLook) -> tuple[torch.Tensor, list[str]]:
+def _composed(files: ClipFiles, width: int, height: int, look: drawing.CanvasLook) -> tuple[torch.Tensor, list[str]]:
     references = {i: _tensor(_picture(path))[None] for i, path in enumerate(files.references, 1)}
     background = None if files.background is None else _tensor(_picture(files.background))[None]
     pictures = drawing.named_pictures(references, {}, background, crop=look.crop_to_content)
 
-    def layout_of(sizes: dict[str, tuple[int, int]]) -> canvas.CanvasLayout:
-        return canvas.lay_out(
-            width, height, [sizes[str(i)] for i in references], sizes.get(canvas.BACKGROUND), layout=look.layout,
-            keep_background_aspect=look.keep_background_aspect, enlarge=look.enlarge_small,
-        )  # fmt: skip
-
-    made, layouts = drawing.compose_batch(
-        layout_of, pictures, drawing.parse_colour(look.colour), keep_background_aspect=look.keep_background_aspect
-    )
+    made, layouts = drawing.compose_batch(pictures, (width, height), look)
     return made[0], list(layouts[0].notes)
 
 
@@ -329,7 +310,7 @@ class Reader:
     """
 
     def __init__(
-        self, folder: Path, size: tuple[int, int], length: int, start: int, look: CanvasLook,
+        self, folder: Path, size: tuple[int, int], length: int, start: int, look: drawing.CanvasLook,
         interrupt: Callable[[], None],
     ):  # fmt: skip
         self.size, self.length, self.start, self.interrupt = size, length, start, interrupt

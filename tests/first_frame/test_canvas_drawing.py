@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from frame_memory.plan.canvas import FREE, TWO_COLUMNS, CanvasError, lay_out
 from frame_memory.video.canvas import (
     LINE_COLOURS,
+    CanvasLook,
     compose,
     compose_batch,
     cut_out,
@@ -259,23 +260,20 @@ def test_batches_make_a_canvas_each_and_single_pictures_serve_all():
     before = {k: v.clone() for k, v in images.items()}
     pictures = named_pictures(images, {}, torch.rand(3, 64, 64, 1), crop=False)
 
-    def layout_of(sizes):
-        return lay_out(320, 192, [sizes["1"], sizes["2"]], sizes["background"])
-
-    made, layouts = compose_batch(layout_of, pictures, WHITE)
+    made, layouts = compose_batch(pictures, (320, 192), CanvasLook())
     assert made.shape == (3, 192, 320, 3) and len(layouts) == 3
     assert all(torch.equal(images[k], before[k]) for k in images)
     for i in range(3):
         alone = {name: [p[i if len(p) > 1 else 0]] for name, p in pictures.items()}
-        assert torch.equal(compose_batch(layout_of, alone, WHITE)[0][0], made[i])
+        assert torch.equal(compose_batch(alone, (320, 192), CanvasLook())[0][0], made[i])
     pictures["2"] = pictures["2"] * 2
     with pytest.raises(CanvasError, match="background has 3, reference_2 has 2"):
-        compose_batch(layout_of, pictures, WHITE)
+        compose_batch(pictures, (320, 192), CanvasLook())
 
 
 def test_a_picture_of_one_pixel_is_seen():
     one = torch.zeros(1, 1, 1, 3)
-    made, _ = compose_batch(lambda s: lay_out(64, 64, [s["1"]]), named_pictures({1: one}, {}, None, crop=True), WHITE)
+    made, _ = compose_batch(named_pictures({1: one}, {}, None, crop=True), (64, 64), CanvasLook())
     assert int((made[0].sum(-1) == 0).sum()) == 1
 
 

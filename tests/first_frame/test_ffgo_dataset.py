@@ -8,6 +8,7 @@ from PIL import Image
 
 from frame_memory.plan.first_frame_prompt import TRIGGER
 from frame_memory.video import ffgo_clips
+from frame_memory.video.canvas import CanvasLook
 from scripts.client import PromptError
 
 from . import clip_folders as folders
@@ -16,7 +17,7 @@ SIZE = (folders.WIDTH, folders.HEIGHT)
 
 
 def reader(folder, length: int = 13, start: int = 0, size=SIZE, **look) -> ffgo_clips.Reader:
-    return ffgo_clips.Reader(folder, size, length, start, ffgo_clips.CanvasLook(**look), lambda: None)
+    return ffgo_clips.Reader(folder, size, length, start, CanvasLook(**look), lambda: None)
 
 
 def test_clips_with_ready_and_composed_canvases_are_read_frame_by_frame(tmp_path):
@@ -86,7 +87,7 @@ def test_rates_shapes_and_empty_folders(tmp_path):
     folders.make(tmp_path, 1)
     folders.video(tmp_path / "clip_0.mp4", rate=24, width=128, height=64)
     folders.plain(tmp_path / "clip_0.png", (50, 60, 70), (64, 64))
-    read = reader(tmp_path, colour="#0000ff")
+    read = reader(tmp_path, canvas_colour="#0000ff")
     ((clip, frames),) = read.frames()
     assert "Wan plays 16 frames a second" in read.report() and "clip_0.mp4 (24)" in read.report()
     assert "canvas of 64x64 got borders" in read.report() and frames.shape == (13, 64, 96, 3)
