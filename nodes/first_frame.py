@@ -13,6 +13,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..frame_memory.plan import canvas, first_frame_prompt
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import transition
+from .canvas_inputs import look, side
 from .shown import show
 
 CATEGORY = "image/first frame"
@@ -73,21 +74,15 @@ def _pictures() -> list[io.Input]:
 def _composer_inputs() -> list[io.Input]:
     return [
         *_pictures(),
-        io.Int.Input(
+        side(
             "width",
-            default=canvas.OFFICIAL_SIZE[0],
-            min=64,
-            max=canvas.MOST_SIDE,
-            step=16,
-            tooltip="Width of the canvas in pixels, a multiple of 16: the width the video is made at. Official: 1280.",
+            canvas.OFFICIAL_SIZE[0],
+            "Width of the canvas in pixels, a multiple of 16: the width the video is made at. Official: 1280.",
         ),
-        io.Int.Input(
+        side(
             "height",
-            default=canvas.OFFICIAL_SIZE[1],
-            min=64,
-            max=canvas.MOST_SIDE,
-            step=16,
-            tooltip="Height of the canvas in pixels, a multiple of 16: the height the video is made at. Official: 720.",
+            canvas.OFFICIAL_SIZE[1],
+            "Height of the canvas in pixels, a multiple of 16: the height the video is made at. Official: 720.",
         ),
         io.Combo.Input(
             "layout",
@@ -111,45 +106,6 @@ def _composer_inputs() -> list[io.Input]:
     ]
 
 
-def _composer_advanced() -> list[io.Input]:
-    return [
-        io.Boolean.Input(
-            "keep_background_aspect",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Off: the background is squeezed to 16:9 first, as the LoRA was trained. On: it keeps its aspect.",
-        ),
-        io.Boolean.Input(
-            "enlarge_small",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip=(
-                "Off: pictures smaller than their room keep their size, as the LoRA was trained. On: they fill it "
-                "(LANCZOS). Free boxes are always filled."
-            ),
-        ),
-        io.Boolean.Input(
-            "crop_to_content",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip=(
-                "On: cuts off the transparent border of references, so that the thing is as large as its room allows. "
-                "Off: keeps it, as published. References with a mask are always cut to their content."
-            ),
-        ),
-        io.String.Input(
-            "canvas_colour",
-            default="#ffffff",
-            optional=True,
-            advanced=True,
-            tooltip="Colour of the empty canvas as #rrggbb. The LoRA was trained on white.",
-        ),
-    ]
-
-
 class FrameMemoryFirstFrameComposer(io.ComfyNode):
     """References and a background on one canvas, which becomes the first frame."""
 
@@ -164,7 +120,7 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
                 "FFGo video: the place on the right. Feed it to Wan Image To Video as the start image."
             ),
             search_aliases=["ffgo", "collage", "reference to video", "subjects", "customization", "stitch images"],
-            inputs=[*_composer_inputs(), *_composer_advanced()],
+            inputs=[*_composer_inputs(), *look("References with a mask are always cut to their content.")],
             outputs=[
                 io.Image.Output(
                     display_name="image",
@@ -187,8 +143,10 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         references, masks = _numbered(references), _numbered(masks)
         pictures = drawing.named_pictures(references, masks, background, crop=crop_to_content)
-        look = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour, boxes)
-        images, layouts = drawing.compose_batch(pictures, (width, height), look)
+        looks = drawing.CanvasLook(
+            layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour, boxes
+        )
+        images, layouts = drawing.compose_batch(pictures, (width, height), looks)
         shown = drawing.labelled(images[0], layouts[0])
         report = canvas.describe_all(layouts, drawing.mask_notes(references, masks))
         show(cls, report)

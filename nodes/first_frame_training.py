@@ -15,6 +15,7 @@ from ..frame_memory.forcing import first_frame
 from ..frame_memory.plan import canvas
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips
+from .canvas_inputs import look, side
 from .shown import show
 
 CATEGORY = "model/training"
@@ -32,22 +33,12 @@ def _dataset_inputs() -> list[io.Input]:
         ),
         io.Clip.Input("clip", tooltip="Wan's text encoder (umt5_xxl, type wan); it reads each caption once."),
         io.Vae.Input("vae", tooltip="The Wan 2.1 VAE, which Wan 2.2 I2V A14B uses too. Another one is refused."),
-        io.Int.Input(
+        side(
             "width",
-            default=832,
-            min=64,
-            max=canvas.MOST_SIDE,
-            step=16,
-            tooltip="Width of clips and canvases in pixels, a multiple of 16. Paper: 1344; 832 takes far less memory.",
+            832,
+            "Width of clips and canvases in pixels, a multiple of 16. Paper: 1344; 832 takes far less memory.",
         ),
-        io.Int.Input(
-            "height",
-            default=480,
-            min=64,
-            max=canvas.MOST_SIDE,
-            step=16,
-            tooltip="Height in pixels, a multiple of 16. Paper: 768. Clips fill it and are cut in the middle.",
-        ),
+        side("height", 480, "Height in pixels, a multiple of 16. Paper: 768. Clips fill it and are cut in the middle."),
         io.Int.Input(
             "length",
             default=81,
@@ -78,34 +69,7 @@ def _dataset_advanced() -> list[io.Input]:
             advanced=True,
             tooltip="How cut-outs lie on composed canvases, as in First Frame Composer. Ready canvases are kept.",
         ),
-        io.Boolean.Input(
-            "keep_background_aspect",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Off: backgrounds are squeezed to 16:9 first, as published. On: they keep their aspect.",
-        ),
-        io.Boolean.Input(
-            "enlarge_small",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Off: pictures smaller than their room keep their size, as published. On: they fill it.",
-        ),
-        io.Boolean.Input(
-            "crop_to_content",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="On: cuts off the transparent border of cut-outs, so that each fills its room. Off: as published.",
-        ),
-        io.String.Input(
-            "canvas_colour",
-            default="#ffffff",
-            optional=True,
-            advanced=True,
-            tooltip="Colour of the empty canvas as #rrggbb. The published LoRA was trained on white.",
-        ),
+        *look(),
     ]
 
 
@@ -158,9 +122,9 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         ffgo_clips.check_folder(folder, folder_paths.get_input_subfolders())
         ffgo_clips.check_request(vae, width, height, length)
-        look = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
+        looks = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
         reader = ffgo_clips.Reader(
-            Path(folder_paths.get_input_directory()) / folder, (width, height), length, start_frame, look,
+            Path(folder_paths.get_input_directory()) / folder, (width, height), length, start_frame, looks,
             comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
         bar = comfy.utils.ProgressBar(2 * len(reader.clips))
