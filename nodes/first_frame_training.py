@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import comfy.model_management
@@ -12,6 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.forcing import first_frame
+from ..frame_memory.model.lora import loaded_expert
 from ..frame_memory.plan import canvas
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips
@@ -208,6 +210,14 @@ class FrameMemoryExpertRange(io.ComfyNode):
             f"{expert} expert: {len(levels)} of {first_frame.LEVELS} noise levels, sigma {levels[0]:.3f} to "
             f"{levels[-1]:.3f} (boundary {boundary:g}, shift {shift:g})."
         )
+        loaded = loaded_expert(model)
+        if loaded is not None and not expert.startswith(loaded):
+            swapped = (
+                f"Warning: by its file's name this is the {loaded} noise model, and 'expert' is {expert}. The LoRA "
+                "would learn noise levels that this model never works at. Change one of the two, unless you mean it."
+            )
+            logging.warning("%s", swapped)
+            report = f"{swapped}\n{report}"
         show(cls, report)
         return io.NodeOutput(changed, report, ui=ui.PreviewText(report))
 

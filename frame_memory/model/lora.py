@@ -247,16 +247,20 @@ def expert_warning(lora_name: str, model_patcher) -> str:
 
     Both have the same names and shapes, so nothing else tells; a swapped pair makes a plausible but wrong video.
     """
-    loaded_from = getattr(model_patcher, "cached_patcher_init", None)
-    path = loaded_from[1][0] if loaded_from and loaded_from[1] else None
-    file = path.replace("\\", "/").rsplit("/", 1)[-1] if isinstance(path, str) else ""
-    mine, its = _expert(lora_name), _expert(file)
+    mine, its = _expert(lora_name), loaded_expert(model_patcher)
     if mine is None or its is None or mine == its:
         return ""
     return (
         f"Warning: by its name this LoRA is for the {mine} noise model, and this is the {its} noise one. Both fit by "
         f"shape. Swap the files in the two {LOADER}, unless you mean it."
     )
+
+
+def loaded_expert(model_patcher) -> str | None:
+    """'high' or 'low' as the file says that a MODEL was loaded from; None where its name says neither."""
+    loaded_from = getattr(model_patcher, "cached_patcher_init", None)
+    path = loaded_from[1][0] if loaded_from and loaded_from[1] else None
+    return _expert(path.replace("\\", "/").rsplit("/", 1)[-1]) if isinstance(path, str) else None
 
 
 def _expert(name: str) -> str | None:
@@ -405,4 +409,4 @@ def _warnings(
     return tuple(out)
 
 
-__all__ = ["LoraError", "LoraMatch", "apply_lora", "expert_warning", "match_lora"]
+__all__ = ["LoraError", "LoraMatch", "apply_lora", "expert_warning", "loaded_expert", "match_lora"]

@@ -64,3 +64,21 @@ def test_both_loras_are_trained_saved_and_loaded_with_nothing_unmatched(trained,
         assert not [r.getMessage() for r in caplog.records if "not loaded" in r.getMessage().lower()]
         linears = [key for key in changed.patches if ".blocks." in key and key.endswith(".weight")]
         assert len(linears) >= 10 * wan_files.BLOCKS
+
+
+@pytest.mark.parametrize(("expert", "warned"), [("high noise", False), ("low noise", True)])
+def test_a_model_at_the_other_experts_levels_is_told(server, wan_stand_ins, expert, warned):
+    """Both have the same shapes, so hours of training would end in a LoRA that does nothing where it is used."""
+    graph = {
+        "model": {
+            "class_type": "UNETLoader", "inputs": {"unet_name": wan_files.HIGH, "weight_dtype": "default"},
+        },
+        "range": {
+            "class_type": "FrameMemoryExpertRange",
+            "inputs": {"model": ["model", 0], "expert": expert, "boundary": 0.9, "shift": 5.0},
+        },
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["range", 1]}},
+    }  # fmt: skip
+    (said,) = server.client.queue(graph, timeout=120).outputs["report"]["text"]
+    assert said.startswith("Warning: by its file's name this is the high noise model") is warned
+    assert f"{expert} expert: " in said
