@@ -5,6 +5,7 @@ Shape legend: N clips, B batch, C latent channels, T latent frames, H W latent p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
@@ -42,6 +43,25 @@ def fit_codec(seed: int = 0, scenes: int = 400) -> LinearCodec:
     return LinearCodec.fit(torch.cat([blocks(v).flatten(0, 2)[::3] for v in videos]))
 
 
+def cached_columns(
+    folder: Path, name: str, parts: tuple[str, ...], make: Callable[..., tuple], jobs: list, workers: int
+) -> list[Path]:
+    """Files `<name>.<part>.npy` with what `make` gives for each job, made here unless they were made before."""
+    paths = [folder / f"{name}.{part}.npy" for part in parts]
+    if not all(p.exists() for p in paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        with Pool(workers) as pool:
+            made = list(pool.imap(make, jobs, chunksize=32))
+        for path, column in zip(paths, zip(*made, strict=True), strict=True):
+            np.save(path, np.array(column))
+    return paths
+
+
+def clip_jobs(codec: LinearCodec, count: int, seed: int) -> list[tuple[int, LinearCodec]]:
+    """A seed for each clip of a set."""
+    return [(seed * 1_000_003 + i, codec) for i in range(count)]
+
+
 def _make(job: tuple[int, LinearCodec]) -> tuple[np.ndarray, np.ndarray, str]:
     seed, codec = job
     torch.set_num_threads(1)
@@ -63,14 +83,8 @@ class ClipSet:
     def make(cls, folder: Path, codec: LinearCodec, count: int, *, seed: int, workers: int = 2) -> ClipSet:
         """Render and encode `count` videos, or read them back where they were made before."""
         name = f"tidy{TIDY_RADIUS:g}-{count}-{seed}"
-        paths = [folder / f"{name}.{part}.npy" for part in ("latents", "first", "captions")]
-        if not all(p.exists() for p in paths):
-            folder.mkdir(parents=True, exist_ok=True)
-            with Pool(workers) as pool:
-                jobs = [(seed * 1_000_003 + i, codec) for i in range(count)]
-                made = list(pool.imap(_make, jobs, chunksize=32))
-            for path, column in zip(paths, zip(*made, strict=True), strict=True):
-                np.save(path, np.array(column))
+        parts = ("latents", "first", "captions")
+        paths = cached_columns(folder, name, parts, _make, clip_jobs(codec, count, seed), workers)
         latents = np.load(paths[0], mmap_mode="r")
         return cls(latents, np.load(paths[1]), np.load(paths[2]).tolist())
 

@@ -10,7 +10,6 @@ space.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from frame_memory.model.selftest import text_features
 
+from .clips import cached_columns, clip_jobs
 from .codec import LinearCodec, blocks
-from .shots import canvas, next_shot, random_cast, random_shot, render, render_with_cut
+from .shots import HEIGHT, WIDTH, canvas, next_shot, random_cast, random_shot, render, render_with_cut
 
 FRAMES = 25
-CUT_SHARE, SUDDEN_WHITE = 0.4, 0.25
+CUT_SHARE, SUDDEN_WHITE = 0.5, 0.25
 LAST_CUT = 20
 WORDLESS_SHARE = 0.1
 
@@ -85,14 +85,10 @@ class ShotClips:
     @classmethod
     def make(cls, folder: Path, codec: LinearCodec, count: int, *, seed: int, workers: int = 2) -> ShotClips:
         """Render and encode `count` clips, or read them back where they were made before."""
-        paths = [folder / f"shots-{count}-{seed}.{part}.npy" for part in ("latents", "given", "captions")]
-        if not all(p.exists() for p in paths):
-            folder.mkdir(parents=True, exist_ok=True)
-            with Pool(workers) as pool:
-                jobs = [(seed * 1_000_003 + i, codec) for i in range(count)]
-                made = list(pool.imap(_make, jobs, chunksize=32))
-            for path, column in zip(paths, zip(*made, strict=True), strict=True):
-                np.save(path, np.array(column))
+        # Named for the world, so that clips of another one are not taken for this one's.
+        name = f"shots-{WIDTH}x{HEIGHT}-cuts{CUT_SHARE:g}-{count}-{seed}"
+        parts = ("latents", "given", "captions")
+        paths = cached_columns(folder, name, parts, _make, clip_jobs(codec, count, seed), workers)
         return cls(np.load(paths[0]), np.load(paths[1]), np.load(paths[2]).tolist())
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,7 @@ def centres(shot: Shot, frames: np.ndarray) -> np.ndarray:
     made = []
     for i, start in enumerate(shot.starts):
         lane = np.full_like(frames, HEIGHT * (i + 0.5) / len(shot.cast))
-        made.append(np.stack([world._turning(start, travelled, low, high), lane], axis=-1))
+        made.append(np.stack([world.turning(start, travelled, low, high), lane], axis=-1))
     return np.stack(made)
 
 

@@ -122,7 +122,7 @@ def random_scene(rng: np.random.Generator, *, away: bool = False, tidy: bool = F
     return tidied(scene) if tidy else scene
 
 
-def _turning(start: float, travelled: np.ndarray, low: float, high: float) -> np.ndarray:
+def turning(start: float, travelled: np.ndarray, low: float, high: float) -> np.ndarray:
     """A point that runs between `low` and `high` and turns at both ends."""
     span = high - low
     folded = np.mod(start - low + travelled, 2 * span)
@@ -135,8 +135,8 @@ def positions(scene: Scene, frames: np.ndarray) -> np.ndarray:
     dx, dy = DIRECTIONS[scene.direction]
     speed = scene.pace
     low, high = scene.radius + 1 - scene.away, SIZE - scene.radius - 1 + scene.away
-    x = _turning(scene.x, dx * speed * frames, low, high) if dx else np.full_like(frames, scene.x)
-    y = _turning(scene.y, dy * speed * frames, low, high) if dy else np.full_like(frames, scene.y)
+    x = turning(scene.x, dx * speed * frames, low, high) if dx else np.full_like(frames, scene.x)
+    y = turning(scene.y, dy * speed * frames, low, high) if dy else np.full_like(frames, scene.y)
     return np.stack([x, y], axis=-1)
 
 

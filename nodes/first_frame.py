@@ -143,9 +143,7 @@ class FrameMemoryFirstFrameComposer(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         references, masks = _numbered(references), _numbered(masks)
         pictures = drawing.named_pictures(references, masks, background, crop=crop_to_content)
-        looks = drawing.CanvasLook(
-            layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour, boxes
-        )
+        looks = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour, boxes)
         images, layouts = drawing.compose_batch(pictures, (width, height), looks)
         shown = drawing.labelled(images[0], layouts[0])
         report = canvas.describe_all(layouts, drawing.mask_notes(references, masks))
