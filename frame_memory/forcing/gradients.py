@@ -15,11 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-
-def rotate(x_BANF: Tensor, pe: Tensor) -> Tensor:
-    """Rotate `[B, A, N, 2F]` by the table `[1, 1, N, F, 2, 2]`; differentiable."""
-    pairs = x_BANF.float().unflatten(-1, (-1, 1, 2))
-    return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).flatten(-2).type_as(x_BANF)
+from ..model.packing import rotate
 
 
 def rotate_patch(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, **kwargs) -> dict:

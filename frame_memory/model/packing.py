@@ -46,6 +46,12 @@ def pool_end(x: Tensor, factor: tuple[int, ...]) -> Tensor:
     return F.avg_pool3d(pad_end(x, factor), factor, factor)
 
 
+def rotate(x_BANF: Tensor, pe: Tensor) -> Tensor:
+    """Rotate `[B, A, N, 2F]` (A heads) by the table `[1, 1, N, F, 2, 2]`; differentiable, unlike core's kernel."""
+    pairs = x_BANF.float().unflatten(-1, (-1, 1, 2))
+    return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).flatten(-2).type_as(x_BANF)
+
+
 class CleanEmbedder(nn.Module):
     """The checkpoint's three patchifiers for finished frames (`clean_x_embedder.*`)."""
 
