@@ -27,9 +27,10 @@ class Conditioning:
 
 
 def predict_velocity(
-    model: nn.Module, x_BCTHW: Tensor, sigma_B: Tensor, cond: Conditioning, context: PackedContext, options: dict
-) -> Tensor:
-    """One call of the network at `sigma`."""
+    model: nn.Module, x_BCTHW: Tensor, sigma_B: Tensor, cond: Conditioning, context: PackedContext, options: dict,
+    memory_tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One call of the network at `sigma`. memory_tokens: `[B, M, D]` of a SemanticPack, None without memory."""
     guidance = torch.full_like(sigma_B, GUIDANCE)
     return model(
         x_BCTHW,
@@ -41,6 +42,7 @@ def predict_velocity(
         context_latents=context.latents,
         context_layout=context.layout,
         transformer_options=options,
+        memory_tokens=memory_tokens,
     )
 
 
@@ -68,5 +70,9 @@ def shifted_sigmas(count: int, shift: float, generator: torch.Generator) -> Tens
     """Uniform times warped as the sampler warps its steps: `shift t / (1 + (shift - 1) t)`, `[count]`."""
     # Stratified: one draw in each of `count` equal parts keeps the loss of a small batch steady.
     t = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = t[torch.randperm(count, generator=generator)]
+    return shift_times(t[torch.randperm(count, generator=generator)], shift)
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Times 0..1 moved toward noise by `shift` (above 1), as the sampler moves its steps."""
     return shift * t / (1 + (shift - 1) * t)

@@ -1,0 +1,117 @@
+"""Videos as training sees them: latents of whole clips behind a start frame, with their conditioning.
+
+Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, L text tokens, D features.
+Latents are in model space (scaled as the network reads them). Source: reference/memorypack.md sections 1 and 3.3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..plan import PRESETS, Section, parse_schedule, plan_sections
+from .flow import Conditioning
+
+SCHEDULE = "F1 forward"
+VIDEO_CLIPS, TRAIN = "Video Clips", "Train Direct Forcing"
+
+
+class ForcingError(ValueError):
+    """Videos, a model or settings that cannot be trained with. The message says what to change, and in which node."""
+
+
+def clip_frames() -> int:
+    """Latent frames of one clip: F1's window."""
+    return parse_schedule(PRESETS[SCHEDULE]).window
+
+
+@functools.lru_cache(maxsize=8)
+def clip_sections(count: int) -> tuple[Section, ...]:
+    """The sections that make the first `count` clips, by F1's schedule."""
+    return plan_sections(PRESETS[SCHEDULE], sections=count).sections
+
+
+@dataclass(frozen=True)
+class TrainingVideo:
+    """latents `[B, C, 1 + 9k, H, W]`: the start frame, then k clips in order. name: for messages."""
+
+    latents: Tensor = field(repr=False)
+    cond: Conditioning = field(repr=False)
+    name: str = ""
+
+    @property
+    def clips(self) -> int:
+        """How many whole clips follow the start frame."""
+        return (self.latents.shape[2] - 1) // clip_frames()
+
+    def to(self, device) -> TrainingVideo:
+        """The same video as fp32 tensors on another device; tensors of the host's inference mode become plain ones."""
+        cond = Conditioning(
+            _plain(self.cond.text, device),
+            _plain(self.cond.pooled, device),
+            None if self.cond.vision is None else _plain(self.cond.vision, device),
+        )
+        return TrainingVideo(_plain(self.latents, device), cond, self.name)
+
+
+def _plain(value: Tensor, device) -> Tensor:
+    moved = value.to(device=device, dtype=torch.float32)
+    return moved.clone() if moved.is_inference() else moved
+
+
+def conditioning_of(entries: Sequence, name: str) -> Conditioning:
+    """A CONDITIONING (core's list of `[text, more]`) as the network's inputs; padding tokens are left out.
+
+    Raises ForcingError where it holds no prompt, or several.
+    """
+    if len(entries) != 1:
+        raise ForcingError(
+            f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{TRAIN}'."
+        )
+    text, more = entries[0]
+    mask = more.get("attention_mask")
+    if mask is not None:
+        text = text[:, : max(int(mask.reshape(-1, mask.shape[-1])[0].bool().sum()), 1)]
+    pooled = more.get("pooled_output")
+    if pooled is None:
+        raise ForcingError(
+            f"The prompt of {name} has no pooled text, which HunyuanVideo's text encoders give. Set 'type' in "
+            f"'DualCLIPLoader' to hunyuan_video, and connect it to '{VIDEO_CLIPS}'."
+        )
+    vision = more.get("clip_vision_output")
+    return Conditioning(text, pooled, None if vision is None else vision.last_hidden_state)
+
+
+def training_videos(latents: Sequence[dict], positive: Sequence, process_in) -> list[TrainingVideo]:
+    """LATENT and CONDITIONING lists as videos, in their order. process_in: VAE space to model space.
+
+    Tensors given are not changed. A video that is longer than whole clips is cut after its last whole one. Raises
+    ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one clip.
+    """
+    window = clip_frames()
+    if not latents:
+        raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{TRAIN}'.")
+    if len(positive) != len(latents):
+        raise ForcingError(
+            f"{len(latents)} videos came with {len(positive)} prompts; expected one prompt a video. Connect 'latents' "
+            f"and 'positive' of the same '{VIDEO_CLIPS}' to '{TRAIN}'."
+        )
+    made = []
+    for number, (latent, entries) in enumerate(zip(latents, positive, strict=True), 1):
+        samples, name = latent["samples"], f"video {number} of {len(latents)}"
+        if samples.ndim != 5 or samples.shape[0] != 1:
+            raise ForcingError(
+                f"{name} has the shape {tuple(samples.shape)}; expected one video [1, channels, frames, height, width]."
+            )
+        whole = (samples.shape[2] - 1) // window
+        if whole < 1:
+            raise ForcingError(
+                f"{name} has {samples.shape[2]} latent frames; expected at least {1 + window} (one clip). Leave short "
+                f"videos to '{VIDEO_CLIPS}', which names and skips them."
+            )
+        made.append(TrainingVideo(process_in(samples[:, :, : 1 + window * whole]), conditioning_of(entries, name), name))
+    return made
