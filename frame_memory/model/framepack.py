@@ -17,6 +17,10 @@ from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransforme
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
+# In a prompt's entry: the memory's tokens `[B, M, D]` for one section.
+MEMORY_KEY = "memory_tokens"
+# Latent positions that a token of the window stands for.
+_PATCH = 4
 # In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
 MODEL_OPTION = "frame_memory"
 
@@ -41,11 +45,12 @@ class FramePack(model_base.HunyuanVideo):
         self.memory_usage_factor_conds = ("context_latents",)
 
     def extra_conds(self, **kwargs):
-        """Core's conditioning plus `context_latents`, `context_layout` and `clip_fea`.
+        """Core's conditioning plus `context_latents`, `context_layout`, `memory_tokens` and `clip_fea`.
 
         Reads `kwargs["frame_context"]`: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`,
-        and `kwargs["clip_vision_output"]` (last hidden state, `[B, tokens, 1152]`). Raises ValueError for
-        conditioning of other models that core would drop here without a word.
+        `kwargs["memory_tokens"]` (`[B, M, D]`) and `kwargs["clip_vision_output"]` (last hidden state,
+        `[B, tokens, 1152]`). Raises ValueError for conditioning of other models that core would drop here without a
+        word.
         """
         refuse_foreign(
             concat_latent_image=(kwargs.get("concat_latent_image"), FROM_IMAGE_NODE),
@@ -61,10 +66,12 @@ class FramePack(model_base.HunyuanVideo):
             latents = [self.process_latent_in(latent) for latent in context["latents"]]
             out["context_latents"] = comfy.conds.CONDList(latents)
             out["context_layout"] = AloneConstant(context["layout"])
+        if kwargs.get(MEMORY_KEY) is not None:
+            out[MEMORY_KEY] = comfy.conds.CONDRegular(kwargs[MEMORY_KEY])
         return out
 
     def extra_conds_shapes(self, **kwargs):
-        """The context's token count, said as one latent shape at the window's own rate."""
+        """The token count of context and memory, said as one latent shape at the window's own rate."""
         context = kwargs.get(FRAME_CONTEXT_KEY)
         if context is None:
             return {}
@@ -73,11 +80,13 @@ class FramePack(model_base.HunyuanVideo):
             math.prod(latent.shape[2:]) / (rate**3 if isinstance(rate, int) else 64)
             for latent, (rate, _) in zip(latents, layout.groups, strict=True)
         )
-        return {"context_latents": [latents[0].shape[0], latents[0].shape[1], math.ceil(area)]}
+        memory = kwargs.get(MEMORY_KEY)
+        area = math.ceil(area) + (0 if memory is None else _PATCH * memory.shape[1])
+        return {"context_latents": [latents[0].shape[0], latents[0].shape[1], area]}
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""
-        if cond_key == "context_latents":
+        if cond_key in ("context_latents", MEMORY_KEY):
             return cond_value
         if cond_key == "context_layout":
             positions = cond_value.cond.positions

@@ -24,7 +24,7 @@ FROM_TEXT_ENCODER = "Set 'type' in 'DualCLIPLoader' to hunyuan_video, with clip_
 
 
 class FramePackTransformer(HunyuanVideo):
-    """Core's HunyuanVideo blocks over [image, text | 4x, 2x, 1x context, noisy window]."""
+    """Core's HunyuanVideo blocks over [image, memory, text | 4x, 2x, 1x context, noisy window]."""
 
     def __init__(self, dtype=None, device=None, operations=None, **kwargs):
         super().__init__(dtype=dtype, device=device, operations=operations, **kwargs)
@@ -49,12 +49,14 @@ class FramePackTransformer(HunyuanVideo):
         transformer_options={},  # noqa: B006 (core's signature; copied before use)
         context_latents: list[Tensor] | None = None,
         context_layout: ContextLayout | None = None,
+        memory_tokens: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
 
         timestep: sigma * 1000, `[B]`. context: text `[B, L, ·]`; clip_fea: CLIP-vision tokens `[B, ·, 1152]`.
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
+        memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         Raises ValueError without a context, where context and window do not belong together, or for conditioning of
         other models.
         """
@@ -62,7 +64,7 @@ class FramePackTransformer(HunyuanVideo):
         self._check_context(x, context_latents, context_layout)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
-            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance}
+            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens}
             shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout}
             return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
 
@@ -73,6 +75,8 @@ class FramePackTransformer(HunyuanVideo):
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
         txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
+        if memory_tokens is not None:
+            txt = torch.cat((memory_tokens.to(txt.dtype), txt), dim=1)
         if clip_fea is not None:
             txt = torch.cat((self.image_projection(clip_fea).to(txt.dtype), txt), dim=1)
 
