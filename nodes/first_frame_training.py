@@ -17,6 +17,7 @@ from ..frame_memory.model.lora import loaded_expert
 from ..frame_memory.plan import canvas
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips
+from ..frame_memory.video.clip_folder import check_folder, state_of_folder
 from .canvas_inputs import look, side
 from .shown import show
 
@@ -113,16 +114,14 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
         """Names, sizes and times of the files, so that a changed folder is read again."""
         if folder not in folder_paths.get_input_subfolders():
             return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at
-        root = Path(folder_paths.get_input_directory()) / folder
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        return [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return state_of_folder(Path(folder_paths.get_input_directory()) / folder)
 
     @classmethod
     def execute(
         cls, folder, clip, vae, width, height, length, start_frame=0, layout=canvas.STACK, keep_background_aspect=False,
         enlarge_small=False, crop_to_content=False, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
-        ffgo_clips.check_folder(folder, folder_paths.get_input_subfolders())
+        check_folder(folder, folder_paths.get_input_subfolders(), ffgo_clips.NODE)
         ffgo_clips.check_request(vae, width, height, length)
         looks = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
         reader = ffgo_clips.Reader(

@@ -60,6 +60,18 @@ class Entry:
         self.read_into(out)
         return out
 
+    def mapped(self) -> Tensor:
+        """The tensor as the system maps it into memory when it is used; writing to it changes a private copy.
+
+        Read like any other where its bytes do not lie as the numbers need it, which `write` never does.
+        """
+        size = self.dtype.itemsize
+        if self.start % size or self.start == self.stop:
+            return self.read()
+        count = os.path.getsize(self.path) // size
+        numbers = torch.from_file(self.path, shared=False, size=count, dtype=self.dtype)
+        return numbers[self.start // size : self.stop // size].view(self.shape)
+
 
 class StoredTensor(Tensor):
     """A tensor that stays on disk until an operation needs its numbers; shape and dtype are known at once.

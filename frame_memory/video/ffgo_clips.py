@@ -11,10 +11,8 @@ Source: reference/ffgo.md section 6.
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +26,7 @@ from ..plan.first_frame_prompt import with_trigger
 from ..plan.frames import nearest_clip
 from ..plan.mark import MarkError, as_fps
 from . import canvas as drawing
+from .clip_folder import VIDEOS, DatasetError, caption_beside, counted, files_in, none_left, videos_of
 from .history import read_video
 from .images import ImageError
 from .source import NODE as HISTORY
@@ -35,21 +34,14 @@ from .source import HistoryError, VideoFacts, probe_video
 from .vae import EXPECTED_FILES, SELFTEST, WAN, VAEError, identify_vae
 
 NODE = "FFGo Dataset"
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 FEWEST, MOST = 20, 50
 # Of fewer frames no latent frame is free of the canvas.
 FEWEST_FRAMES = 9
 # What Wan 2.2 makes and FFGo was published for; other rates are played slower or faster.
 WAN_FPS, NEAR_FPS = 16.0, 1.5
-# A caption has some 200 words; a file much larger than that is something else.
-CAPTION_BYTES = 65_536
 METADATA_BYTES = 16 * 2**20
 SAME_ASPECT = 0.02
-
-
-class DatasetError(ValueError):
-    """A folder of clips, or one clip of it, that cannot be used. The message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +54,6 @@ class ClipFiles:
     canvas: Path | None = None
     background: Path | None = None
     references: tuple[Path, ...] = ()
-
-
-def check_folder(folder: object, known: Sequence[str]) -> None:
-    """Refuse what is not one of the folders in ComfyUI's input folder: a link can bring any text, a path among them."""
-    if folder not in known:
-        near = difflib.get_close_matches(str(folder), known, 1, 0.0) or ["a folder made there"]
-        raise DatasetError(
-            f"'{NODE}' was given the folder {folder!r}; expected one inside ComfyUI's input folder, such as "
-            f"{near[0]!r}."
-        )
 
 
 def check_request(vae, width: int, height: int, length: int) -> None:
@@ -97,15 +79,12 @@ def find_clips(folder: Path) -> tuple[list[ClipFiles], dict[str, str]]:
     Raises DatasetError where the folder is missing or holds neither videos nor metadata.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetError(f"There is no folder {folder.name!r} in ComfyUI's input folder. Choose another in '{NODE}'.")
-    # macOS puts a file ._NAME beside each NAME on other disks; it is no video.
-    inside = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_counted)
+    inside = files_in(folder, NODE)
     lists = [path for path in inside if path.suffix.lower() == ".json"]
     if len(lists) > 1:
         names = ", ".join(path.name for path in lists)
         raise DatasetError(f"{folder.name} holds several .json files ({names}); expected one list of clips, or none.")
-    videos = [path for path in inside if path.suffix.lower() in VIDEOS]
+    videos = videos_of(inside)
     if not lists and not videos:
         raise DatasetError(
             f"{folder.name} has no videos ({', '.join(VIDEOS)}) and no .json list of them. '{NODE}' expects NAME.mp4, "
@@ -119,11 +98,6 @@ def find_clips(folder: Path) -> tuple[list[ClipFiles], dict[str, str]]:
         except DatasetError as error:
             why[name] = str(error)
     return found, why
-
-
-def _counted(path: Path) -> list:
-    """Sorts file names as people count: 2 before 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", path.name)]
 
 
 def _listed(path: Path) -> dict[str, object]:
@@ -169,15 +143,7 @@ def _inside(folder: Path, said: object, what: str, kinds: tuple[str, ...]) -> Pa
 
 def _beside(video: Path) -> ClipFiles:
     """A clip with its caption and pictures beside it."""
-    text = video.with_suffix(".txt")
-    if not text.is_file():
-        raise DatasetError(f"there is no caption {text.name} beside it")
-    try:
-        if text.stat().st_size > CAPTION_BYTES:
-            raise DatasetError(f"{text.name} has more than {CAPTION_BYTES // 1024} kB; expected one caption")
-        caption = _with_words(text.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{text.name} cannot be read as UTF-8 text ({error})") from error
+    caption = _with_words(caption_beside(video))
     ready = next((path for kind in PICTURES if (path := video.with_suffix(kind)).is_file()), None)
     parts = video.with_suffix("")
     if ready is None and not parts.is_dir():
@@ -185,7 +151,7 @@ def _beside(video: Path) -> ClipFiles:
     if ready is not None:
         return ClipFiles(video.name, video, caption, canvas=ready)
     pictures = sorted(
-        (p for p in parts.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")), key=_counted
+        (p for p in parts.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")), key=counted
     )
     background = next((p for p in pictures if p.stem.lower() == canvas.BACKGROUND), None)
     things = [p for p in pictures if p != background]
@@ -345,8 +311,7 @@ class Reader:
 
     def _check(self, clips: list[ReadyClip]) -> None:
         if not clips:
-            reasons = "\n".join(f"- {name}: {reason.rstrip('.')}." for name, reason in self.why.items())
-            raise DatasetError(f"'{NODE}' can use none of {len(self.why)} clips:\n{reasons}")
+            raise none_left(self.why, NODE)
 
     def report(self) -> str:
         """What became of every clip, and what the number and the rates of clips mean."""

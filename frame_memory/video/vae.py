@@ -12,6 +12,7 @@ Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -161,3 +162,17 @@ def check_vae(vae, latents_BCTHW: torch.Tensor | LatentSource, mark: LatentMark 
             f"{SPATIAL_RATIO}x{SPATIAL_RATIO}x{TEMPORAL_RATIO}, yet the numbers mean other pictures. {change}"
         )
     return found
+
+
+def vae_fingerprint(vae) -> str:
+    """16 hex digits that differ for other weights, class or number format: latents kept on disk name it.
+
+    Of the weights the 1-D ones are read (biases and norms), which any training changes.
+    """
+    model = vae.first_stage_model
+    digest = hashlib.sha256(f"{type(model).__name__} {vae.vae_dtype}".encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        if value.ndim <= 1:
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -53,7 +53,7 @@ def test_pieces_in_any_order_and_size_give_the_same_numbers(backward):
     shuffled = VideoGuards(SECTIONS)
     for a in np.random.default_rng(0).permutation(FRAMES):
         shuffled.add(int(a), (video[a : a + 1] * 255).round().to(torch.uint8).numpy())
-    assert len(parts._stretches) == len(shuffled._stretches) == 1
+    assert len(parts.series.stretches) == len(shuffled.series.stretches) == 1
     for section in SECTIONS:
         expected = whole.measures(section)
         assert parts.measures(section) == pytest.approx(expected, rel=1e-5)
@@ -181,8 +181,8 @@ def test_ten_minutes_take_little_memory():
     piece = scene(36, 16, 16)
     for section in sections:
         guards.add(section.start_frame, piece)
-    kept = sum(array.nbytes for stretch in guards._stretches for array in (*stretch.head, *stretch.tail))
-    assert len(guards._stretches) == 1 and kept < 100_000 and len(guards._luma) == 18_000
+    kept = sum(array.nbytes for stretch in guards.series.stretches for array in (*stretch.head, *stretch.tail))
+    assert len(guards.series.stretches) == 1 and kept < 100_000 and len(guards.series.luma) == 18_000
 
 
 def test_nan_frames_are_measured_as_black():

@@ -1,0 +1,254 @@
+"""A folder of videos with captions as training clips: stretches without a cut, as latents in their order.
+
+Each video is looked through once for cuts and for stretches in which nothing moves, then each stretch that is left is
+encoded as one video of 1 + 9k latent frames: the picture it begins with and k sections of 1.2 s. Pixels are held a few
+at a time; latents lie in files (`clip_cache`) and are mapped into memory as they are used.
+
+Shape suffixes: B batch, T time, H height, W width, C channels.
+Source: reference/memorypack.md section 3.2 (data: shot cuts and static clips filtered, clips of a video in order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan.errors import PlanError, refusal
+from ..plan.frames import pixel_frames
+from ..plan.mark import DEFAULT_FPS, KEY
+from .clip_cache import ClipCache, content_of, key_of
+from .clip_folder import VIDEOS, DatasetError, caption_beside, files_in, none_left, videos_of
+from .history import bucket_size, encode_stream, latent_frames_of, read_video
+from .shots import Stretch, find_stretches
+from .source import NODE as HISTORY
+from .source import HistoryError, VideoFacts, probe_video
+from .vae import check_video_vae, vae_fingerprint
+
+NODE = "Video Clips"
+FPS = Fraction(DEFAULT_FPS)
+# FramePack's window, and the pixel frames of a section.
+WINDOW = 9
+SECTION = 4 * WINDOW
+# A minute, as the paper's clips had at most.
+LONGEST_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """base: side of the square the size is taken from, pixels. shortest, longest: of a clip, in sections of 1.2 s."""
+
+    base: int = 640
+    shortest: int = 1
+    longest: int = 50
+
+    @staticmethod
+    def of(base: int, shortest_seconds: float, longest_seconds: float) -> Request:
+        """From what an artist types; raises PlanError where no clip can be that long."""
+        sections = [max(round(seconds * float(FPS) / SECTION), 1) for seconds in (shortest_seconds, longest_seconds)]
+        if sections[0] > sections[1]:
+            given = f"clips of at least {shortest_seconds:g} s and at most {longest_seconds:g} s"
+            raise PlanError(refusal(given, "shortest below longest", f"shortest {longest_seconds:g}", NODE))
+        return Request(base, *sections)
+
+
+@dataclass(frozen=True)
+class ClipPart:
+    """One training clip of a video: `frames` pixel frames at 30 fps from number `first` on, 36 a section and one."""
+
+    first: int
+    frames: int
+
+    @property
+    def latent_frames(self) -> int:
+        return latent_frames_of(self.frames)
+
+    @property
+    def seconds(self) -> float:
+        return float(self.frames / FPS)
+
+
+@dataclass
+class VideoEntry:
+    """A video that can be used. parts: known once its cuts are."""
+
+    path: Path
+    caption: str
+    facts: VideoFacts
+    size: tuple[int, int]
+    content: str
+    parts: list[ClipPart] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True, eq=False)
+class MadeClip:
+    """A clip as a LATENT dict in the VAE's space, and where its pictures are."""
+
+    video: VideoEntry
+    part: ClipPart
+    latent: dict
+
+    def first_picture(self) -> Tensor:
+        """Its picture 0 as an IMAGE [1,H,W,3], as it was encoded."""
+        wanted = range(self.part.first, self.part.first + 1)
+        (chunk_THWC,) = read_video(self.video.facts, wanted, fps=FPS, size=self.video.size)
+        return torch.from_numpy(chunk_THWC).float().div_(255)
+
+
+def parts_of(stretch: Stretch, request: Request) -> list[ClipPart]:
+    """The clips that a stretch holds, one behind the other, as long as can be; what is left at its end is dropped."""
+    found, first = [], stretch.start
+    while (sections := min((stretch.stop - first - 1) // SECTION, request.longest)) >= request.shortest:
+        found.append(ClipPart(first, pixel_frames(1 + WINDOW * sections)))
+        first += found[-1].frames
+    return found
+
+
+class ClipMaker:
+    """All clips of a folder. What each video is, is known at once; `clips()` makes them, one after the other.
+
+    cache: folder for latents. interrupt: called between pieces of work and stops it by raising. say: gets a line that
+    tells how far it is. Raises DatasetError where no video can be used, VAEError for a VAE of another kind, PlanError
+    for sizes and lengths that cannot be.
+    """
+
+    def __init__(
+        self, folder: Path, cache: Path, vae, request: Request, interrupt: Callable[[], None],
+        say: Callable[[str], None] = lambda _: None,
+    ):  # fmt: skip
+        self.vae, self.request, self.interrupt, self.say = vae, request, interrupt, say
+        self.base, self.cache = check_video_vae(vae).family, ClipCache(cache)
+        self.why: dict[str, str] = {}
+        self.videos: list[VideoEntry] = []
+        self.used: list[MadeClip] = []
+        self.still: dict[str, int] = {}
+        self.short: dict[str, int] = {}
+        self.cuts: dict[str, int] = {}
+        videos = videos_of(files_in(folder, NODE))
+        if not videos:
+            raise DatasetError(
+                f"{Path(folder).name} has no videos ({', '.join(VIDEOS)}). '{NODE}' expects NAME.mp4 and NAME.txt with "
+                "its caption."
+            )
+        for path in videos:
+            interrupt()
+            try:
+                self.videos.append(self._look_at(path))
+            except (DatasetError, HistoryError, OSError) as error:
+                self._skip(path.name, error)
+        self._check(self.videos)
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, each once."""
+        return list(dict.fromkeys(video.caption for video in self.videos))
+
+    def clips(self) -> Iterator[MadeClip]:
+        """Every clip, video by video as people count, in order of time. Raises DatasetError where none is left."""
+        fingerprint = vae_fingerprint(self.vae)
+        for video in self.videos:
+            self.interrupt()
+            try:
+                video.parts = self._parts(video)
+                for part in video.parts:
+                    clip = MadeClip(video, part, self._latent(video, part, fingerprint))
+                    self.used.append(clip)
+                    yield clip
+            except (HistoryError, OSError) as error:
+                self._skip(video.name, error)
+        self._check(self.used)
+
+    def _look_at(self, path: Path) -> VideoEntry:
+        caption, facts = caption_beside(path), probe_video(path)
+        least = pixel_frames(1 + WINDOW * self.request.shortest)
+        if round(facts.seconds * FPS) < least:
+            raise DatasetError(f"it has {facts.seconds:.2f} s, and {float(least / FPS):.2f} s are needed")
+        return VideoEntry(path, caption, facts, bucket_size(facts, self.request.base), content_of(path))
+
+    def _parts(self, video: VideoEntry) -> list[ClipPart]:
+        """The clips of a video: its stretches without a cut, but for those in which nothing moves or that are short."""
+        key = key_of("stretches", video.content, video.size)
+        found = self.cache.stretches(key)
+        if found is None:
+            self.say(f"{video.name}: looking for cuts")
+            found = find_stretches(self._pictures(video))
+            self.cache.keep_stretches(key, video.name, found)
+        self.cuts[video.name] = len(found) - 1
+        moving = [stretch for stretch in found if not stretch.is_still or stretch.frames <= SECTION]
+        self.still[video.name] = len(found) - len(moving)
+        made = [parts_of(stretch, self.request) for stretch in moving]
+        self.short[video.name] = sum(not parts for parts in made)
+        if not any(made):
+            self._skip(video.name, DatasetError(self._nothing_left(video.name)))
+        return [part for parts in made for part in parts]
+
+    def _nothing_left(self, name: str) -> str:
+        cuts, still, short = self.cuts[name], self.still[name], self.short[name]
+        if still and not short:
+            return "nothing moves in it"
+        least = float(pixel_frames(1 + WINDOW * self.request.shortest) / FPS)
+        more = f", and in {still} of its stretches nothing moves" if still else ""
+        return f"its {cuts} cuts leave no stretch of {least:.2f} s{more}"
+
+    def _pictures(self, video: VideoEntry, wanted: range | None = None) -> Iterator[np.ndarray]:
+        return read_video(video.facts, wanted, fps=FPS, size=video.size, interrupt=self.interrupt)
+
+    def _latent(self, video: VideoEntry, part: ClipPart, fingerprint: str) -> dict:
+        key = key_of("latents", video.content, video.size, fingerprint)
+        path = self.cache.path(key, part.first, part.frames)
+        samples_BCTHW = self.cache.latents(path, part.latent_frames)
+        if samples_BCTHW is None:
+            begin = float(part.first / FPS)
+            self.say(f"{video.name}: encoding {begin:.1f} to {begin + part.seconds:.1f} s")
+            chunks = self._pictures(video, range(part.first, part.first + part.frames))
+            made_BCTHW = encode_stream(self.vae, chunks, part.latent_frames, interrupt=self.interrupt)
+            samples_BCTHW = self.cache.keep(path, made_BCTHW, {"video": video.name, "base": self.base})
+        # A key of ours beside the tensor, as Anti-Drift Sampler's LATENTs have it; unknown names in it are ignored.
+        return {"samples": samples_BCTHW, KEY: {"base": self.base, "fps": float(FPS), "given": 1, "source": video.name}}
+
+    def _skip(self, name: str, error: Exception) -> None:
+        self.why[name] = str(error).replace(f"'{HISTORY}'", f"'{NODE}'")
+
+    def _check(self, left: list) -> None:
+        if not left:
+            raise none_left(self.why, NODE)
+
+    def report(self) -> str:
+        """What became of every video: clips, seconds, sizes, cuts, what was left out and why, and the cache."""
+        seconds = sum(clip.part.seconds for clip in self.used)
+        names = list(dict.fromkeys(clip.video.name for clip in self.used))
+        sizes = sorted({clip.video.size for clip in self.used})
+        total = len({*names, *self.why})
+        lines = [
+            f"{len(self.used)} clip{'s' * (len(self.used) != 1)} of {len(names)} of {total} videos, {seconds:.1f} s in "
+            f"all, {', '.join(f'{w}x{h}' for w, h in sizes)} at {float(FPS):g} fps.",
+            f"Cuts: {sum(self.cuts.values())}. Left out: {sum(self.still.values())} stretches in which nothing moves, "
+            f"{sum(self.short.values())} that are too short.",
+        ]
+        shapes = [clip.latent["samples"] for clip in self.used]
+        size = sum(shape.nelement() * shape.element_size() for shape in shapes) / 2**20
+        cache = self.cache
+        lines.append(
+            f"Latents: {size:.1f} MB on disk, {cache.written} encoded now, {cache.read} found in {cache.folder}, which "
+            "may be deleted."
+        )
+        if cache.damaged:
+            lines.append(f"Damaged in there, and made anew: {len(cache.damaged)}.")
+            lines += [f"- {name}: {reason.rstrip('.')}." for name, reason in cache.damaged.items()]
+        if cache.trouble:
+            lines.append(f"Warning: {cache.trouble}.")
+        lines += [self._line(name) for name in names if self.cuts[name] or self.still[name]]
+        return "\n".join([*lines, *(f"Skipped {name}: {reason.rstrip('.')}." for name, reason in self.why.items())])
+
+    def _line(self, name: str) -> str:
+        count = sum(clip.video.name == name for clip in self.used)
+        return f"{name}: {self.cuts[name]} cuts, {count} clips, {self.still[name]} still, {self.short[name]} too short."

@@ -1,0 +1,150 @@
+"""Node of the family "training data": a folder of videos as latents in order, for Train Direct Forcing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import node_helpers
+from comfy_api.latest import io, ui
+
+from ..frame_memory.video.clip_folder import check_folder, state_of_folder
+from ..frame_memory.video.video_clips import LONGEST_SECONDS, NODE, ClipMaker, Request
+from .shown import show
+
+# In ComfyUI's output folder, beside the projects and not among them: encoding hours of video must survive a restart.
+CACHE = "frame_memory_clips"
+SECTION_SECONDS = 1.2
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=folder_paths.get_input_subfolders(),
+            tooltip=(
+                "A folder in ComfyUI's input folder with videos NAME.mp4 (.mov, .mkv, .webm, .avi) and a caption "
+                "NAME.txt for each. Any rate, size and length; long ones teach memory."
+            ),
+        ),
+        io.Clip.Input("clip", tooltip="The text encoders of the model; they read each caption once."),
+        io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+        io.Int.Input(
+            "size",
+            default=640,
+            min=64,
+            max=2048,
+            step=16,
+            tooltip=(
+                "Side in pixels of a square with the clips' area; width and height follow each video's shape on "
+                "FramePack's list of sizes (multiples of 16). Smaller takes less memory in training."
+            ),
+        ),
+        io.Float.Input(
+            "longest",
+            default=LONGEST_SECONDS,
+            min=SECTION_SECONDS,
+            max=3600.0,
+            step=SECTION_SECONDS,
+            tooltip="Longest clip in seconds, in steps of 1.2 s; longer stretches become several. 60 as in the paper.",
+        ),
+        io.Float.Input(
+            "shortest",
+            default=SECTION_SECONDS,
+            min=SECTION_SECONDS,
+            max=3600.0,
+            step=SECTION_SECONDS,
+            advanced=True,
+            tooltip="Shortest clip in seconds, in steps of 1.2 s. What is shorter between two cuts is left out, counted.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="Sees the first picture of every clip, as FramePack Image does: SigLIP for FramePack checkpoints.",
+        ),
+    ]
+
+
+class FrameMemoryVideoClips(io.ComfyNode):
+    """A folder of videos with captions as training clips, cached on disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryVideoClips",
+            display_name=NODE,
+            category="model/training",
+            description=(
+                "Makes training clips from a folder of videos with captions: cut at shot cuts, without still stretches, "
+                "at 30 fps, encoded in order and kept in output/frame_memory_clips."
+            ),
+            search_aliases=[
+                "video dataset",
+                "direct forcing data",
+                "training videos",
+                "shot detection",
+                "latent cache",
+            ],
+            inputs=_inputs(),
+            outputs=[
+                io.Latent.Output(
+                    display_name="latents",
+                    is_output_list=True,
+                    tooltip="One LATENT a clip: its first picture and k sections, 1 + 9k latent frames in order.",
+                ),
+                io.Conditioning.Output(
+                    display_name="positive",
+                    is_output_list=True,
+                    tooltip="One a clip: its caption, and what clip_vision sees of its first picture.",
+                ),
+                io.Int.Output(display_name="count", tooltip="Clips; what was left out is in the report."),
+                io.String.Output(
+                    display_name="report", tooltip="Clips, seconds, sizes, cuts; what was skipped, and why; the cache."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder="", **_):
+        """Names, sizes and times of the files, so that a changed folder is read again."""
+        if folder not in folder_paths.get_input_subfolders():
+            return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at
+        return state_of_folder(Path(folder_paths.get_input_directory()) / folder)
+
+    @classmethod
+    def execute(
+        cls, folder, clip, vae, size, longest=LONGEST_SECONDS, shortest=SECTION_SECONDS, clip_vision=None
+    ) -> io.NodeOutput:
+        check_folder(folder, folder_paths.get_input_subfolders(), NODE)
+        maker = ClipMaker(
+            Path(folder_paths.get_input_directory()) / folder, Path(folder_paths.get_output_directory()) / CACHE, vae,
+            Request.of(size, shortest, longest), comfy.model_management.throw_exception_if_processing_interrupted,
+            lambda text: show(cls, text),
+        )  # fmt: skip
+        bar = comfy.utils.ProgressBar(len(maker.captions) + len(maker.videos))
+        captions = {}
+        for caption in maker.captions:  # one model after the other, so that each is loaded once
+            maker.interrupt()
+            captions[caption] = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+            bar.update(1)
+        made, done = [], len(captions)
+        for part in maker.clips():
+            made.append(part)
+            bar.update_absolute(done + 1 + maker.videos.index(part.video))
+        positive = []
+        for part in made:
+            maker.interrupt()
+            seen = {}
+            if clip_vision is not None:
+                seen["clip_vision_output"] = clip_vision.encode_image(part.first_picture(), crop=False)
+            positive.append(node_helpers.conditioning_set_values(captions[part.video.caption], seen))
+        report = maker.report()
+        show(cls, report)
+        latents = [part.latent for part in made]
+        return io.NodeOutput(latents, positive, len(made), report, ui=ui.PreviewText(report))
+
+
+NODES = [FrameMemoryVideoClips]
