@@ -44,6 +44,8 @@ from .manifest import NAME, Manifest, SectionRecord, UnreadableManifest, differe
 
 IF_CHANGED = ("reuse what fits", "fork", "refuse")
 SECTIONS, TAKES, SEGMENTS = "sections", "takes", "segments"
+# Name of a section's latent in its file.
+SAMPLES = "samples"
 MOST_FORKS = 999
 # Seconds between two touches of the lock while a section is sampled; far under the lock's STALE_AFTER.
 HEARTBEAT = 30.0
@@ -232,6 +234,7 @@ class Project:
         stop: int,
         key: str,
         samples: Tensor,
+        beside: Mapping[str, Tensor] | None = None,
         fields: Mapping[str, str] | None = None,
         measures: Mapping[str, float] | None = None,
         notes: Iterable[str] = (),
@@ -239,15 +242,16 @@ class Project:
     ) -> SectionRecord:
         """Keep a section that was just made, as the current one of `index`; finished when this returns.
 
-        Another section that was current there becomes a take. Sections that were made after it stay, but no longer
-        count as this run's until they are found or made again.
+        beside: more tensors for its file. Another section that was current there becomes a take. Sections that were
+        made after it stay, but no longer count as this run's until they are found or made again.
         """
         with self._writing():
             takes = self._clear(index)
             path = self.folder / section_name(index)
             about = {"format": "Frame Memory section", "key": key, "index": index, "start": start, "stop": stop}
             text = {name: str(value) for name, value in about.items()}
-            size, sha256 = write_durable(path, lambda file: tensor_file.write_to(file, {"samples": samples}, text))
+            tensors = {**(beside or {}), SAMPLES: samples}
+            size, sha256 = write_durable(path, lambda file: tensor_file.write_to(file, tensors, text))
             record = SectionRecord(
                 index=index,
                 start=start,
@@ -309,6 +313,12 @@ class Project:
             if samples is None:
                 raise JournalError(f"{self.notes[-1]} Queue the same graph again: only this section is made again.")
             return samples
+
+    def beside(self, index: int, name: str) -> Tensor | None:
+        """What `save` put beside the samples of the current section of an index; None where nothing has that name."""
+        with self._mutex:
+            record = self.manifest.sections.get(index)
+            return None if record is None else self._read(self.folder, record, name)
 
     def annotate(self, measures: Mapping[int, Mapping[str, float]]) -> None:
         """Put numbers of finished sections, by index, in the place of those that were there; one write at most.
@@ -487,17 +497,17 @@ class Project:
                 found.setdefault(record.key, []).append((folder, record))
         return found
 
-    def _read(self, folder: Path, record: SectionRecord) -> Tensor | None:
-        """A section's samples; None, with a note, where its file is damaged."""
+    def _read(self, folder: Path, record: SectionRecord, name: str = SAMPLES) -> Tensor | None:
+        """A section's samples, or what lies beside them; None, with a note, where its file is damaged."""
         file = locate(folder, record)
         reason = verify(folder, record.file) if file is None else ""
         if file is not None:
             path = folder / file.name
             stamp = _stamp(path)
             try:
-                samples = patiently(lambda: tensor_file.read(str(path)))["samples"]
+                tensors = patiently(lambda: tensor_file.read(str(path)))
                 self._last = (folder, record, file, stamp)
-                return samples
+                return tensors[SAMPLES] if name == SAMPLES else tensors.get(name)
             except (OSError, KeyError, tensor_file.FileError) as error:
                 reason = f"{file.name} cannot be read ({error})"
         which = f"Section {self.manifest.number(record.index)}" if folder == self.folder else "A section"
