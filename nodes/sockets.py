@@ -11,6 +11,7 @@ from ..frame_memory.plan import Schedule
 FrameContextSocket = io.Custom("FRAME_CONTEXT")
 TimelineSocket = io.Custom("TIMELINE")
 SectionChangesSocket = io.Custom("SECTION_CHANGES")
+FrameMemorySocket = io.Custom("FRAME_MEMORY")
 
 
 @dataclass(frozen=True)
