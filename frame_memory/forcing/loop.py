@@ -58,8 +58,8 @@ class Trainer:
         self.names = [n for n, _ in model.named_parameters()]
         self.average = [p.detach().clone() for p in model.parameters()]
         named = list(model.named_parameters())
-        matrices = [p for n, p in named if _is_matrix(n, p)]
-        others = [p for n, p in named if not _is_matrix(n, p)]
+        matrices = [p for n, p in named if is_matrix(n, p)]
+        others = [p for n, p in named if not is_matrix(n, p)]
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = []
         if matrices:
             muon = Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay)
@@ -137,7 +137,7 @@ class Trainer:
             optimiser.load_state_dict(saved)
 
 
-def _is_matrix(name: str, p: nn.Parameter) -> bool:
+def is_matrix(name: str, p: nn.Parameter) -> bool:
     inside = "blocks." in name
     return inside and p.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
 
