@@ -1,0 +1,189 @@
+"""What is trained: the weights that learn, kept apart from the base model, and the network as it runs with them.
+
+The base model stays the host's, moved and cast as the host likes, and is never written to. What learns are fp32 copies
+of our own, which take the place of the base's weights for the length of a forward pass; LoRAs join in beside frozen
+layers; a SemanticPack is a network of ours anyway.
+
+Stage 1 of the paper trains the memory (and the base) behind the truth; stage 2 trains nothing but the last modulation
+and the output layer, so no other layer builds a graph and the memory needed is that of inference and a head.
+Source: reference/memorypack.md section 3.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from ..model.semantic_pack import SemanticPack
+from .forcings import Forced
+from .frozen import LoraPair, frozen_linears, is_linear
+from .gradients import differentiable, training_options
+
+# Core's names of the head (reference/memorypack.md section 1.1).
+HEAD = tuple(
+    f"final_layer.{layer}.{part}" for layer in ("adaLN_modulation.1", "linear") for part in ("weight", "bias")
+)
+MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
+PARTS = (MEMORY, LORA, HEAD_PART, ALL)
+MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
+BLOCKS = ("double_blocks.", "single_blocks.")
+
+
+class Trained:
+    """A FramePackTransformer and its memory, with the weights that learn.
+
+    parts: which of PARTS learn. `parameters` holds these by name: `pack.*`, `model.*` (fp32 copies of the base's
+    weights), `lora.<layer>.down` and `.up`. Call it as the transformer; inputs are cast to `dtype`, and the result is in
+    it. originals: base weights by name that the host has patched over, in their unpatched state.
+    """
+
+    def __init__(
+        self, model: nn.Module, pack: SemanticPack | None, parts: tuple[str, ...], *, dtype=torch.float32, device=None,
+        rank: int = 16, seed: int = 0, checkpointing: bool = False, options: Mapping | None = None,
+        originals: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
+        self.model, self.pack, self.parts, self.dtype = model, pack, parts, dtype
+        self.device = device or next(model.parameters()).device
+        self.checkpointing = checkpointing
+        self.base_options = dict(options or {})
+        with torch.inference_mode(False):
+            self.pairs = self._make_pairs(rank, seed) if LORA in parts else {}
+            names = [n for n, _ in model.named_parameters()] if ALL in parts else HEAD if HEAD_PART in parts else ()
+            self.masters = {name: self._copy(name, originals or {}) for name in names}
+            self.vectors = self._plain_vectors()
+        self.parameters: dict[str, nn.Parameter] = {MODEL_NAME + n: p for n, p in self.masters.items()}
+        for layer, pair in self.pairs.items():
+            self.parameters |= {f"{LORA_NAME}{layer}.{n}": p for n, p in pair.named_parameters()}
+        if pack is not None:
+            pack.requires_grad_(MEMORY in parts)
+            self.parameters |= {PACK_NAME + n: p for n, p in pack.named_parameters() if MEMORY in parts}
+
+    @property
+    def through_blocks(self) -> bool:
+        """Whether gradients pass through the blocks of the transformer."""
+        return self.parts != (HEAD_PART,)
+
+    def _copy(self, name: str, originals: Mapping[str, Tensor]) -> nn.Parameter:
+        value = originals.get(name, self.model.get_parameter(name)).detach()
+        value = value.dequantize() if hasattr(value, "_qdata") else value
+        return nn.Parameter(value.to(self.device, torch.float32).clone())
+
+    def _make_pairs(self, rank: int, seed: int) -> dict[str, LoraPair]:
+        generator = torch.Generator().manual_seed(seed)
+        layers = {n: m for n, m in self.model.named_modules() if n.startswith(BLOCKS) and is_linear(m)}
+        return {
+            n: LoraPair(m.in_features, m.out_features, rank, generator, self.device)  # pyright: ignore
+            for n, m in sorted(layers.items())
+        }
+
+    def _plain_vectors(self) -> dict[str, Tensor]:
+        """Norm weights that the host loaded in its inference mode, which autograd would refuse to keep."""
+        if not self.through_blocks:
+            return {}
+        linears = {n for n, m in self.model.named_modules() if is_linear(m)}
+        return {
+            n: p.detach().to(self.device).clone()
+            for n, p in self.model.named_parameters()
+            if p.is_inference() and p.ndim == 1 and n.rsplit(".", 1)[0] not in linears and n not in self.masters
+        }
+
+    def __call__(self, x: Tensor, timestep: Tensor, **inputs) -> Tensor:
+        cast = {k: self._cast(v) if k != "guidance" else v for k, v in inputs.items()}
+        weights: dict[str, Tensor] = dict(self.vectors)
+        for name, master in self.masters.items():
+            weights[name] = master.to(self.dtype)
+        return functional_call(self.model, weights, (self._cast(x), timestep), cast, strict=False)
+
+    def _cast(self, value):
+        if isinstance(value, Tensor):
+            return value.to(self.dtype)
+        return [self._cast(v) for v in value] if isinstance(value, list) else value
+
+    @property
+    def forced(self) -> Forced:
+        """The same for `forcings`."""
+        options = merged(self.base_options, training_options() if self.through_blocks else {})
+        if self.checkpointing and self.through_blocks:
+            options = merged(options, {"patches_replace": {"dit": checkpointed_blocks(self.model)}})
+        return Forced(self, self.pack, MEMORY in self.parts, options)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Gradients are right within this block, whatever mode the host is in; nothing stays behind on leaving it."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            frozen = [p for p in self.model.parameters() if p.requires_grad]
+            for p in frozen:
+                p.requires_grad_(False)
+                stack.callback(p.requires_grad_, True)
+            if self.through_blocks:
+                stack.enter_context(differentiable(self.model))
+                stack.enter_context(frozen_linears(self.model, self.pairs))
+            yield
+
+    def head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The head's tensors by core's names, of weights by the names of `parameters`; empty where it was not trained."""
+        return {n: weights[MODEL_NAME + n] for n in HEAD if MODEL_NAME + n in weights}
+
+    def lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA file's tensors by the names that core and other loaders read, with alpha = rank."""
+        made: dict[str, Tensor] = {}
+        for layer in self.pairs:
+            down = weights[f"{LORA_NAME}{layer}.down"]
+            made |= {
+                f"diffusion_model.{layer}.lora_A.weight": down,
+                f"diffusion_model.{layer}.lora_B.weight": weights[f"{LORA_NAME}{layer}.up"],
+                f"diffusion_model.{layer}.alpha": torch.tensor(float(down.shape[0])),
+            }
+        return made
+
+    def memory(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The memory's tensors, trained or as they were given; empty without one."""
+        if self.pack is None:
+            return {}
+        given = {n: p.detach() for n, p in self.pack.named_parameters()}
+        return given | {n: weights[PACK_NAME + n] for n in given if PACK_NAME + n in weights}
+
+
+def merged(options: Mapping, more: Mapping) -> dict:
+    """Two `transformer_options` as one; neither is changed. Lists are joined, single values come from `more`."""
+    made = dict(options)
+    for key, value in more.items():
+        held = made.get(key)
+        if isinstance(held, Mapping) and isinstance(value, Mapping):
+            made[key] = merged(held, value)
+        else:
+            made[key] = [*held, *value] if isinstance(held, list) and isinstance(value, list) else value
+    return made
+
+
+def checkpointed_blocks(model: nn.Module) -> dict:
+    """Core's `patches_replace["dit"]` that runs every block again in the backward pass instead of keeping its parts."""
+    made: dict[tuple[str, int], Callable] = {}
+    for kind in ("double", "single"):
+        for i in range(len(getattr(model, f"{kind}_blocks"))):
+            made[(f"{kind}_block", i)] = _checkpointed
+    return made
+
+
+def _checkpointed(args: dict, more: dict) -> dict:
+    streams = [name for name in ("img", "txt") if name in args]
+    # The block index is set in the options when a block is called, and is another one by the time of the backward pass.
+    options = dict(args["transformer_options"])
+
+    def run(*tensors: Tensor):
+        # Core's blocks add in place, also to what they were given, which the second run needs as it was.
+        changed = {name: tensor.clone() for name, tensor in zip(streams, tensors, strict=True)}
+        out = more["original_block"]({**args, **changed, "transformer_options": options})
+        return tuple(out[name] for name in streams)
+
+    if not torch.is_grad_enabled():
+        return more["original_block"](args)
+    out = checkpoint(run, *(args[name] for name in streams), use_reentrant=False)
+    return dict(zip(streams, out, strict=True))  # pyright: ignore[reportArgumentType]
