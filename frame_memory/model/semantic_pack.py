@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 
 import torch
 from comfy.ldm.flux.layers import EmbedND
@@ -28,6 +29,13 @@ from .packing import KERNEL_OF_RATE, ImageProjection, pad_end, rotate
 SQUEEZES = ("A", "B", "C")
 # Rate of the memory's embedder: (4, 8, 8) latent frames, rows and columns a token, as `proj_4x`.
 RATE = 4
+# Which layers of the base are the beginning of which of the pack's.
+_BEGINNINGS = {
+    "clean_x_embedder.proj_4x": "embed",
+    "txt_in.input_embedder": "text_in",
+    "image_projection.up": "image_in.up",
+    "image_projection.down": "image_in.down",
+}
 # Spread of the matrices that no layer of the base gives a beginning.
 _SPREAD = 0.02
 
@@ -238,11 +246,17 @@ class SemanticPack(nn.Module):
 
 
 @torch.no_grad()
-def initialise(pack: SemanticPack, transformer: nn.Module | None = None, seed: int = 0) -> SemanticPack:
+def initialise(
+    pack: SemanticPack,
+    transformer: nn.Module | None = None,
+    seed: int = 0,
+    originals: Mapping[str, Tensor] = MappingProxyType({}),
+) -> SemanticPack:
     """Give a fresh pack its weights, in place: the embedders of the base, and branches that add nothing at first.
 
-    transformer: the FramePackTransformer it is made for; None leaves the embedders random (for tests). The last linear
-    layer of every residual branch and the gate are zero, so that at first psi_n is the embedding of clip n-1.
+    transformer: the FramePackTransformer it is made for; None leaves the embedders random (for tests). originals: its
+    weights by name where patches have replaced them. The last linear layer of every residual branch and the gate are
+    zero, so that at first psi_n is the embedding of clip n-1.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(pack.named_parameters()):
@@ -254,16 +268,18 @@ def initialise(pack: SemanticPack, transformer: nn.Module | None = None, seed: i
         else:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SPREAD)
     if transformer is not None:
-        _copy(transformer.clean_x_embedder.proj_4x, pack.embed)
-        _copy(transformer.txt_in.input_embedder, pack.text_in)
-        _copy(transformer.image_projection.up, pack.image_in.up)
-        _copy(transformer.image_projection.down, pack.image_in.down)
+        for source, target in _BEGINNINGS.items():
+            for name in ("weight", "bias"):
+                value = originals.get(f"{source}.{name}", transformer.get_parameter(f"{source}.{name}"))
+                pack.get_parameter(f"{target}.{name}").copy_(_numbers(transformer.get_submodule(source), value))
     return pack
 
 
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    for name in ("weight", "bias"):
-        value = getattr(source, name).detach()
-        # Quantised weights of core say how they unpack; those of other loaders unpack in arithmetic.
-        value = value.dequantize() if hasattr(value, "_qdata") else value
-        getattr(target, name).copy_(value.to("cpu", torch.float32).to(getattr(target, name)))
+def _numbers(module: nn.Module, value: Tensor) -> Tensor:
+    """Weights unpacked: core's quantised ones say how, layers of GGUF loaders have a method for it."""
+    value = value.detach()
+    if hasattr(value, "_qdata"):
+        value = value.dequantize()
+    elif hasattr(module, "get_weight"):
+        value = module.get_weight(value, torch.float32)
+    return value.to("cpu", torch.float32)

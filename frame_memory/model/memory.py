@@ -1,0 +1,197 @@
+"""FRAME_MEMORY: a SemanticPack in a ModelPatcher of its own, and what it has been told of prompt and picture.
+
+The encoder is loaded by ComfyUI beside the MODEL that it is attached to, and goes when that goes.
+
+Shape legend: B batch, L text tokens, N vision tokens, C features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor
+
+from .base_signature import MODEL_PREFIX, Base
+from .framepack import MODEL_OPTION, is_framepack
+from .semantic_pack import PackSpec, SemanticPack, initialise
+from .sources import LOAD_MODEL
+
+# Under this name the encoder hangs on a MODEL: a second one takes the place of the first.
+ATTACHED = "frame_memory"
+LOAD_MEMORY = "Load Memory Encoder"
+MEMORY_PACK = "MemoryPack Encoder"
+SHOWN = 8
+_NUMBERS = 64
+
+
+class MemoryMismatch(ValueError):
+    """A memory that does not belong to a MODEL, or cannot be made."""
+
+
+@dataclass(frozen=True)
+class FrameMemory:
+    """What the socket carries.
+
+    encoder: ModelPatcher around a SemanticPack. label: where it is from, for people. trained: False for fresh weights.
+    fingerprint: of the weights when it was made, for people. base: what it was made or trained for, None where nobody
+    says. text: `[1, L, C]` without padding, vision: `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
+    """
+
+    encoder: Any
+    spec: PackSpec
+    label: str
+    trained: bool
+    fingerprint: str
+    base: Base | None = None
+    text: Tensor | None = field(default=None, repr=False)
+    vision: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def pack(self) -> SemanticPack:
+        """The network."""
+        return self.encoder.model
+
+    def with_features(self, text_BLC: Tensor, vision_BNC: Tensor | None) -> FrameMemory:
+        """The same encoder with what it is anchored to."""
+        return replace(self, text=text_BLC, vision=vision_BNC)
+
+    def describe(self) -> str:
+        """A line for people."""
+        spec, size = self.spec, sum(p.numel() for p in self.pack.parameters())
+        state = "" if self.trained else ", UNTRAINED: its gate is closed, so it changes nothing until it is trained"
+        more = ", psi_0 = 0" if spec.zero_psi else ""
+        return (
+            f"{self.label}: SemanticPack {spec.squeeze}{more}, width {spec.hidden}, {spec.blocks} blocks, "
+            f"{size / 1e6:.1f} M numbers, gate {gate_of(self.pack):.4g} ({self.fingerprint}){state}"
+        )
+
+
+def gate_of(pack: SemanticPack) -> float:
+    """How far the gate is open: tanh of its number, -1 to 1; 0 is closed."""
+    return float(torch.tanh(pack.gate.detach().float()))
+
+
+def new_encoder(model_patcher, *, seed: int = 0, **options) -> FrameMemory:
+    """A fresh encoder for a FramePack-F1 MODEL: embedders as the MODEL's own without its LoRAs, all else untrained.
+
+    options: of PackSpec, as `squeeze`. Raises MemoryMismatch for another MODEL.
+    """
+    check_model(model_patcher, LOAD_MEMORY)
+    network = model_patcher.model.diffusion_model
+    spec = PackSpec.of(network, **options)
+    originals = {k.removeprefix(MODEL_PREFIX): v.weight for k, v in model_patcher.backup.items()}
+    pack = initialise(_build(spec, compute_dtype(model_patcher)), network, seed, originals)
+    return _memory(pack, spec, "new", False, Base.of(model_patcher), model_patcher.load_device)
+
+
+def encoder_from_tensors(
+    tensors: Mapping[str, Tensor], spec: PackSpec, *, label: str, trained: bool = True, base: Base | None = None,
+    dtype: torch.dtype | None = None, load_device=None,
+) -> FrameMemory:  # fmt: skip
+    """An encoder from SemanticPack's state dict. dtype: None for that of the tensors.
+
+    Raises MemoryMismatch where names or shapes are not those of `spec`.
+    """
+    stored = next(iter(tensors.values())).dtype if tensors else torch.float32
+    dtype = dtype or (stored if stored in (torch.float32, torch.bfloat16) else torch.float32)
+    pack = _build(spec, dtype)
+    wanted = {name: tuple(value.shape) for name, value in pack.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        name = wrong[0]
+        raise MemoryMismatch(
+            f"{label}: the tensor {name} has shape {given.get(name, 'none')}, expected {wanted.get(name, 'none')} "
+            f"({len(wrong)} tensors differ). Choose another file in '{LOAD_MEMORY}'."
+        )
+    pack.load_state_dict(dict(tensors))
+    return _memory(pack, spec, label, trained, base, load_device or comfy.model_management.get_torch_device())
+
+
+def attach(model_patcher, memory: FrameMemory):
+    """A clone of a MODEL that brings the encoder with it when it is loaded; the MODEL stays as it is."""
+    clone = model_patcher.clone()
+    clone.set_additional_models(ATTACHED, [memory.encoder])
+    return clone
+
+
+def detach(model_patcher):
+    """A clone of a MODEL without an encoder; nothing of it is left."""
+    clone = model_patcher.clone()
+    clone.remove_additional_models(ATTACHED)
+    return clone
+
+
+def is_attached(model_patcher) -> bool:
+    """Whether a MODEL brings an encoder with it."""
+    return bool(model_patcher.get_additional_models_with_key(ATTACHED))
+
+
+def check_model(model_patcher, node: str) -> None:
+    """Raise MemoryMismatch unless a MODEL is FramePack-F1, which alone makes a video from its start on."""
+    if not is_framepack(model_patcher):
+        raise MemoryMismatch(
+            f"The MODEL of '{node}' is a {type(model_patcher.model).__name__}. Expected FramePack-F1 from "
+            f"'{LOAD_MODEL}'."
+        )
+    if model_patcher.model_options.get(MODEL_OPTION, {}).get("kind") == "F0":
+        raise MemoryMismatch(
+            f"The MODEL of '{node}' is FramePack F0, which makes the end of a video first: there is no past to "
+            f"remember. Expected FramePack-F1 (FramePack_F1_I2V_HY) in '{LOAD_MODEL}'."
+        )
+
+
+def check_fits(memory: FrameMemory, model_patcher, node: str) -> str:
+    """Raise MemoryMismatch, naming both fingerprints, unless a memory belongs to a MODEL; else how it was told."""
+    check_model(model_patcher, node)
+    base, its = Base.of(model_patcher), PackSpec.of(model_patcher.model.diffusion_model)
+    wrong = "" if memory.base is None else memory.base.difference(base)
+    for name in ("hidden", "heads", "in_channels", "text", "vision"):
+        mine, models = getattr(memory.spec, name), getattr(its, name)
+        if mine != models:
+            wrong = wrong or f"its {name} is {mine}, not {models}"
+    if wrong:
+        raise MemoryMismatch(
+            f"The memory of '{node}' ({memory.label}) was made for another base than this MODEL: {wrong}. The memory's "
+            f"base is {memory.base or 'not named'}; this MODEL is {base}. Load the base that it was made for in "
+            f"'{LOAD_MODEL}', or choose another file in '{LOAD_MEMORY}'."
+        )
+    return memory.base.certainty(base) if memory.base else "Nobody says which base the memory was made for; sizes fit."
+
+
+def compute_dtype(model_patcher) -> torch.dtype:
+    """The numbers an encoder of a MODEL works in: the MODEL's own, or ones that do not overflow in the place of fp16
+    and fp8."""
+    dtype = model_patcher.model.get_dtype_inference()
+    if dtype in (torch.float32, torch.bfloat16):
+        return dtype
+    bf16 = comfy.model_management.should_use_bf16(model_patcher.load_device)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _build(spec: PackSpec, dtype: torch.dtype) -> SemanticPack:
+    device = comfy.model_management.unet_offload_device()
+    return SemanticPack(spec, dtype=dtype, device=device, operations=comfy.ops.manual_cast).requires_grad_(False)
+
+
+def _memory(pack: SemanticPack, spec, label: str, trained: bool, base: Base | None, load_device) -> FrameMemory:
+    encoder = comfy.model_patcher.CoreModelPatcher(
+        pack.eval(), load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    return FrameMemory(encoder, spec, label, trained, _fingerprint(pack.state_dict()), base)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        flat = value.detach().reshape(-1)
+        numbers = flat[:: max(flat.numel() // _NUMBERS, 1)].float().cpu().contiguous().numpy()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + numbers.tobytes())
+    return digest.hexdigest()[:SHOWN]
