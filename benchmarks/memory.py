@@ -308,7 +308,7 @@ def verdicts(sampled: dict | None, decoded: dict | None) -> list[tuple[str, str,
 
 def draw(path: Path, sampled: dict, decoded: dict) -> None:
     """Both curves with their bounds as a PNG."""
-    from .memory_plot import Curve, Panel, draw_panels
+    from frame_memory.video.plots import Curve, Panel, save_panels
 
     count, minutes = len(sampled["rss"]), decoded["frames"] / FPS / 60
     allowed = sampled["rss"][SETTLED - 1] + SECTION_BOUND
@@ -330,7 +330,7 @@ def draw(path: Path, sampled: dict, decoded: dict) -> None:
         [(DECODE_BOUND, f"bound: {DECODE_BOUND:.0f} MB")],
         max(DECODE_BOUND, *decoded["rss"]) * 1.1,
     )
-    draw_panels(path, [top, bottom])
+    save_panels(path, [top, bottom])
 
 
 def child(args: argparse.Namespace) -> None:

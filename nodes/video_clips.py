@@ -57,7 +57,7 @@ def _inputs() -> list[io.Input]:
             max=3600.0,
             step=SECTION_SECONDS,
             advanced=True,
-            tooltip="Shortest clip in seconds, in steps of 1.2 s. What is shorter between two cuts is left out, counted.",
+            tooltip="Shortest clip in seconds, in steps of 1.2 s. What is shorter between two cuts is left out.",
         ),
         io.ClipVision.Input(
             "clip_vision",
@@ -77,8 +77,8 @@ class FrameMemoryVideoClips(io.ComfyNode):
             display_name=NODE,
             category="model/training",
             description=(
-                "Makes training clips from a folder of videos with captions: cut at shot cuts, without still stretches, "
-                "at 30 fps, encoded in order and kept in output/frame_memory_clips."
+                "Makes training clips from a folder of videos with captions: cut at shot cuts, without still parts, at "
+                "30 fps, encoded in order and kept in output/frame_memory_clips."
             ),
             search_aliases=[
                 "video dataset",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .measures import FrameSeries, jump_at, steady_slope
+from .measures import STRIDE, FrameSeries, jump_at, steady_slope
 
 # 8-bit levels by which even the busiest part changes in 4 frames. Below one level an 8-bit video stores nothing; a slow
 # breath or a drifting cloud makes 3 or more.
@@ -74,12 +74,12 @@ class VideoGuards:
     """Fed with pieces in any order: `guards.add(piece.start_frame, piece.frames_THWC)`; asked section by section.
 
     `sections` in video order, without overlap. Frames are uint8, or floats 0..1, on any device; they are not kept and
-    not mutated. A piece that comes twice counts once.
+    not mutated. A piece that comes twice counts once. stride: of the frames whose saturation and sharpness are measured.
     """
 
-    def __init__(self, sections: Sequence[GuardSection]) -> None:
+    def __init__(self, sections: Sequence[GuardSection], stride: int = STRIDE) -> None:
         self.sections = tuple(sorted(sections, key=lambda section: section.start_frame))
-        self.series = FrameSeries()
+        self.series = FrameSeries(stride)
 
     def add(self, start_frame: int, frames_THWC: torch.Tensor | np.ndarray) -> None:
         """Measure frames [start_frame, start_frame + T)."""

@@ -48,12 +48,13 @@ class _Stretch:
 class FrameSeries:
     """The numbers of every frame that has come, in pieces and in any order; a piece that comes twice counts once.
 
-    By frame number: luma; look, every fourth frame's (saturation, sharpness); change, the mean change from the frame
+    By frame number: luma; look, every `stride`th frame's (saturation, sharpness); change, the mean change from the frame
     before; motion, the change of the busiest part from 4 frames before. All in levels. Thumbnails are kept only at the
     ends of pieces, so that changes across a cut are measured too; ten minutes of video are about 5 MB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = STRIDE) -> None:
+        self.stride = stride
         self.luma: dict[int, float] = {}
         self.look: dict[int, tuple[float, float]] = {}
         self.change: dict[int, float] = {}
@@ -69,7 +70,7 @@ class FrameSeries:
             frame_HWC, number = as_tensor(frames_THWC[offset]), start_frame + offset
             small_HW = thumbnail(frame_HWC)
             self.luma[number] = float(small_HW.mean())
-            if number % STRIDE == 0:
+            if number % self.stride == 0:
                 self.look[number] = look_of(frame_HWC)
             self._grow(new, small_HW)
         self._connect(new)

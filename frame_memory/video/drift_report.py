@@ -1,0 +1,152 @@
+"""What Drift Meter found, for people: words, curves as a picture, and everything as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+
+from PIL import Image
+
+from .drift import ENDS, LIKENESS, LIKENESS_FALL, MEASURES, MOTION_LEFT, NODE, Curve, Drift, median_motion, motion_share
+from .plots import Curve as Line
+from .plots import Panel, draw_panels, fitted
+
+PLOT_HEIGHT = 300
+# Least span of the plot's axes, levels of 255 or a share, so that what nobody sees is drawn flat.
+LEAST_SPAN = {"brightness": 16.0, "saturation": 16.0, "sharpness": 4.0, "motion": 16.0}
+LEAST_LIKENESS = 0.2
+PERCENT = f"{ENDS:.0%}".replace("%", " %")
+DIRECTIONS = {
+    "forward": "from its first frame to its last",
+    "inverted": "from its end to its beginning",
+    "both ends first": "its last section first, then from the beginning",
+}
+
+
+def words_of(found: Drift, source: str) -> str:
+    """The report. source: what was measured, as a sentence."""
+    timing = found.timing
+    made = timing.frames - timing.given
+    lines = [
+        source,
+        f"{timing.frames} frames, {timing.frames / timing.fps:.2f} s at {timing.fps:g} fps, made "
+        f"{DIRECTIONS[timing.order]}. The first {PERCENT} as made, {found.ends} frames, against the last.",
+    ]
+    if timing.given:
+        lines.append(f"{timing.given} frames in front were given, not made; they do not count ({made} do).")
+    lines += [f"Warning: {text}" for text in found.warnings]
+    lines += [_line(found, name) for name in found.curves]
+    if not found.warnings and not _said(found):
+        lines.append("Nothing drifts beyond its bound, and nothing stands still.")
+    lines += _said(found)
+    if not timing.named:
+        lines.append("Sections are counted by 1.2 s, as Anti-Drift Sampler makes them.")
+    return "\n".join([*lines, *found.notes])
+
+
+def _said(found: Drift) -> list[str]:
+    """What is no fault, but should be known."""
+    motion = found.curves.get("motion")
+    if motion is None or math.isnan(motion.difference):
+        return []
+    share = motion_share(motion)
+    if share < MOTION_LEFT:
+        return [f"Note: it moves less and less, at the end {share:.0%} as much as at the beginning."]
+    return []
+
+
+def _line(found: Drift, name: str) -> str:
+    curve = found.curves[name]
+    if math.isnan(curve.difference):
+        return f"{_title(name)}: {curve.values.mean():.3f}; the ends are too short to compare."
+    slope = "" if curve.slope is None else f", slope {curve.slope:+.4g} a second"
+    if name in LIKENESS:
+        kept = "kept" if -curve.difference <= LIKENESS_FALL else "lost"
+        return f"{_title(name)}: {curve.first:.3f} → {curve.last:.3f} ({curve.difference:+.3f}{slope}): {kept}."
+    _, _, words, bound, share = next(row for row in MEASURES if row[0] == name)
+    relative = curve.difference / max(curve.first, 1e-3)
+    large = abs(relative if share else curve.difference) > bound
+    word = (words[0] if curve.difference > 0 else words[1]) if large else "steady"
+    percent = f", {relative:+.0%}" if share and curve.first > 1e-3 else ""
+    return f"{_title(name)}: {curve.first:.1f} → {curve.last:.1f} ({curve.difference:+.1f}{percent}{slope}): {word}."
+
+
+def _title(name: str) -> str:
+    return f"Similarity of the {LIKENESS[name]}" if name in LIKENESS else name.capitalize()
+
+
+def as_json(found: Drift) -> str:
+    """Everything as one JSON object; what is not known is null."""
+    timing = found.timing
+    rate = Fraction(timing.fps).limit_denominator(1001)
+    whole = {
+        "node": NODE,
+        "frames": timing.frames,
+        "fps": float(rate) if rate.denominator == 1 else timing.fps,
+        "seconds": timing.frames / timing.fps,
+        "order": timing.order,
+        "given_frames": timing.given,
+        "end_frames": found.ends,
+        "units": {"brightness": "levels of 255", "saturation": "levels of 255", "sharpness": "levels of 255",
+                  "motion": "levels of 255 in 4 frames", "slope": "a second of making", "similarity": "cosine"},
+        "measures": {name: _numbers(curve, found.per_second[name]) for name, curve in found.curves.items()},
+        "sections": [
+            {"number": row["number"], "start_s": row["start"] / timing.fps, "stop_s": row["stop"] / timing.fps,
+             **row["means"]}
+            for row in found.sections
+        ],
+        "median_section_motion": median_motion(found.sections),
+        "warnings": found.warnings,
+    }  # fmt: skip
+    return json.dumps(_rounded(whole), ensure_ascii=False, indent=1)
+
+
+def _numbers(curve: Curve, per_second: list[tuple[float, float]]) -> dict:
+    return {
+        "first": curve.first,
+        "last": curve.last,
+        "difference": curve.difference,
+        "slope": curve.slope,
+        "per_second": [value for _, value in per_second],
+        "at_seconds": [at for at, _ in per_second],
+    }
+
+
+def _rounded(value):
+    """Numbers to six digits, NaN as null: JSON knows none."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def plot(found: Drift) -> Image.Image:
+    """The curves below each other, second by second in the order of making, the two ends shaded."""
+    timing, panels = found.timing, []
+    seconds = (timing.frames - timing.given) / timing.fps
+    ends = found.ends / timing.fps
+    backwards = " (the video's end is at the left)" if timing.order == "inverted" else ""
+    for name, points in found.per_second.items():
+        likeness = name in LIKENESS
+        values = [value for _, value in points]
+        bottom, top = fitted(values, LEAST_LIKENESS if likeness else LEAST_SPAN[name])
+        curve = found.curves[name]
+        digits = 3 if likeness else 1
+        note = "" if math.isnan(curve.difference) else f"{curve.first:.{digits}f} → {curve.last:.{digits}f}"
+        panels.append(
+            Panel(
+                f"{_title(name)}   {note}",
+                f"seconds in the order of making{backwards}",
+                "cosine to the beginning" if likeness else "levels of 255",
+                [Line(name, [at for at, _ in points], values, note="")],
+                [],
+                top=min(top, 1.02) if likeness else top,
+                bottom=bottom if likeness else max(bottom, 0.0),
+                shades=[(0.0, ends), (seconds - ends, seconds)],
+            )
+        )
+    return draw_panels(panels, PLOT_HEIGHT)
