@@ -130,10 +130,10 @@ class DriftMeter:
     """
 
     def __init__(
-        self, timing: Timing, clip_vision=None, mask_BHW: Tensor | None = None, interrupt: Callable[[], None] | None = None
+        self, timing: Timing, clip_vision=None, mask_BHW: Tensor | None = None,
+        interrupt: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        self.timing, self.clip_vision, self.mask_BHW = timing, clip_vision, mask_BHW
-        self.interrupt = interrupt or (lambda: None)
+        self.timing, self.clip_vision, self.mask_BHW, self.interrupt = timing, clip_vision, mask_BHW, interrupt
         spans = [(max(start, timing.given), stop) for start, stop in timing.sections]
         spans = [(start, stop) for start, stop in spans if stop > start]
         stride = STRIDE if timing.frames > SHORT else 1
@@ -188,13 +188,10 @@ class DriftMeter:
 
     def _alike(self, seen: Mapping[int, Tensor]) -> dict[int, float]:
         """Cosine of each look to the mean of those at the beginning of the making."""
-        early = [seen[f] for f in self.making[: self.ends] if f in seen] or [seen[f] for f in self.making if f in seen][
-            :1
-        ]
-        mean_D = torch.stack(early).mean(dim=0)
-        return {
-            f: float(torch.nn.functional.cosine_similarity(feature_D, mean_D, dim=0)) for f, feature_D in seen.items()
-        }
+        ordered = [seen[f] for f in self.making if f in seen]
+        early = sum(f in seen for f in self.making[: self.ends])
+        mean_D = torch.stack(ordered[: max(early, 1)]).mean(dim=0)
+        return {f: float(torch.cosine_similarity(feature_D, mean_D, dim=0)) for f, feature_D in seen.items()}
 
     def _curve(self, row: Mapping[int, float]) -> Curve:
         places = [(place, row[f]) for place, f in enumerate(self.making) if f in row]
@@ -238,8 +235,9 @@ class DriftMeter:
             if off is not None:
                 curve = found.curves[name]
                 warnings.append(
-                    f"Section {off} is the first whose {name} is far from the beginning's; the video {_word(curve, words)}: "
-                    f"{curve.first:.1f} at first, {curve.last:.1f} at last (levels of 255). {CAUSES['slope']}"
+                    f"Section {off} is the first whose {name} is far from the beginning's; the video "
+                    f"{_word(curve, words)}: {curve.first:.1f} at first, {curve.last:.1f} at last (levels of 255). "
+                    f"{CAUSES['slope']}"
                 )
         for name in LIKENESS:
             curve = found.curves.get(name)
@@ -267,21 +265,17 @@ def _first_off(found: Drift, name: str, key: str, bound: float, share: bool) -> 
 
 def frozen_warnings(sections: Sequence[Mapping]) -> list[str]:
     """Fault 16: which sections stand still, with the usual causes."""
-    still = [
-        (row["means"]["motion"], row["number"]) for row in sections if row["means"].get("motion", 9e9) < FROZEN_LEVELS
-    ]
+    known = [(row["means"]["motion"], row["number"]) for row in sections if "motion" in row["means"]]
+    still = [(motion, number) for motion, number in known if motion < FROZEN_LEVELS]
     if not still:
         return []
-    (text,) = warnings_of(max(still)[1], {"motion": max(still)[0]})
     if len(still) == 1:
-        return [text]
-    which = (
-        f"All {len(still)} sections are"
-        if len(still) == len(sections)
-        else f"Sections {_runs([n for _, n in still])} are"
-    )
-    return [f"{which} frozen: in their last thirds the busiest part changes by less than {FROZEN_LEVELS:g} level of 255. "
-            + CAUSES["frozen"]]  # fmt: skip
+        return [*warnings_of(still[0][1], {"motion": still[0][0]})]
+    which = f"All {len(still)} sections" if len(still) == len(sections) else f"Sections {_runs([n for _, n in still])}"
+    return [
+        f"{which} are frozen: in their last thirds the busiest part changes by less than {FROZEN_LEVELS:g} level of "
+        f"255. {CAUSES['frozen']}"
+    ]
 
 
 def _runs(numbers: Sequence[int]) -> str:

@@ -74,7 +74,7 @@ class VideoGuards:
     """Fed with pieces in any order: `guards.add(piece.start_frame, piece.frames_THWC)`; asked section by section.
 
     `sections` in video order, without overlap. Frames are uint8, or floats 0..1, on any device; they are not kept and
-    not mutated. A piece that comes twice counts once. stride: of the frames whose saturation and sharpness are measured.
+    not mutated. A piece that comes twice counts once. stride: of the frames whose saturation and sharpness count.
     """
 
     def __init__(self, sections: Sequence[GuardSection], stride: int = STRIDE) -> None:

@@ -1,7 +1,7 @@
 """How alike two pictures are: through any CLIP vision model, and by colours and structure where there is none.
 
-A subject is cut out by its mask and shown on grey, at the size of its box, so that where it stands and what is behind it
-do not count; a background is the picture with the subject greyed out.
+A subject is cut out by its mask and shown on grey, at the size of its box, so that where it stands and what is behind
+it do not count; a background is the picture with the subject greyed out.
 
 Shape suffixes: B pictures, D features, N tokens, H height, W width, C colours (3, values 0..1).
 """
@@ -56,8 +56,8 @@ def mask_for(mask_BHW: Tensor, index: int, count: int, size: tuple[int, int], so
     mask_BHW = mask_BHW.unsqueeze(0) if mask_BHW.ndim == 2 else mask_BHW
     if mask_BHW.ndim != 3 or mask_BHW.shape[0] not in (1, count):
         raise LikenessError(
-            f"'{socket}' of '{node}' got masks of shape {tuple(mask_BHW.shape)} for {count} frames; expected 1 mask, or "
-            f"{count} of them, one a frame."
+            f"'{socket}' of '{node}' got masks of shape {tuple(mask_BHW.shape)} for {count} frames; expected 1 mask "
+            f"or {count} of them, one a frame."
         )
     mask_HW = mask_BHW[index if mask_BHW.shape[0] > 1 else 0].detach().float().cpu().clamp(0, 1)
     if mask_HW.shape != size:

@@ -48,7 +48,7 @@ class _Stretch:
 class FrameSeries:
     """The numbers of every frame that has come, in pieces and in any order; a piece that comes twice counts once.
 
-    By frame number: luma; look, every `stride`th frame's (saturation, sharpness); change, the mean change from the frame
+    By frame number: luma; look, (saturation, sharpness) of every `stride`th; change, the mean change from the frame
     before; motion, the change of the busiest part from 4 frames before. All in levels. Thumbnails are kept only at the
     ends of pieces, so that changes across a cut are measured too; ten minutes of video are about 5 MB.
     """
