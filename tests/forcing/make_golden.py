@@ -1,0 +1,32 @@
+"""Writes golden_losses.json with the plain loop of reference_forcing.py, never with the pack's own.
+
+From the repository: `python -m pytest tests/forcing/test_forcings.py -k golden` says whether it is needed; then import
+this module in a session that has ComfyUI on its path (tests/conftest.py) and call `write`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from frame_memory.forcing.draws import FORCINGS, Recipe, draw_video
+
+from . import reference_forcing, small
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def write() -> None:
+    """Seeds and sizes as in test_golden_losses."""
+    model = small.network()
+    pack, video, losses = small.memory(model), small.video(3), {}
+    for forcing in FORCINGS:
+        draw = draw_video(video, 3, Recipe(forcing=forcing, drop_memory=0.0), torch.Generator().manual_seed(5))
+        kind = forcing.split(" ")[0].lower()
+        made = reference_forcing.losses(kind, model, pack, video, draw.sigmas, draw.noises, draw.rollout_noises)
+        losses[kind] = [float(loss) for loss, _ in made]
+    GOLDEN.write_text(json.dumps({"tolerance": TOLERANCE, "losses": losses}, indent=1) + "\n")
