@@ -1,0 +1,251 @@
+"""Whether a scene or a subject comes back as it was: its pictures at its return against those at its first appearance.
+
+A number alone says little (two pictures of one video are never unlike), so it stands on a scale: how alike the first
+appearance's own pictures are among themselves, and how like them the pictures between are, where it is away.
+
+Shape suffixes: B pictures, H height, W width, C colours, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .contact import BACKGROUND, GAP, TEXT, to_bytes
+from .footage import Footage
+from .likeness import as_picture, colour_likeness, features_of, mask_for, structure_likeness, subject_of
+
+NODE = "Memory Recall"
+# Pictures looked at of each stretch.
+LOOKS = 8
+# Longest side at which pictures are kept for comparison, pixels: more than any vision model looks at.
+KEPT_SIDE = 512
+PAIR_HEIGHT, CAPTION = 384, 28
+# Below this distance between the two ends of the scale there is no scale.
+NO_SCALE = 0.02
+
+
+class RecallError(ValueError):
+    """Stretches or boxes that cannot be compared. The message says given, expected, nearest, and what to change."""
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Where something is seen: seconds [start, stop), and its area: box (x, y, width, height) in pixels, or mask.
+
+    name: of the sockets, "first" or "return". mask_BHW: one, one a frame of the stretch, or one a frame of the video.
+    """
+
+    name: str
+    start: float
+    stop: float
+    box: tuple[int, int, int, int] | None = None
+    mask_BHW: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Recall:
+    """similarity: 0 to 1, by `by`. among: of the first appearance's pictures among themselves; between: of those
+    between to them; both None where there are none. colour, structure: the plain measures. picture: the pair, an IMAGE.
+    """
+
+    similarity: float
+    by: str
+    among: float | None
+    between: float | None
+    colour: float
+    structure: float
+    times: tuple[float, float]
+    picture_BHWC: Tensor
+
+    @property
+    def share(self) -> float | None:
+        """Where the return stands between the pictures between (0) and the first appearance itself (1)."""
+        if self.among is None or self.between is None or self.among - self.between < NO_SCALE:
+            return None
+        return (self.similarity - self.between) / (self.among - self.between)
+
+    def describe(self) -> str:
+        """For the node."""
+        lines = [f"Similarity at the return: {self.similarity:.3f} ({self.by})."]
+        if self.among is not None:
+            lines.append(f"For comparison: pictures of the first appearance among themselves {self.among:.3f}")
+            lines[-1] += "." if self.between is None else f", pictures between the two {self.between:.3f}."
+        if self.share is not None:
+            lines.append(f"On that scale, from 0 (forgotten) to 1 (as it was): {self.share:.2f}.")
+        lines.append(f"Colours {self.colour:.3f}, structure {self.structure:.3f} (0 to 1, without a model).")
+        lines.append(f"The pair that is most alike: {self.times[0]:.2f} s and {self.times[1]:.2f} s.")
+        return "\n".join(lines)
+
+
+def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, int, int] | None:
+    """'x,y,w,h' in pixels of the video; None for an empty text. Raises RecallError with the nearest box inside."""
+    if not text.strip():
+        return None
+    try:
+        x, y, w, h = (round(float(part)) for part in text.replace(";", ",").split(","))
+    except (ValueError, OverflowError):
+        raise RecallError(
+            f"'{name}' of '{NODE}' is {text.strip()!r}; expected four numbers x,y,width,height in pixels, such as "
+            f"'0,0,{width},{height}' for the whole picture."
+        ) from None
+    left, top = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
+    inside = left, top, max(min(x + w, width) - left, 1), max(min(y + h, height) - top, 1)
+    if (x, y, w, h) != inside:
+        raise RecallError(
+            f"'{name}' of '{NODE}' is {text.strip()!r}, which does not lie in the picture of {width}x{height}. The "
+            f"nearest is '{','.join(map(str, inside))}'."
+        )
+    return inside
+
+
+def frames_of(seen: Appearance, footage: Footage) -> range:
+    """The frames of an appearance. Raises RecallError for times outside of the video."""
+    length = footage.frames / footage.fps
+    if not 0 <= seen.start < seen.stop or seen.start >= length:
+        start = min(max(seen.start, 0.0), max(length - 1 / footage.fps, 0.0))
+        raise RecallError(
+            f"'{seen.name}_start' and '{seen.name}_stop' of '{NODE}' are {seen.start:g} and {seen.stop:g} s; expected "
+            f"a stretch of the video, 0 to {length:.2f} s. The nearest is {start:.2f} to "
+            f"{min(max(seen.stop, start + 1 / footage.fps), length):.2f}."
+        )
+    first = min(round(seen.start * footage.fps), footage.frames - 1)
+    return range(first, max(min(round(seen.stop * footage.fps), footage.frames), first + 1))
+
+
+def evenly(frames: range, count: int = LOOKS) -> list[int]:
+    """At most `count` of them, from the first to the last."""
+    count = min(count, len(frames))
+    return sorted({frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)})
+
+
+def compare(
+    footage: Footage, first: Appearance, back: Appearance, clip_vision=None,
+    interrupt: Callable[[], None] = lambda: None,
+) -> Recall:  # fmt: skip
+    """Look at both appearances, and at what lies between them. Raises RecallError, LikenessError and what reading does.
+
+    Each picture of the return is compared with the one of the first appearance that it is most like; the mean counts.
+    """
+    spans = frames_of(first, footage), frames_of(back, footage)
+    if spans[1].start < spans[0].stop:
+        raise RecallError(
+            f"The return begins at {back.start:g} s, before the first appearance ends at {first.stop:g} s; expected it "
+            f"after. Change 'return_start' of '{NODE}' to {spans[0].stop / footage.fps:.2f} or later."
+        )
+    early, late = (_pictures(footage, a, span, interrupt) for a, span in zip((first, back), spans))
+    gap = range(spans[0].stop, spans[1].start)
+    away = {}
+    if first.mask_BHW is None and len(gap) > 0:
+        away = _pictures(footage, Appearance("first", 0, 0, first.box), gap, interrupt)
+    colour, structure = (_all_pairs(late, early, measure) for measure in (colour_likeness, structure_likeness))
+    plain = _by_hand if clip_vision is None else None
+    if plain is not None:
+        by, score = "colours and structure, no model connected", lambda a, b: _all_pairs(a, b, plain)
+    else:
+        by = "cosine of what clip_vision sees"
+        seen: dict[int, Tensor] = {}
+
+        def score(a, b):
+            vectors = []
+            for pictures in (a, b):
+                for number, picture_BHWC in pictures.items():
+                    if number not in seen:
+                        interrupt()
+                        seen[number] = features_of(clip_vision, picture_BHWC, NODE)[0]
+                vectors.append(torch.stack([seen[number] for number in pictures]))
+            return (vectors[0] @ vectors[1].T).numpy()
+
+    found = score(late, early)
+    among = score(early, early) if len(early) > 1 else None
+    row, column = np.unravel_index(int(found.argmax()), found.shape)
+    pair = list(early)[column], list(late)[row]
+    similarity = _clip(float(found.max(axis=1).mean()))
+    times = pair[0] / footage.fps, pair[1] / footage.fps
+    return Recall(
+        similarity, by, None if among is None else _clip(_best_other(among)),
+        _clip(float(score(away, early).max(axis=1).mean())) if away else None,
+        float(colour.max(axis=1).mean()), float(structure.max(axis=1).mean()), times,
+        _draw_pair((early[pair[0]], late[pair[1]]), times, similarity),
+    )  # fmt: skip
+
+
+def _by_hand(a_BHWC: Tensor, b_BHWC: Tensor) -> float:
+    return (colour_likeness(a_BHWC, b_BHWC) + structure_likeness(a_BHWC, b_BHWC)) / 2
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
+def _all_pairs(a: dict[int, Tensor], b: dict[int, Tensor], measure) -> np.ndarray:
+    return np.array([[measure(x, y) for y in b.values()] for x in a.values()])
+
+
+def _best_other(square: np.ndarray) -> float:
+    """Mean of the best match of each picture among the others of its stretch."""
+    others = square.astype(float).copy()
+    np.fill_diagonal(others, -np.inf)
+    return float(others.max(axis=1).mean())
+
+
+def _pictures(footage: Footage, seen: Appearance, frames: range, interrupt) -> dict[int, Tensor]:
+    """Some pictures of a stretch, cut to the area and made small, by frame number."""
+    wanted, found = set(evenly(frames)), {}
+    number = frames.start
+    for chunk_THWC in footage.between(frames.start, frames.stop):
+        interrupt()
+        for frame_HWC in chunk_THWC:
+            if number in wanted:
+                shown = _area(as_picture(frame_HWC), seen, number, frames, footage.frames)
+                if shown is not None:
+                    found[number] = _small(shown)
+            number += 1
+    if not found:
+        raise RecallError(
+            f"'{seen.name}_mask' of '{NODE}' shows nothing from {frames.start / footage.fps:.2f} to "
+            f"{frames.stop / footage.fps:.2f} s; expected white where the subject is. Change the mask or the times."
+        )
+    return found
+
+
+def _area(picture_BHWC: Tensor, seen: Appearance, number: int, frames: range, total: int) -> Tensor | None:
+    if seen.mask_BHW is not None:
+        count = 1 if seen.mask_BHW.ndim == 2 else seen.mask_BHW.shape[0]
+        index, of = (number, total) if count == total else (number - frames.start, len(frames))
+        size = (picture_BHWC.shape[1], picture_BHWC.shape[2])
+        return subject_of(picture_BHWC, mask_for(seen.mask_BHW, index, of, size, f"{seen.name}_mask", NODE))
+    if seen.box is None:
+        return picture_BHWC
+    x, y, w, h = seen.box
+    return picture_BHWC[:, y : y + h, x : x + w]
+
+
+def _small(picture_BHWC: Tensor) -> Tensor:
+    height, width = picture_BHWC.shape[1:3]
+    scale = KEPT_SIDE / max(height, width)
+    if scale >= 1:
+        return picture_BHWC.clone()
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    return torch.nn.functional.interpolate(picture_BHWC.movedim(-1, 1), size, mode="area").movedim(1, -1)
+
+
+def _draw_pair(pair: Sequence[Tensor], times: Sequence[float], similarity: float) -> Tensor:
+    """Two pictures beside each other with their times, IMAGE [1,H,W,3]."""
+    pictures = [Image.fromarray(to_bytes(picture_BHWC[0])) for picture_BHWC in pair]
+    sized = [p.resize((max(round(PAIR_HEIGHT * p.width / p.height), 1), PAIR_HEIGHT)) for p in pictures]
+    font = ImageFont.load_default(16)
+    captions = [f"first, {times[0]:.2f} s", f"return, {times[1]:.2f} s   {similarity:.3f}"]
+    widths = [max(p.width, round(font.getlength(text))) for p, text in zip(sized, captions)]
+    sheet = Image.new("RGB", (sum(widths) + 3 * GAP, PAIR_HEIGHT + CAPTION + 2 * GAP), BACKGROUND)
+    pen, left = ImageDraw.Draw(sheet), GAP
+    for picture, text, width in zip(sized, captions, widths):
+        sheet.paste(picture, (left, GAP))
+        pen.text((left, PAIR_HEIGHT + 2 * GAP), text, fill=TEXT, font=font)
+        left += width + GAP
+    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]
