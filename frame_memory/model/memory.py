@@ -65,7 +65,8 @@ class FrameMemory:
     def describe(self) -> str:
         """A line for people."""
         spec, size = self.spec, sum(p.numel() for p in self.pack.parameters())
-        state = "" if self.trained else ", UNTRAINED: its gate is closed, so it changes nothing until it is trained"
+        closed = "its gate is closed, so it changes nothing until it is trained"
+        state = "" if self.trained else f", UNTRAINED: {'it shows noise' if gate_of(self.pack) else closed}"
         more = ", psi_0 = 0" if spec.zero_psi else ""
         return (
             f"{self.label}: SemanticPack {spec.squeeze}{more}, width {spec.hidden}, {spec.blocks} blocks, "
@@ -163,7 +164,9 @@ def check_fits(memory: FrameMemory, model_patcher, node: str) -> str:
             f"base is {memory.base or 'not named'}; this MODEL is {base}. Load the base that it was made for in "
             f"'{LOAD_MODEL}', or choose another file in '{LOAD_MEMORY}'."
         )
-    return memory.base.certainty(base) if memory.base else "Nobody says which base the memory was made for; sizes fit."
+    if memory.base is None:
+        return "Nobody says which base the memory was made for; only its sizes could be compared."
+    return memory.base.certainty(base) if memory.trained else f"Made for this base ({base.signature.short})."
 
 
 def compute_dtype(model_patcher) -> torch.dtype:

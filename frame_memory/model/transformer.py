@@ -75,10 +75,8 @@ class FramePackTransformer(HunyuanVideo):
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
         txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
-        if memory_tokens is not None:
-            txt = torch.cat((memory_tokens.to(txt.dtype), txt), dim=1)
-        if clip_fea is not None:
-            txt = torch.cat((self.image_projection(clip_fea).to(txt.dtype), txt), dim=1)
+        image = None if clip_fea is None else self.image_projection(clip_fea)
+        txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
 
         tokens = [
             self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, context_layout.groups, strict=True)
@@ -86,12 +84,9 @@ class FramePackTransformer(HunyuanVideo):
         window = self.img_in(x)
         img = torch.cat([*tokens, window], dim=1)
         frames = tuple(c.shape[2] for c in context_latents)
-        pe = packed_rope(self.pe_embedder, context_layout, frames, grid[1], grid[2], x.device)
-        text_pe = torch.eye(2, device=pe.device, dtype=pe.dtype).expand(1, 1, txt.shape[1], pe.shape[3], 2, 2)
+        pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device)
 
-        img = self._run_blocks(
-            img, txt, vec, torch.cat((text_pe, pe), dim=2), window.shape[1], control, transformer_options
-        )
+        img = self._run_blocks(img, txt, vec, pe, window.shape[1], control, transformer_options)
         out = self.final_layer(img[:, -window.shape[1] :], vec)
         out = out.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
         out = out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
@@ -120,6 +115,12 @@ class FramePackTransformer(HunyuanVideo):
         if guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
         return vec, rounded_time
+
+    def _positions(self, layout: ContextLayout, frames: tuple[int, ...], grid, text_tokens: int, device) -> Tensor:
+        """Rotary table of the whole sequence; nothing on the text side is turned."""
+        pe = packed_rope(self.pe_embedder, layout, frames, grid[1], grid[2], device)
+        text_pe = torch.eye(2, device=pe.device, dtype=pe.dtype).expand(1, 1, text_tokens, pe.shape[3], 2, 2)
+        return torch.cat((text_pe, pe), dim=2)
 
     def _run_blocks(self, img, txt, vec, pe, window_tokens: int, control, transformer_options) -> Tensor:
         """All double and single blocks; returns the packed image-side tokens `[B, N, D]`."""

@@ -46,3 +46,14 @@ def with_true_image(section: Section, image: int = START) -> Section:
         return replace(group, positions=tuple(position + shift for position in group.positions))
 
     return replace(section, groups=tuple(moved(group) for group in section.groups))
+
+
+def given_clips(frames: int, window: int) -> tuple[tuple[int, int], ...]:
+    """Clips `[start, stop)` of an existing video of `frames` latent frames, in order of time, without its first frame.
+
+    All are as long as a window but the first, which takes what is left over: so the memory always ends with a clip of
+    the length that it was trained on.
+    """
+    left = (frames - 1) % window
+    starts = range(1 + left, frames, window)
+    return (((1, 1 + left),) if left else ()) + tuple((start, start + window) for start in starts)

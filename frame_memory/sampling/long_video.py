@@ -16,6 +16,7 @@ from comfy.model_management import intermediate_device
 from torch import Tensor
 
 from ..model.framepack import MODEL_OPTION, is_framepack
+from ..model.memory import FrameMemory
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -37,6 +38,7 @@ from .attention_check import checked_attention
 from .changes import SectionChange, by_index
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
+from .memory import with_memory
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
@@ -278,13 +280,13 @@ def sample_long_video(
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
     initial: Mapping | None = None, timeline: EncodedTimeline | None = None,
     changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None, live: Live | None = None,
-    say: Callable[[str], None] = logging.info,
+    memory: FrameMemory | None = None, say: Callable[[str], None] = logging.info,
 ) -> Finished:  # fmt: skip
     """Plan, check, sample.
 
-    project: where finished sections are kept and found again; without one they are in memory only. live: needs one.
-    say: shown on the node while it runs. Raises PlanError, VAEError or JournalError before any sampling for what
-    cannot work.
+    project: where finished sections are kept and found again; without one they are in RAM only. live: needs one.
+    memory: with features (MemoryPack Encoder); for the forward order. say: shown on the node while it runs. Raises
+    PlanError, MemoryMismatch, VAEError or JournalError before any sampling for what cannot work.
     """
     warnings = check_model(guider, schedule)
     guider, wrong = checked_attention(guider)
@@ -296,16 +298,19 @@ def sample_long_video(
             f"'sigmas' holds {sigmas.shape[0]} values; expected at least 2 (one step). See 'FramePack Sigmas'."
         )
     plan = make_plan(schedule, order, seconds, inputs)
-    warnings += check_timeline(timeline, guider, plan, seconds)
+    remembered, plan, said, more = with_memory(memory, guider.model_patcher, plan, inputs)
+    warnings += [*more, *check_timeline(timeline, guider, plan, seconds)]
     warnings += too_long(guider.original_conds.get("positive", [])) if timeline is None else []
     described, more = _describe(guider, plan, inputs)
-    warnings += more
+    described, warnings = "\n".join([described, *said]), warnings + more
     for warning in warnings:
         logging.warning("Anti-Drift Sampler: %s", warning)
     mark = _mark(guider, base, plan)
     if live is not None:
         check_vae(live.vae, inputs.start, read_mark({KEY: mark}))
-    runner = SectionSampler(guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan))
+    runner = SectionSampler(
+        guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan), memory=remembered
+    )
     preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say, picture=live is None)
     if project is None:
         _say_all(say, described, warnings)

@@ -80,6 +80,8 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
         "order": plan.order,
         "length": f"{len(plan.sections)} sections, {plan.seconds:.2f} s",
     }
+    if runner.memory is not None:  # projects from before there was memory have no such line
+        fields["memory"] = runner.memory.words()
     return fields, RunIdentity(shared)
 
 
@@ -111,6 +113,7 @@ def open_project(
     kind = patcher.model_options.get(MODEL_OPTION, {}).get("kind")
     shape = shape_fields(patcher, kind, base, plan, inputs)
     fields, runner.identity = run_fields(runner, plan, inputs, changes)
+    memory = 0 if runner.memory is None else runner.memory.bytes_a_section(inputs.start.shape)
     name = request.name.strip() or f"{AUTOMATIC}-{short([shape, inputs.start, fields['existing video']])}"
     return Project.open(
         request.root,
@@ -119,7 +122,7 @@ def open_project(
         fields=fields,
         plan=plan_record(plan, mark, inputs.first),
         if_changed=request.if_changed,
-        section_bytes=section_bytes(plan.schedule.window, inputs.start.shape, live),
+        section_bytes=section_bytes(plan.schedule.window, inputs.start.shape, live) + memory,
         sections=len(plan.sections),
     )
 
@@ -162,7 +165,7 @@ class JournalKeeper:
         section = made.section
         self.project.save(
             index=section.index, start=section.start, stop=section.stop, key=made.key, samples=made.window,
-            seconds=made.seconds, notes=made.notes, fields=made.fields,
+            seconds=made.seconds, notes=made.notes, fields=made.fields, beside=made.beside,
         )  # fmt: skip
         log.info("%s: section %d is finished", self.project.name, self.project.manifest.number(section.index))
 
@@ -177,6 +180,10 @@ class JournalKeeper:
     def content(self, index: int) -> str:
         """The hash that a finished section's file was verified by."""
         return self.project.manifest.sections[index].file.sha256
+
+    def beside(self, index: int, name: str) -> Tensor | None:
+        """A tensor in a finished section's file beside its samples."""
+        return self.project.beside(index, name)
 
     def forget_segments_but(self, names: Iterable[str]) -> None:
         """Of a finished run: pieces of other lengths go. A disk that refuses that is no reason to fail now."""

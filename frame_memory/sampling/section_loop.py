@@ -12,7 +12,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -38,6 +39,7 @@ from .guards import (
     with_safe_numbers,
 )
 from .identity import RunIdentity
+from .memory import MemoryRun, tokens_for
 from .noise import SectionNoise
 from .prompts import EncodedTimeline, section_text, with_text
 
@@ -97,6 +99,7 @@ class Made:
     """A section that is finished. seconds: wall time its sampling took, 0 where it was found.
 
     notes: what is to be known of how it was made, without its number. fields: what decided it, in readable words.
+    beside: what is kept with it, by name.
     """
 
     section: Section
@@ -105,6 +108,7 @@ class Made:
     seconds: float
     notes: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def number_in_time(plan: LongVideoPlan, section: Section) -> int:
@@ -132,22 +136,26 @@ class Keeper(Protocol):
         """What says the numbers of a section found or kept before exactly."""
         ...
 
+    def beside(self, index: int, name: str) -> Tensor | None:
+        """What is kept with a section found or kept before under a name, or None."""
+
 
 class SectionSampler:
     """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section.
 
     keeper: finished sections go there, and those it has are not sampled again. identity: needed with it.
-    changes: sections, by their place in the order of making, that get another seed or other words.
+    changes: sections, by their place in the order of making, that get another seed or other words. memory: psi of one
+    run, which goes on from section to section.
     """
 
     def __init__(
         self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None, *,
         keeper: Keeper | None = None, identity: RunIdentity | None = None,
-        changes: Mapping[int, SectionChange] = MappingProxyType({}),
+        changes: Mapping[int, SectionChange] = MappingProxyType({}), memory: MemoryRun | None = None,
     ):  # fmt: skip
         self.guider, self.sampler, self.sigmas, self.timeline = guider, sampler, sigmas, timeline
         self.noise = SectionNoise(noise)
-        self.keeper, self.identity, self.changes = keeper, identity, changes
+        self.keeper, self.identity, self.changes, self.memory = keeper, identity, changes, memory
         self.notes: list[str] = []
 
     def run(
@@ -189,6 +197,8 @@ class SectionSampler:
             key = self.identity.section_key(section, conds, seen, noise if state is None else state, begin, seed)
             found = self.keeper.find(section, key)
             if found is not None:
+                if self.memory is not None:
+                    self.memory.take(found, partial(self.keeper.beside, section.index))
                 return Made(section, found, key, 0.0)
             fields = self.identity.section_fields(conds, seed)
 
@@ -213,9 +223,16 @@ class SectionSampler:
             done, count, kept = section.index, len(plan.sections), self.keeper is not None
             words = out_of_memory(guider.model_patcher, shape, number, done, count, kept)
             raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
-        made = Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields)
-        if self.keeper is not None:
-            self.keeper.keep(made)
+        return self._keep(Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields))
+
+    def _keep(self, made: Made) -> Made:
+        """Take a section into the memory and keep it with that; a memory that fails does not cost the section."""
+        try:
+            if self.memory is not None:
+                made = replace(made, beside=self.memory.take(made.window))
+        finally:
+            if self.keeper is not None:
+                self.keeper.keep(made)
         return made
 
     def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep) -> tuple[Tensor, str]:
@@ -275,7 +292,8 @@ class SectionSampler:
 
         groups = [group.frames for group in section.groups]
         groups += [] if section.tail is None else [section.tail.frames]
-        return [[say(ref) for ref in group] for group in groups]
+        memory = None if self.memory is None else self.memory.seen
+        return [*([say(ref) for ref in group] for group in groups), *([] if memory is None else ["memory", memory])]
 
     def _conds_of(self, plan: LongVideoPlan, section: Section) -> dict:
         """The guider's prompts as this section has them, without its context."""
@@ -298,7 +316,7 @@ class SectionSampler:
         if end is not None:
             end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
         context = gather_context(section, frames.frame, inputs.start, end, blank)
-        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
+        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}, **tokens_for(self.memory)}
         guider = copy.copy(self.guider)
         guider.original_conds = {k: [{**c, **carried} for c in v] for k, v in conds.items()}
         return guider
