@@ -17,7 +17,7 @@ from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
 from .shown import container_metadata, picture_of, projects_folder, saved, show, show_video
-from .sockets import FrameContextSocket, SectionChangesSocket, TimelineSocket
+from .sockets import FrameContextSocket, FrameMemorySocket, SectionChangesSocket, TimelineSocket
 
 CATEGORY = "model/sampling/framepack"
 
@@ -295,6 +295,14 @@ def _optional_inputs() -> list[io.Input]:
                 "VRAM. Of a batch only the first video."
             ),
         ),
+        FrameMemorySocket.Input(
+            "memory",
+            optional=True,
+            tooltip=(
+                "Memory of all that is finished, from MemoryPack Encoder: each section of 1.2 s sees a few hundred "
+                "tokens of it beside its context. Only for models that make the video from its start (F1)."
+            ),
+        ),
     ]
 
 
@@ -356,13 +364,14 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
     def execute(
         cls, noise, guider, sampler, sigmas, frame_context, start, seconds, project="", order=ORDER_AUTO,
         if_changed=IF_CHANGED[0], end=None, history=None, initial=None, timeline=None, changes=(), vae=None,
+        memory=None,
     ) -> io.NodeOutput:  # fmt: skip
         live = None if vae is None else Live(vae, container_metadata(cls.hidden), partial(show_video, cls))
         done = sample_long_video(
             noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, schedule=frame_context.schedule, start=start,
             seconds=seconds, order=order, end=end, history=history, initial=initial, timeline=timeline,
             changes=changes, project=ProjectRequest(projects_folder(), project, if_changed), live=live,
-            say=partial(show, cls),
+            memory=memory, say=partial(show, cls),
         )  # fmt: skip
         HANDED_OUT.note(_whose(cls), done.video)
         if done.video is None:

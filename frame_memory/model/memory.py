@@ -169,6 +169,43 @@ def check_fits(memory: FrameMemory, model_patcher, node: str) -> str:
     return memory.base.certainty(base) if memory.trained else f"Made for this base ({base.signature.short})."
 
 
+def with_features_of(memory: FrameMemory, conditioning: list, vision=None) -> tuple[FrameMemory, str]:
+    """A memory anchored to a prompt and a picture, and a line that says so.
+
+    conditioning: CONDITIONING, of which the first entry counts. vision: CLIP_VISION_OUTPUT; None for the one that the
+    conditioning carries, if any. Raises MemoryMismatch for features of other encoders than the memory's.
+    """
+    if not conditioning:
+        raise MemoryMismatch(f"'conditioning' of '{MEMORY_PACK}' is empty. Feed it from 'CLIP Text Encode'.")
+    text, extra = conditioning[0][0][:1], conditioning[0][1]
+    mask = extra.get("attention_mask")
+    if mask is not None:  # tokens that are only padding must not become memory
+        text = text[:, mask.reshape(mask.shape[0], -1)[0].bool()]
+    vision = extra.get("clip_vision_output") if vision is None else vision
+    tokens = None if vision is None else vision.last_hidden_state
+    wrong = _wrong_width("conditioning", text, memory.spec.text, "DualCLIPLoader, type hunyuan_video")
+    if tokens is not None:
+        wrong = wrong or _wrong_width("clip_vision_output", tokens, memory.spec.vision, "sigclip_vision_patch14_384")
+    if wrong:
+        raise MemoryMismatch(wrong)
+    seen = "no picture (connect 'positive' of 'FramePack Image', or clip_vision_output)" if tokens is None else (
+        f"{tokens.shape[1]} tokens of the picture"
+    )  # fmt: skip
+    line = f"It begins with {text.shape[1]} tokens of the prompt and {seen}."
+    if len(conditioning) > 1:
+        line += f" Of {len(conditioning)} prompts the first counts."
+    return memory.with_features(text.detach().cpu(), None if tokens is None else tokens.detach().cpu()), line
+
+
+def _wrong_width(socket: str, features: Tensor, wanted: int, node: str) -> str:
+    if features.shape[-1] == wanted and features.shape[1]:
+        return ""
+    return (
+        f"'{socket}' of '{MEMORY_PACK}' holds {features.shape[1]} tokens of {features.shape[-1]} numbers, the memory "
+        f"reads {wanted}. Expected those of the encoder that belongs to the model ({node})."
+    )
+
+
 def compute_dtype(model_patcher) -> torch.dtype:
     """The numbers an encoder of a MODEL works in: the MODEL's own, or ones that do not overflow in the place of fp16
     and fp8."""

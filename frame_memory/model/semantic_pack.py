@@ -194,11 +194,14 @@ class SemanticPack(nn.Module):
     def anchor(self, text_BLC: Tensor, vision_BNC: Tensor | None = None) -> Tensor:
         """psi_0 `[B, N + L, D]`: image features, then text features; zeros of that shape with `zero_psi`.
 
-        text_BLC: the text encoder's output without padding. vision_BNC: the vision encoder's last hidden state.
+        text_BLC: the text encoder's output without padding. vision_BNC: the vision encoder's last hidden state. One of
+        the two may hold a single sample for a batch of the other.
         """
         parts = [self.text_in(text_BLC.to(self.dtype))]
         if vision_BNC is not None:
-            parts.insert(0, self.image_in(vision_BNC.to(self.dtype)))
+            image = self.image_in(vision_BNC.to(self.dtype))
+            batch = max(image.shape[0], parts[0].shape[0])
+            parts = [part.expand(batch, -1, -1) for part in (image, parts[0])]
         psi = torch.cat(parts, dim=1)
         return torch.zeros_like(psi) if self.spec.zero_psi else psi
 

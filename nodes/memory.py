@@ -1,0 +1,172 @@
+"""Nodes of the family "memory": SemanticPack encoders, and what they remember of prompt and picture."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..frame_memory.model import memory_file
+from ..frame_memory.model.memory import (
+    LOAD_MEMORY,
+    MEMORY_PACK,
+    FrameMemory,
+    MemoryMismatch,
+    attach,
+    check_fits,
+    encoder_from_tensors,
+    new_encoder,
+    with_features_of,
+)
+from ..frame_memory.model.semantic_pack import PackSpec
+from .shown import show
+from .sockets import FrameMemorySocket
+
+NEW = "new (untrained)"
+
+
+def _files() -> list[str]:
+    """Files of models/frame_memory; none where the pack's folder is not registered (yet)."""
+    known = memory_file.FOLDER in folder_paths.folder_names_and_paths
+    return folder_paths.get_filename_list(memory_file.FOLDER) if known else []
+
+
+class FrameMemoryLoadEncoder(io.ComfyNode):
+    """A SemanticPack from a file, or a fresh one for training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryLoadEncoder",
+            display_name=LOAD_MEMORY,
+            category="model/loaders",
+            description=(
+                "Loads a memory encoder (SemanticPack), which sums up the whole video so far in a few hundred tokens. "
+                "A new one is for training: it changes nothing until it is trained, and the node says so."
+            ),
+            search_aliases=["memorypack", "semanticpack", "long term memory", "psi", "framepack memory"],
+            inputs=[
+                io.Combo.Input(
+                    "encoder_name",
+                    options=[NEW, *_files()],
+                    default=NEW,
+                    tooltip=(
+                        "File in models/frame_memory (safetensors only), or a new, untrained encoder, which needs "
+                        "'model'. A Direct Forcing checkpoint with a memory in it counts too."
+                    ),
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "FramePack-F1 from Load FramePack Model. Needed for a new encoder, which begins with this "
+                        "MODEL's own embedders. With a file: checks now that the two belong together."
+                    ),
+                ),
+            ],
+            outputs=[
+                FrameMemorySocket.Output(
+                    display_name="memory", tooltip="The encoder, for MemoryPack Encoder or Train Direct Forcing."
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="Size, variant and gate of the encoder, its base, trained or not."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder_name, **_):
+        """A file that was trained on and saved again under its name is read again."""
+        path = None if encoder_name == NEW else folder_paths.get_full_path(memory_file.FOLDER, encoder_name)
+        return "" if path is None else f"{os.path.getmtime(path)} {os.path.getsize(path)}"
+
+    @classmethod
+    def execute(cls, encoder_name, model=None) -> io.NodeOutput:
+        lines = []
+        if encoder_name == NEW:
+            if model is None:
+                raise MemoryMismatch(
+                    f"'{LOAD_MEMORY}' makes a new encoder to the measure of a MODEL, and 'model' is not connected. "
+                    "Connect 'Load FramePack Model', or choose a file in 'encoder_name'."
+                )
+            memory = new_encoder(model)
+        else:
+            memory = _from_file(encoder_name)
+            if model is not None:
+                lines.append(check_fits(memory, model, LOAD_MEMORY))
+        report = "\n".join([memory.describe(), *lines])
+        show(cls, report)
+        return io.NodeOutput(memory, report, ui=ui.PreviewText(report))
+
+
+def _from_file(name: str) -> FrameMemory:
+    file = memory_file.read(folder_paths.get_full_path_or_raise(memory_file.FOLDER, name), LOAD_MEMORY)
+    if not file.pack or file.spec is None:
+        raise MemoryMismatch(
+            f"{file.name} holds a Direct Forcing head and no memory. Load it with 'Load Direct Forcing Checkpoint', or "
+            f"choose another file in '{LOAD_MEMORY}'."
+        )
+    return encoder_from_tensors(file.pack, PackSpec.from_dict(file.spec), label=file.name, base=file.base)
+
+
+class FrameMemoryMemoryPack(io.ComfyNode):
+    """Tell a memory what the video is about, and let the MODEL bring it along."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryMemoryPack",
+            display_name=MEMORY_PACK,
+            category="model/conditioning/framepack",
+            description=(
+                "Anchors a memory to the prompt and the start picture, and attaches its encoder to the MODEL, so that "
+                "ComfyUI loads and unloads the two together. Connect both outputs: MODEL to the guider, memory to "
+                "Anti-Drift Sampler."
+            ),
+            search_aliases=["memorypack", "semanticpack", "long term memory", "psi", "pack and force your memory"],
+            inputs=[
+                io.Model.Input("model", tooltip="FramePack-F1, LoRAs and all. It is not changed; a copy is returned."),
+                FrameMemorySocket.Input(
+                    "memory",
+                    tooltip="From Load Memory Encoder or Load Direct Forcing Checkpoint. Another base is refused.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip=(
+                        "The prompt the memory starts with: 'positive' of FramePack Image, which carries what CLIP "
+                        "vision saw of the start picture."
+                    ),
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip=(
+                        "What CLIP vision saw of the start picture, from CLIP Vision Encode. Only needed where "
+                        "'conditioning' does not carry it."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The MODEL with the encoder attached, for the guider."),
+                FrameMemorySocket.Output(
+                    display_name="memory", tooltip="The anchored memory, for Anti-Drift Sampler's 'memory'."
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="Which base and variant, the gate, and what the memory begins with."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, memory, conditioning, clip_vision_output=None) -> io.NodeOutput:
+        fits = check_fits(memory, model, MEMORY_PACK)
+        anchored, words = with_features_of(memory, conditioning, clip_vision_output)
+        report = "\n".join([anchored.describe(), fits, words])
+        show(cls, report)
+        return io.NodeOutput(attach(model, anchored), anchored, report, ui=ui.PreviewText(report))
+
+
+NODES = [FrameMemoryLoadEncoder, FrameMemoryMemoryPack]
