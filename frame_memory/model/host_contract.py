@@ -187,6 +187,38 @@ SAMPLING = _needs("""
     comfy_api.latest.ui.PreviewText
 """)
 
+ENCODER = _needs("""
+    comfy.ldm.flux.layers.EmbedND dim theta axes_dim
+    comfy.ldm.flux.math.apply_rope1 x freqs_cis
+    comfy.ldm.modules.attention.optimized_attention
+    comfy.model_base.BaseModel.get_dtype_inference
+    comfy.model_management.get_torch_device
+    comfy.model_management.load_models_gpu models memory_required
+    comfy.model_management.should_use_bf16 device
+    comfy.model_management.unet_offload_device
+    comfy.model_patcher.CoreModelPatcher model load_device offload_device
+    comfy.model_patcher.ModelPatcher.clone
+    comfy.model_patcher.ModelPatcher.get_additional_models_with_key key
+    comfy.model_patcher.ModelPatcher.remove_additional_models key
+    comfy.model_patcher.ModelPatcher.set_additional_models key models
+    comfy.ops.cast_to_input weight input
+    comfy.ops.manual_cast
+""")
+
+MEMORY = _needs("""
+    comfy_api.latest.io.ClipVisionOutput.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Model.Input
+    comfy_api.latest.io.Model.Output
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.ui.PreviewText
+    folder_paths.folder_names_and_paths
+    folder_paths.get_filename_list folder_name
+    folder_paths.get_full_path folder_name filename
+    folder_paths.get_full_path_or_raise folder_name filename
+""")
+
 VIDEO = _needs("""
     comfy.ldm.wan.vae.CACHE_T
     comfy.ldm.wan.vae.count_cache_layers model
@@ -318,6 +350,44 @@ start_image clip_vision_output
     node_helpers.conditioning_set_values conditioning values
 """)
 
+VIDEO_CLIPS = _needs("""
+    comfy.clip_vision.Output
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.utils.ProgressBar.update value
+    comfy.utils.ProgressBar.update_absolute value total preview
+    comfy_api.latest.io.Clip.Input
+    comfy_api.latest.io.ClipVision.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Conditioning.Output display_name is_output_list tooltip
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Int.Output
+    comfy_api.latest.io.Latent.Output display_name is_output_list tooltip
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewText
+    folder_paths.get_input_directory
+    folder_paths.get_input_subfolders
+    node_helpers.conditioning_set_values conditioning values
+""")
+
+DIAGNOSTICS = _needs("""
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.utils.ProgressBar.update_absolute value total preview
+    comfy_api.latest.io.ClipVision.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Float.Output
+    comfy_api.latest.io.Image.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.Mask.Input
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewImage image cls
+""")
+
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
@@ -328,8 +398,9 @@ FAMILIES: dict[str, Family] = {
             "FrameMemoryUniPC",
             "FrameMemoryAntiDriftSampler",
         ),
-        API + MODEL_CLASS + VAE_FAMILIES + PROMPTS + SAMPLING,
+        API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + SAMPLING,
     ),
+    "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + MEMORY),
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),
@@ -341,6 +412,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "first_frame_training": Family(
         ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"), API + VAE_FAMILIES + FIRST_FRAME_TRAINING
+    ),
+    "video_clips": Family(("FrameMemoryVideoClips",), API + VAE_FAMILIES + VIDEO_CLIPS),
+    "diagnostics": Family(
+        ("FrameMemoryDriftMeter", "FrameMemoryRecall"), API + VAE_FAMILIES + VIDEO + VIDEO_SOCKETS + DIAGNOSTICS
     ),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }

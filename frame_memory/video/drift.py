@@ -61,7 +61,8 @@ LIKENESS = {"identity": "subject", "background": "background", "picture": "whole
 
 @dataclass(frozen=True)
 class Timing:
-    """frames: all of the video, `given` in front were not made. sections: pixel frames (start, stop), in order of time.
+    """frames: all of the video, `given` in front were not made. sections: (number, first pixel frame, one
+    past the last), in order of time.
 
     order: "forward", "inverted" or "both ends first". named: whether the sections are the ones it was made in.
     """
@@ -70,7 +71,7 @@ class Timing:
     fps: float
     order: str = "forward"
     given: int = 0
-    sections: tuple[tuple[int, int], ...] = ()
+    sections: tuple[tuple[int, int, int], ...] = ()
     named: bool = True
 
     @staticmethod
@@ -78,7 +79,8 @@ class Timing:
         """Of a video of which only the rate is known: sections of 1.2 s behind the first picture."""
         length = max(round(SECTION / 30 * fps), 1)
         starts = [0, *range(1 + length, max(frames - length // 2, 1), length)]
-        return Timing(frames, fps, order, 0, tuple(zip(starts, [*starts[1:], frames])), named=False)
+        spans = zip(range(1, len(starts) + 1), starts, [*starts[1:], frames])
+        return Timing(frames, fps, order, 0, tuple(spans), named=False)
 
     def making(self) -> list[int]:
         """The frames that were made, in the order of making; those of one section in order of time where that matters.
@@ -89,7 +91,7 @@ class Timing:
         if self.order == "inverted":
             return made[::-1]
         if self.order == "both ends first" and self.sections:
-            border = max(self.sections[-1][0], self.given)
+            border = max(self.sections[-1][1], self.given)
             return [*range(border, self.frames), *range(self.given, border)]
         return made
 
@@ -134,10 +136,10 @@ class DriftMeter:
         interrupt: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.timing, self.clip_vision, self.mask_BHW, self.interrupt = timing, clip_vision, mask_BHW, interrupt
-        spans = [(max(start, timing.given), stop) for start, stop in timing.sections]
-        spans = [(start, stop) for start, stop in spans if stop > start]
+        spans = [(n, max(start, timing.given), min(stop, timing.frames)) for n, start, stop in timing.sections]
+        sections = [GuardSection(*span) for span in spans if span[2] > span[1]]
         stride = STRIDE if timing.frames > SHORT else 1
-        self.guards = VideoGuards([GuardSection(n, *span) for n, span in enumerate(spans, 1)], stride)
+        self.guards = VideoGuards(sections, stride)
         self.making = timing.making()
         self.ends = max(round(ENDS * len(self.making)), 1)
         step = max(min(round(timing.fps), self.ends // LOOKS), 1)
@@ -226,10 +228,10 @@ class DriftMeter:
             for row in found.sections:
                 text = warnings_of(row["number"], {f"{key}_slope": row["means"].get(f"{key}_slope", 0.0)})
                 if text:
-                    sliding.append((abs(row["means"][f"{key}_slope"]), row["number"], text[0]))
+                    sliding.append((row["number"], text[0]))
             if sliding:
-                numbers = _runs(sorted(number for _, number, _ in sliding))
-                warnings.append(max(sliding)[2] + (f" Seen in sections {numbers}." if len(sliding) > 1 else ""))
+                seen = f" Seen in sections {_runs([number for number, _ in sliding])}." if len(sliding) > 1 else ""
+                warnings.append(sliding[0][1] + seen)
                 continue
             off = _first_off(found, name, key, bound, share)
             if off is not None:

@@ -87,14 +87,15 @@ def as_image(picture: Image.Image) -> torch.Tensor:
 def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: int) -> None:
     font, small = ImageFont.load_default(22), ImageFont.load_default(17)
     base, height = offset + panel_height - BOTTOM, panel_height - BOTTOM - TOP
-    right = max((x for curve in panel.curves for x in curve.x), default=0) or 1
+    ends = [end for _, end in panel.shades]
+    right = max([*ends, *(x for curve in panel.curves for x in curve.x)], default=0) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = (y - panel.bottom) / (panel.top - panel.bottom)
         return LEFT + (WIDTH - LEFT - RIGHT) * x / right, base - height * share
 
     for begin, end in panel.shades:
-        draw.rectangle([place(begin, panel.top), place(min(end, right), panel.bottom)], fill=SHADE)
+        draw.rectangle([place(begin, panel.top), place(end, panel.bottom)], fill=SHADE)
     draw.text((LEFT, offset + 16), panel.title, INK, font)
     for mark in _marks(panel.bottom, panel.top):
         draw.line([place(0, mark), place(right, mark)], FAINT)

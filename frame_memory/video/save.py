@@ -164,7 +164,7 @@ def save_video(
     Raises VideoWriteError, DecodeError, and whatever the VAE, `look` or `interrupt` raises; finished frames are then
     kept (see VideoWriter).
     """
-    stream = _stream(plan, vae, item, interrupt, on_window, announce)
+    stream = pixels_of(plan, vae, item, interrupt, on_window, announce)
     with VideoWriter(
         path, plan.width, plan.height, plan.fps, crf=crf, metadata=metadata, expected_frames=plan.frames
     ) as writer:
@@ -180,7 +180,10 @@ def save_video(
     return writer.result
 
 
-def _stream(plan: SavePlan, vae, item: int, interrupt, on_window, announce) -> Iterator[torch.Tensor]:
+def pixels_of(
+    plan: SavePlan, vae, item: int, interrupt, on_window, announce: Callable[[str], None] = log.warning
+) -> Iterator[torch.Tensor]:
+    """One video's pixels as `save_video` writes them, [T,H,W,3] floats a few at a time, in order of time."""
     if plan.mode == CARRIED:
         carried = CarriedDecoder(vae, announce)
         return carried.stream(plan.latents_BCTHW, item=item, interrupt=interrupt, on_step=on_window)

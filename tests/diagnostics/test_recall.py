@@ -1,0 +1,174 @@
+"""Memory Recall on clips in which what returns is the same, changed, or something else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from frame_memory.model.selftest import SelfTestVision
+from frame_memory.video.footage import of_images
+from frame_memory.video.likeness import (
+    GREY,
+    LikenessError,
+    background_of,
+    colour_likeness,
+    mask_for,
+    structure_likeness,
+    subject_of,
+)
+from frame_memory.video.recall import Appearance, RecallError, compare, evenly, frames_of, parse_box
+
+from .made import picture
+
+FPS = 10.0
+HEIGHT, WIDTH = 32, 48
+
+
+def sprite(kind: int) -> np.ndarray:
+    """Three things of 12x12 pixels: 0 and 1 differ in colour, 0 and 2 in shape."""
+    y, x = np.mgrid[:12, :12]
+    disc = ((y - 5.5) ** 2 + (x - 5.5) ** 2 < 30)[..., None]
+    stripes = (x // 3 % 2 == 0)[..., None] * np.ones((12, 12, 1), bool)
+    colour = np.array([(0.9, 0.2, 0.1), (0.1, 0.2, 0.9), (0.9, 0.2, 0.1)][kind])
+    return np.where(stripes if kind == 2 else disc, colour, 0.95)
+
+
+def clip(returns: int, place: int = 20) -> tuple[np.ndarray, torch.Tensor]:
+    """6 s: a thing is there for 2 s, away for 2 s, and something returns elsewhere; (frames, masks of it)."""
+    video = np.repeat(picture(4)[None], 60, axis=0)
+    masks = torch.zeros(60, HEIGHT, WIDTH)
+    for t in (*range(20), *range(40, 60)):
+        x = t % 5 + (0 if t < 20 else place)
+        video[t, 10:22, x : x + 12] = sprite(0 if t < 20 else returns)
+        masks[t, 10:22, x : x + 12] = 1
+    return video.astype(np.float32), masks
+
+
+def found(returns: int, vision=None, mask: bool = True, **more):
+    video, masks = clip(returns)
+    footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
+    areas = [{"mask_BHW": masks if mask else None}] * 2
+    first, back = Appearance("first", 0, 2, **areas[0]), Appearance("return", 4, 6, **areas[1])
+    return compare(footage, first, back, vision, **more)
+
+
+@pytest.mark.parametrize("vision", [None, SelfTestVision()], ids=["plain", "model"])
+def test_the_same_thing_is_recalled_best(vision):
+    same, colour, shape = (found(kind, vision) for kind in range(3))
+    assert same.similarity > 0.98 and same.similarity > max(colour.similarity, shape.similarity) + 0.02
+    assert same.among == pytest.approx(1, abs=0.02)
+    assert ("no model" in same.by) == (vision is None)
+    assert colour.colour < 0.7 < 0.95 < same.colour and shape.structure < 0.7 < 0.95 < same.structure
+
+
+@pytest.mark.parametrize("vision", [None, SelfTestVision()], ids=["plain", "model"])
+def test_a_whole_scene_stands_on_a_scale_between_the_pictures_between_and_itself(vision):
+    """A camera pans away to another place and back."""
+    here, there = picture(1), picture(9)
+    for returned, share in ((here, 1.0), (there, 0.0)):
+        video = np.stack([here] * 20 + [there] * 20 + [returned] * 20).astype(np.float32)
+        footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
+        got = compare(footage, Appearance("first", 0, 2), Appearance("return", 4, 6), vision)
+        assert got.share == pytest.approx(share, abs=0.02) and got.between < got.among
+        assert "On that scale, from 0 (forgotten) to 1 (as it was): " in got.describe()
+
+
+def test_boxes_look_at_their_part_only():
+    video, _ = clip(0)
+    video[40:, :, :18] = 0  # elsewhere everything has changed
+    footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
+    first = Appearance("first", 0, 0.1, parse_box("0,10,12,12", WIDTH, HEIGHT, "first_box"))
+    back = Appearance("return", 4, 4.1, parse_box("20, 10, 12, 12", WIDTH, HEIGHT, "return_box"))
+    assert compare(footage, first, back).similarity == pytest.approx(1, abs=1e-6)
+    assert compare(footage, Appearance("first", 0, 0.1), Appearance("return", 4, 4.1)).similarity < 0.8
+
+
+def test_the_pair_is_drawn_with_its_times():
+    got = found(0)
+    assert got.times[0] < 2 <= 4 <= got.times[1]
+    assert got.picture_BHWC.shape[0] == 1 and got.picture_BHWC.shape[-1] == 3 and got.picture_BHWC.std() > 0.1
+    assert f"{got.times[0]:.2f} s and {got.times[1]:.2f} s" in got.describe()
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("40,0,20,10", "'40,0,8,10'"),
+        ("-5,-5,10,10", "'0,0,5,5'"),
+        ("90,90,5,5", "'47,31,1,1'"),
+        ("0,0,0,5", "'0,0,1,5'"),
+    ],
+)
+def test_boxes_outside_the_picture_are_refused_with_the_nearest(text, nearest):
+    with pytest.raises(RecallError, match=f"'first_box' of 'Memory Recall'.*nearest is {nearest}"):
+        parse_box(text, WIDTH, HEIGHT, "first_box")
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1 2 3 4", "nan,0,1,1"])
+def test_what_is_no_box_is_refused(text):
+    with pytest.raises(RecallError, match="expected four numbers x,y,width,height in pixels"):
+        parse_box(text, WIDTH, HEIGHT, "first_box")
+    assert parse_box("  ", WIDTH, HEIGHT, "first_box") is None
+
+
+def test_stretches_outside_the_video_and_returns_before_the_first_are_refused():
+    footage = of_images(torch.zeros(60, 8, 8, 3), FPS, "Memory Recall", lambda: None)
+    assert frames_of(Appearance("first", 1.0, 2.0), footage) == range(10, 20)
+    assert frames_of(Appearance("first", 5.9, 99.0), footage) == range(59, 60)
+    for start, stop in ((7.0, 8.0), (2.0, 2.0), (-1.0, 2.0)):
+        with pytest.raises(RecallError, match="'first_start' and 'first_stop'.*0 to 6.00 s. The nearest is"):
+            frames_of(Appearance("first", start, stop), footage)
+    with pytest.raises(RecallError, match="Change 'return_start' of 'Memory Recall' to 3.00 or later"):
+        compare(footage, Appearance("first", 0, 3), Appearance("return", 2, 5))
+
+
+def test_masks_one_a_stretch_one_a_frame_and_none():
+    video, masks = clip(0)
+    footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
+    by_video = compare(footage, Appearance("first", 0, 2, None, masks), Appearance("return", 4, 6, None, masks))
+    by_stretch = compare(
+        footage, Appearance("first", 0, 2, None, masks[:20]), Appearance("return", 4, 6, None, masks[40:])
+    )
+    assert by_video.similarity == by_stretch.similarity
+    with pytest.raises(RecallError, match="'return_mask' of 'Memory Recall' shows nothing from 4.00 to 6.00 s"):
+        compare(footage, Appearance("first", 0, 2, None, masks), Appearance("return", 4, 6, None, masks * 0))
+    with pytest.raises(LikenessError, match="'first_mask'.*expected 1 mask or 20 of them"):
+        compare(footage, Appearance("first", 0, 2, None, masks[:7]), Appearance("return", 4, 6))
+    with pytest.raises(LikenessError, match="expected 1 mask or 5"):
+        mask_for(torch.ones(2, 4, 4), 0, 5, (8, 8), "mask", "Drift Meter")
+
+
+def test_likeness_measures_against_plain_counts():
+    """Two colours that share a quarter of the area share a quarter of the histogram."""
+    a, b = torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3)
+    a[:, :, :2] = 1.0
+    b[:, :, :2] = 1.0
+    b[:, :, 2:] = torch.tensor([1.0, 0, 0])
+    assert colour_likeness(a, b) == pytest.approx(0.25) and colour_likeness(a, a) == pytest.approx(1)
+    assert structure_likeness(a, a) == pytest.approx(1) and structure_likeness(a, 1 - a) == 0
+    assert structure_likeness(a, a * 0.5 + 0.2) == pytest.approx(1), "light does not count"
+    assert structure_likeness(a * 0, a * 0) == 1 and structure_likeness(a, a * 0) == 0
+    mask = torch.zeros(8, 8)
+    mask[2:6, 1:3] = 1
+    subject = subject_of(b, mask)
+    assert subject.shape == (1, 4, 2, 3) and torch.equal(subject, b[:, 2:6, 1:3])
+    behind = background_of(b, mask)
+    assert (behind[:, 2:6, 1:3] == GREY).all() and torch.equal(behind[:, 6:], b[:, 6:])
+    assert subject_of(b, mask * 0.4) is None
+
+
+def test_looks_are_spread_evenly():
+    assert evenly(range(10, 11)) == [10] and evenly(range(5)) == [0, 1, 2, 3, 4]
+    assert evenly(range(100, 200)) == [100, 114, 128, 142, 157, 171, 185, 199]
+
+
+def test_cancel_is_heard():
+    class Cancelled(Exception):
+        pass
+
+    def cancel():
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        found(0, interrupt=cancel)
