@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,7 @@ class Trained:
             names = [n for n, _ in model.named_parameters()] if ALL in parts else HEAD if HEAD_PART in parts else ()
             self.masters = {name: self._copy(name, originals or {}) for name in names}
             self.vectors = self._plain_vectors()
+        self.current: dict[str, Tensor] = {}  # what takes the place of the base's weights while the network runs
         self.parameters: dict[str, nn.Parameter] = {MODEL_NAME + n: p for n, p in self.masters.items()}
         for layer, pair in self.pairs.items():
             self.parameters |= {f"{LORA_NAME}{layer}.{n}": p for n, p in pair.named_parameters()}
@@ -94,10 +97,11 @@ class Trained:
 
     def __call__(self, x: Tensor, timestep: Tensor, **inputs) -> Tensor:
         cast = {k: self._cast(v) if k != "guidance" else v for k, v in inputs.items()}
-        weights: dict[str, Tensor] = dict(self.vectors)
-        for name, master in self.masters.items():
-            weights[name] = master.to(self.dtype)
-        return functional_call(self.model, weights, (self._cast(x), timestep), cast, strict=False)
+        self.current = self.vectors | {name: master.to(self.dtype) for name, master in self.masters.items()}
+        try:
+            return functional_call(self.model, self.current, (self._cast(x), timestep), cast)
+        finally:
+            self.current = {}
 
     def _cast(self, value):
         if isinstance(value, Tensor):
@@ -109,7 +113,7 @@ class Trained:
         """The same for `forcings`."""
         options = merged(self.base_options, training_options() if self.through_blocks else {})
         if self.checkpointing and self.through_blocks:
-            options = merged(options, {"patches_replace": {"dit": checkpointed_blocks(self.model)}})
+            options = merged(options, {"patches_replace": {"dit": self._checkpointed_blocks()}})
         return Forced(self, self.pack, MEMORY in self.parts, options)
 
     @contextlib.contextmanager
@@ -126,6 +130,32 @@ class Trained:
                 stack.enter_context(differentiable(self.model))
                 stack.enter_context(frozen_linears(self.model, self.pairs))
             yield
+
+    def _checkpointed_blocks(self) -> dict:
+        """Core's `patches_replace["dit"]` that runs each block again in the backward pass instead of keeping its parts."""
+        made: dict[tuple[str, int], Callable] = {}
+        for kind in ("double", "single"):
+            for i, block in enumerate(getattr(self.model, f"{kind}_blocks")):
+                made[(f"{kind}_block", i)] = partial(self._run_block, f"{kind}_blocks.{i}.", block)
+        return made
+
+    def _run_block(self, prefix: str, block: nn.Module, args: dict, more: dict) -> dict:
+        if not torch.is_grad_enabled():
+            return more["original_block"](args)
+        streams = [name for name in ("img", "txt") if name in args]
+        # What holds now holds no more in the backward pass: the block index in the options, and the weights put in.
+        options = dict(args["transformer_options"])
+        weights = {"block." + n.removeprefix(prefix): w for n, w in self.current.items() if n.startswith(prefix)}
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            # Core's blocks add in place, also to what they were given, which the second run needs as it was.
+            changed = {name: tensor.clone() for name, tensor in zip(streams, tensors, strict=True)}
+            call = _Call(block, partial(more["original_block"], {**args, **changed, "transformer_options": options}))
+            out = functional_call(call, weights, ())
+            return tuple(out[name] for name in streams)
+
+        made: Any = checkpoint(run, *(args[name] for name in streams), use_reentrant=False)
+        return dict(zip(streams, made, strict=True))
 
     def head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The head's tensors by core's names, of weights by the names of `parameters`; empty where it was not trained."""
@@ -151,6 +181,17 @@ class Trained:
         return given | {n: weights[PACK_NAME + n] for n in given if PACK_NAME + n in weights}
 
 
+class _Call(nn.Module):
+    """A block and how to call it, for `functional_call`."""
+
+    def __init__(self, block: nn.Module, call: Callable[[], dict]):
+        super().__init__()
+        self.block, self.call = block, call
+
+    def forward(self) -> dict:
+        return self.call()
+
+
 def merged(options: Mapping, more: Mapping) -> dict:
     """Two `transformer_options` as one; neither is changed. Lists are joined, single values come from `more`."""
     made = dict(options)
@@ -161,29 +202,3 @@ def merged(options: Mapping, more: Mapping) -> dict:
         else:
             made[key] = [*held, *value] if isinstance(held, list) and isinstance(value, list) else value
     return made
-
-
-def checkpointed_blocks(model: nn.Module) -> dict:
-    """Core's `patches_replace["dit"]` that runs every block again in the backward pass instead of keeping its parts."""
-    made: dict[tuple[str, int], Callable] = {}
-    for kind in ("double", "single"):
-        for i in range(len(getattr(model, f"{kind}_blocks"))):
-            made[(f"{kind}_block", i)] = _checkpointed
-    return made
-
-
-def _checkpointed(args: dict, more: dict) -> dict:
-    streams = [name for name in ("img", "txt") if name in args]
-    # The block index is set in the options when a block is called, and is another one by the time of the backward pass.
-    options = dict(args["transformer_options"])
-
-    def run(*tensors: Tensor):
-        # Core's blocks add in place, also to what they were given, which the second run needs as it was.
-        changed = {name: tensor.clone() for name, tensor in zip(streams, tensors, strict=True)}
-        out = more["original_block"]({**args, **changed, "transformer_options": options})
-        return tuple(out[name] for name in streams)
-
-    if not torch.is_grad_enabled():
-        return more["original_block"](args)
-    out = checkpoint(run, *(args[name] for name in streams), use_reentrant=False)
-    return dict(zip(streams, out, strict=True))  # pyright: ignore[reportArgumentType]
