@@ -136,12 +136,13 @@ def plot(found: Drift) -> Image.Image:
         bottom, top = fitted(values, LEAST_LIKENESS if likeness else LEAST_SPAN[name])
         curve = found.curves[name]
         digits = 3 if likeness else 1
-        note = "" if math.isnan(curve.difference) else f"{curve.first:.{digits}f} → {curve.last:.{digits}f}"
+        ends_words = "" if math.isnan(curve.difference) else f": {curve.first:.{digits}f} to {curve.last:.{digits}f}"
+        unit = "cosine to the beginning" if likeness else "levels of 255"
         panels.append(
             Panel(
-                f"{_title(name)}   {note}",
+                f"{_title(name)}, {unit}{ends_words}",
                 f"seconds in the order of making{backwards}",
-                "cosine to the beginning" if likeness else "levels of 255",
+                "",
                 [Line(name, [at for at, _ in points], values, note="")],
                 [],
                 top=min(top, 1.02) if likeness else top,

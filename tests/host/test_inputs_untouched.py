@@ -135,6 +135,8 @@ def folders(tmp_path, monkeypatch, graph):
     monkeypatch.setitem(known, "diffusion_models", ([str(SELFTEST / "diffusion_models")], {".safetensors"}))
     monkeypatch.setitem(known, "loras", ([str(tmp_path)], {".safetensors"}))
     clip_folders.make(tmp_path / "input" / "clips")
+    clip_folders.video(tmp_path / "input" / "videos" / "a.mp4", 40, 30)
+    clip_folders.caption(tmp_path / "input" / "videos" / "a.txt")
     before = folder_paths.get_output_directory(), folder_paths.get_temp_directory(), folder_paths.get_input_directory()
     folder_paths.set_output_directory(str(tmp_path / "output"))
     folder_paths.set_temp_directory(str(tmp_path / "temp"))
@@ -188,6 +190,18 @@ def inputs_of(node_id: str, g) -> dict:
         "FrameMemoryDropTransitionFrames": lambda: {"video": VIDEO, "drop": "find the cut"},
         "FrameMemoryFFGoDataset": lambda: {
             "folder": "clips", "clip": SelfTestText(), "vae": g.vae, "width": 96, "height": 64, "length": 9,
+        },
+        "FrameMemoryVideoClips": lambda: {
+            "folder": "videos", "clip": SelfTestText(), "vae": g.vae, "size": 64, "clip_vision": SelfTestVision(),
+        },
+        "FrameMemoryDriftMeter": lambda: {
+            "samples": {**g.latent(10, 6), "frame_memory": {"base": "selftest", "given": 1, "order": "inverted"}},
+            "vae": g.vae, "clip_vision": SelfTestVision(), "mask": random(1, 8, 8, seed=7).abs().clamp(0, 1),
+        },
+        "FrameMemoryRecall": lambda: {
+            "images": random(20, 40, 50, 3, seed=8).abs().clamp(0, 1), "first_start": 0.0, "first_stop": 0.2,
+            "return_start": 0.4, "return_stop": 0.6, "clip_vision": SelfTestVision(),
+            "first_mask": torch.ones(1, 40, 50), "return_box": "3,4,20,20",
         },
         "FrameMemoryExpertRange": lambda: {"model": g.model, "expert": "low noise", "boundary": 0.9},
         "FrameMemorySelfTestEncoders": dict,

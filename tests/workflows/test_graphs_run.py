@@ -37,7 +37,8 @@ by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 
 def test_all_graphs_are_there():
     ffgo = [f"ffgo_{name}" for name in ("continue", "continue_wan", "train", "wan22", "wan22_fast")]
-    names = ["extend_and_bridge", *ffgo, "framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
+    names = ["drift_and_recall", "extend_and_bridge", *ffgo]
+    names += ["framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
     assert [p.stem for p in GRAPHS] == names
 
 
