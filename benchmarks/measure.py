@@ -81,7 +81,7 @@ def measure(video_THWC: np.ndarray, scene: Scene, first_frame: int = 0) -> Frame
         centre = np.array([(spot.sum(0) * grid).sum(), (spot.sum(1) * grid).sum()]) / spot.sum()
         shown = np.bincount(nearest[t][spot], minlength=len(SPRITE_COLOURS)).argmax()
         error = np.abs(np.median(video[t][spot], axis=0) - true_colour).mean()
-        overlaps = {shape: _best_overlap(spot, shape, scene.radius) for shape in SHAPES}
+        overlaps = {shape: best_overlap(spot, shape, scene.radius) for shape in SHAPES}
         best = max(overlaps, key=overlaps.get)
         offsets_T2[t] = centre - _centroid(scene, truth[t])
         columns[:, t] = (
@@ -111,7 +111,7 @@ def _centroid(scene: Scene, centre: np.ndarray) -> np.ndarray:
     return np.array([(ideal.sum(0) * grid).sum(), (ideal.sum(1) * grid).sum()]) / max(ideal.sum(), 1e-6)
 
 
-def _best_overlap(spot: np.ndarray, shape: str, radius: float) -> float:
+def best_overlap(spot: np.ndarray, shape: str, radius: float) -> float:
     """Highest intersection over union of the spot with the shape moved to the spot's bounding box middle or mass."""
     rows, columns = np.flatnonzero(spot.any(1)), np.flatnonzero(spot.any(0))
     middle = np.array([columns[[0, -1]].mean() + 0.5, rows[[0, -1]].mean() + 0.5])

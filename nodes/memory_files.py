@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -82,6 +83,12 @@ class FrameMemoryLoadDirectForcing(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        """A file that was trained on and saved again under its name is read again."""
+        path = folder_paths.get_full_path(memory_file.FOLDER, file)
+        return "" if path is None else f"{os.path.getmtime(path)} {os.path.getsize(path)}"
 
     @classmethod
     def execute(cls, model, file, strength=1.0) -> io.NodeOutput:

@@ -1,0 +1,260 @@
+"""The variants of the paper's three tables, trained at small scale: one row a variant and seed, each cached on disk.
+
+One base of each kind is trained first, from the self-test models; all rows begin from it. Every row trains as many
+steps on the same videos. Source: reference/memorypack.md sections 3.2, 3.3 and 6.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from frame_memory.forcing.draws import DIRECT, LOGIT_NORMAL, STUDENT, TEACHER, UNIFORM, Recipe, clips_at, draw_video
+from frame_memory.forcing.flow import flow_loss, shifted_sigmas
+from frame_memory.forcing.forcings import LOSSES
+from frame_memory.forcing.stages import ALL, HEAD_PART, MEMORY, Trained
+from frame_memory.forcing.training_state import TrainingFolder
+from frame_memory.forcing.video_trainer import MUON, VideoSettings, VideoTrainer
+from frame_memory.model import checkpoint, tensor_file
+from frame_memory.model.context import gather_context
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
+from frame_memory.plan import PRESETS, plan_sections
+
+from .clips import ORDERS
+from .long_clips import LongClips
+from .quality import FILES, MODELS
+from .train_selftest import build
+
+SHIFT = 6.0  # of the base's noise levels, as the self-test models were trained
+SAVE_SECONDS = 120
+MODEL, PACK = "model.", "pack."
+
+
+class OutOfTime(Exception):
+    """The minutes given are over; what was finished is on disk."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the paper's tables. after: the variant of the same seed that it goes on from, "" for the base.
+
+    kind: F0 or F1. forcing: "" for a row that trains nothing. parts: what learns (frame_memory/forcing/stages.py).
+    memory: options of its PackSpec, None without a memory.
+    """
+
+    name: str
+    kind: str = "F1"
+    forcing: str = ""
+    parts: tuple[str, ...] = ()
+    memory: Mapping | None = None
+    after: str = ""
+
+
+STAGE_ONE = {"forcing": TEACHER, "parts": (MEMORY, ALL)}
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("F0", kind="F0"),
+        Variant("F1"),
+        Variant("F1 tuned", forcing=TEACHER, parts=(ALL,)),
+        Variant("MemoryPack", memory={}, **STAGE_ONE),
+        Variant("zero-psi", memory={"zero_psi": True}, **STAGE_ONE),
+        Variant("student forcing", forcing=STUDENT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
+        Variant("Direct Forcing (all)", forcing=DIRECT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
+        Variant("Squeeze B", memory={"squeeze": "B"}, **STAGE_ONE),
+        Variant("Squeeze C", memory={"squeeze": "C"}, **STAGE_ONE),
+    )
+}
+# What the paper's tables 1, 2 and 3 compare. Squeeze A is MemoryPack itself.
+TABLES = {
+    "1. FramePack and ours": ("F0", "F1", "Direct Forcing (all)"),
+    "2. Ablation, trained on the same videos": (
+        "F1 tuned", "MemoryPack", "zero-psi", "student forcing", "Direct Forcing (all)"
+    ),
+    "3. Squeeze": ("MemoryPack", "Squeeze B", "Squeeze C"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained; plain numbers that are written beside each result.
+
+    steps: of stage 1; base_steps, head_steps: of the bases and of stage 2. batch: scenes a step. clips: scenes in all.
+    sections: length of the training videos. counted: clips of a video whose loss counts in one step of stage 1. most:
+    clips of a video at the end of stage 2's curriculum. unroll: clips that gradients reach back through psi.
+    """
+
+    steps: int = 1500
+    base_steps: int = 3000
+    head_steps: int = 400
+    batch: int = 8
+    clips: int = 400
+    sections: int = 50
+    counted: int = 2
+    most: int = 16
+    unroll: int = 8
+    rate: float = 5e-4
+    matrix_rate: float = 1e-3
+    head_rate: float = 1e-3
+
+
+@dataclass
+class Workshop:
+    """Where rows are trained: the folder, the videos, and until when. say: gets lines for people."""
+
+    folder: Path
+    clips: LongClips
+    budget: Budget
+    device: str = "cpu"
+    deadline: float = float("inf")
+    say: Callable[[str], None] = print
+
+    def alive(self) -> None:
+        """Raise OutOfTime when the time is over."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def base(self, kind: str) -> dict[str, Tensor]:
+        """The weights of the shared base, trained here where they are not yet."""
+        path = self.folder / f"base-{kind}.safetensors"
+        identity = {"base": kind, **asdict(self.budget), "steps": self.budget.base_steps}
+        if not path.exists():
+            network = fresh(kind)
+            trained = Trained(network.to(self.device), None, (ALL,), device=self.device)
+            losses = base_losses(trained, self.clips, kind, self.budget, self.device)
+            self._train(f"base-{kind}", trained, lambda step: losses, self.budget.base_steps, identity, seed=0)
+        return tensor_file.read(str(path))
+
+    def network(self, variant: Variant, seed: int) -> tuple[nn.Module, SemanticPack | None]:
+        """A variant's network and memory, trained here where they are not yet. Raises OutOfTime."""
+        if not variant.forcing:
+            return self._assembled(variant, self.base(variant.kind))
+        path = self.folder / f"{slug(variant.name)}-s{seed}.safetensors"
+        before = VARIANTS[variant.after] if variant.after else None
+        if not path.exists():
+            network, pack = self.network(before, seed) if before else self._assembled(variant, self.base(variant.kind))
+            head = variant.parts == (HEAD_PART,)
+            trained = Trained(network, pack, variant.parts, device=self.device)
+            steps = self.budget.head_steps if head else self.budget.steps
+            identity = {"variant": variant.name, **asdict(self.budget)}
+            losses = forcing_losses(trained, self.clips, variant, self.budget, steps, self.device)
+            self._train(path.stem, trained, losses, steps, identity, seed=seed + 1)
+        return self._assembled(variant, tensor_file.read(str(path)))
+
+    def _assembled(self, variant: Variant, weights: Mapping[str, Tensor]) -> tuple[nn.Module, SemanticPack | None]:
+        network = build().requires_grad_(False)
+        network.load_state_dict({k.removeprefix(MODEL): v for k, v in weights.items() if k.startswith(MODEL)})
+        network = network.to(self.device).eval()
+        if variant.memory is None:
+            return network, None
+        pack = SemanticPack(PackSpec.of(network, **variant.memory), dtype=torch.float32, operations=torch.nn)
+        held = {k.removeprefix(PACK): v for k, v in weights.items() if k.startswith(PACK)}
+        if held:
+            pack.load_state_dict(held)
+        else:
+            initialise(pack, network)
+        return network, pack.requires_grad_(False).to(self.device)
+
+    def _train(self, name: str, trained: Trained, losses_at, steps: int, identity: Mapping, seed: int) -> None:
+        """Train to the end, from the last state on disk where there is one, and write the weights."""
+        head = trained.parts == (HEAD_PART,)
+        settings = VideoSettings(
+            rate=self.budget.head_rate if head else self.budget.rate, matrix_rate=self.budget.matrix_rate, warmup=20,
+            average=0.99, seed=seed, optimiser=MUON,
+        )  # fmt: skip
+        trainer = VideoTrainer(trained.parameters, settings)
+        states = TrainingFolder(self.folder / "states" / name, identity, self.say, keep=1)
+        if states.resume(trainer):
+            self.say(f"{name}: goes on from step {trainer.done} of {steps}")
+        began, first, saved = time.monotonic(), trainer.done, time.monotonic()
+        try:
+            with trained.ready():
+                while trainer.done < steps:
+                    self.alive()
+                    trainer.step(losses_at(trainer.done))
+                    if trainer.done % 50 == 0:
+                        pace = (time.monotonic() - began) / (trainer.done - first)
+                        loss = sum(trainer.losses[-50:]) / 50
+                        left = (steps - trainer.done) * pace / 60
+                        self.say(f"{name}: step {trainer.done}/{steps}, loss {loss:.4f}, {left:.1f} min left")
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        states.save(trainer)
+                        saved = time.monotonic()
+        except OutOfTime:
+            states.save(trainer)
+            raise
+        weights = trainer.weights()
+        network = {MODEL + n: p.detach() for n, p in trained.model.named_parameters()}
+        pack = {PACK + n: p for n, p in trained.memory(weights).items()}
+        changed = {n: v for n, v in weights.items() if n.startswith(MODEL)}
+        tensors = {k: v.cpu().contiguous() for k, v in {**network, **changed, **pack}.items()}
+        tensor_file.write(str(self.folder / f"{name}.safetensors"), tensors, {"identity": json.dumps(dict(identity))})
+        for state in states.states():
+            os.remove(state)
+
+
+def fresh(kind: str) -> nn.Module:
+    """The self-test network with the shipped weights of a kind, in fp32."""
+    network = build()
+    shipped = checkpoint.load_state_dict(str(MODELS / "diffusion_models" / FILES[kind]))[0]
+    network.load_state_dict({k: v.float() for k, v in shipped.items()})
+    return network
+
+
+def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, device: str):
+    """Flow matching on one random section of a random plan, as FramePack is trained."""
+
+    def losses(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+        sections = int(torch.randint(1, budget.sections + 1, (), generator=generator))
+        plan = plan_sections(PRESETS[ORDERS[kind]], sections=sections)
+        section = plan.sections[int(torch.randint(len(plan.sections), (), generator=generator))]
+        index = torch.randint(len(clips.captions), (budget.batch,), generator=generator).sort().values.numpy()
+        video = clips.video(index, plan.total_frames).to(device)
+        context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
+        x = video.latents[:, :, section.start : section.stop]
+        noise = torch.randn(x.shape, generator=generator).to(device)
+        sigma = shifted_sigmas(budget.batch, SHIFT, generator).to(device)
+        yield flow_loss(trained, x, noise, sigma, video.cond, context, trained.forced.options), 1.0
+
+    return losses
+
+
+def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget: Budget, steps: int, device: str):
+    """By the number of a step: its losses. Stage 1 begins anywhere in a video, stage 2 at its start, clip by clip."""
+    head = variant.parts == (HEAD_PART,)
+    recipe = Recipe(
+        forcing=variant.forcing, sampling=LOGIT_NORMAL if head else UNIFORM, shift=0.0 if head else SHIFT,
+        unroll=budget.unroll, random_start=not head, drop_memory=0.0 if head else 0.1, rollout_shift=4.0,
+    )  # fmt: skip
+
+    def at(step: int):
+        count = clips_at(step, steps, budget.most) if head else budget.counted
+        sections = max(count, 1) if head else budget.sections
+
+        def losses(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+            index = torch.randint(len(clips.captions), (budget.batch,), generator=generator).sort().values.numpy()
+            video = clips.video(index, 1 + 9 * sections).to(device)
+            draw = draw_video(video, count, recipe, generator)
+            for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
+                yield clip.loss, 1 / draw.count
+
+        return losses
+
+    return at
+
+
+def slug(name: str) -> str:
+    """A variant's name as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def toy(budget: Budget) -> Budget:
+    """The smallest budget that runs everything, for a test."""
+    return replace(budget, batch=1, clips=2, sections=2, most=2, counted=1, unroll=1)
