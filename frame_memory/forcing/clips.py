@@ -7,7 +7,7 @@ Latents are in model space (scaled as the network reads them). Source: reference
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,11 +86,31 @@ def conditioning_of(entries: Sequence, name: str) -> Conditioning:
     return Conditioning(text, pooled, None if vision is None else vision.last_hidden_state)
 
 
-def training_videos(latents: Sequence[dict], positive: Sequence, process_in) -> list[TrainingVideo]:
-    """LATENT and CONDITIONING lists as videos, in their order. process_in: VAE space to model space.
+@dataclass(frozen=True)
+class StoredVideo:
+    """A video as it is kept: samples `[1, C, 1 + 9k, H, W]` in VAE space, which may lie in a file until they are used.
 
-    Tensors given are not changed. A video that is longer than whole clips is cut after its last whole one. Raises
-    ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one clip.
+    clips: how many whole clips follow the start frame.
+    """
+
+    samples: Tensor = field(repr=False)
+    cond: Conditioning = field(repr=False)
+    name: str
+    clips: int
+
+    def open(self, process_in: Callable[[Tensor], Tensor], device) -> TrainingVideo:
+        """Its numbers, ready to train on. process_in: VAE space to model space."""
+        frames = 1 + clip_frames() * self.clips
+        latents = process_in(self.samples[:, :, :frames].to(device=device, dtype=torch.float32))
+        return TrainingVideo(latents, self.cond, self.name).to(device)
+
+
+def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVideo]:
+    """LATENT and CONDITIONING lists as videos, in their order.
+
+    Tensors given are neither changed nor copied. A video that is longer than whole clips is used up to its last whole
+    one. Raises ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one
+    clip.
     """
     window = clip_frames()
     if not latents:
@@ -113,5 +133,5 @@ def training_videos(latents: Sequence[dict], positive: Sequence, process_in) -> 
                 f"{name} has {samples.shape[2]} latent frames; expected at least {1 + window} (one clip). Leave short "
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
-        made.append(TrainingVideo(process_in(samples[:, :, : 1 + window * whole]), conditioning_of(entries, name), name))
+        made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole))
     return made

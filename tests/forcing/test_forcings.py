@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frame_memory.forcing.clips import ForcingError, TrainingVideo, clip_sections, training_videos
+from frame_memory.forcing.clips import ForcingError, TrainingVideo, clip_sections, stored_videos
 from frame_memory.forcing.draws import (
     DIRECT, FORCINGS, LOGIT_NORMAL, STUDENT, TEACHER, UNIFORM, Recipe, clips_at, draw_video, sigmas,
 )  # fmt: skip
@@ -237,10 +237,12 @@ def test_videos_from_the_graphs_lists(model):
     seen = type("Seen", (), {"last_hidden_state": vision})()
     more = {"pooled_output": torch.randn(1, 768), "clip_vision_output": seen}
     more["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
-    (video,) = training_videos([latent], [[[text, more]]], lambda x: x * 2)
+    (stored,) = stored_videos([latent], [[[text, more]]])
+    assert stored.samples is latent["samples"] and stored.clips == 2
+    video = stored.open(lambda x: x * 2, "cpu")
     assert isinstance(video, TrainingVideo) and video.clips == 2
     assert torch.equal(video.latents, latent["samples"][:, :, :19] * 2)
-    assert torch.equal(video.cond.text, text[:, :4]) and video.cond.vision is vision
+    assert torch.equal(video.cond.text, text[:, :4]) and torch.equal(video.cond.vision, vision)
 
 
 @pytest.mark.parametrize(
@@ -257,4 +259,4 @@ def test_videos_from_the_graphs_lists(model):
 )
 def test_what_cannot_be_trained_on_is_refused_in_words(latents, positive, said):
     with pytest.raises(ForcingError, match=said):
-        training_videos(latents, positive, lambda x: x)
+        stored_videos(latents, positive)

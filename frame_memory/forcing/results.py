@@ -1,0 +1,82 @@
+"""The files that a training run leaves: a memory file, and a LoRA where one was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model import memory_file, tensor_file
+from ..model.memory import FrameMemory, encoder_from_tensors
+from .clips import ForcingError
+from .stages import LORA
+from .training_run import Outcome, TrainingRun
+
+# Under this name a LoRA of ours says which run it is from.
+RUN = "frame_memory.run"
+
+
+@dataclass(frozen=True)
+class Result:
+    """checkpoint: of models/frame_memory. lora: of models/loras, where the run trained one. memory: trained, or None."""
+
+    checkpoint: Path
+    lora: Path | None
+    lora_tensors: dict[str, Tensor]
+    memory: FrameMemory | None
+
+
+def write_result(
+    run: TrainingRun, outcome: Outcome, name: str, memories: Path, loras: Path, say: Callable[[str], None]
+) -> Result:
+    """Write `<name>.safetensors`; a file of that name that is of another run is kept, and the new one gets a number.
+
+    Raises FileError where the disk refuses; the run's checkpoint is kept, and another try goes on from there.
+    """
+    trained, recipe = outcome.trained, run.recipe_of(outcome)
+    head = {n: v.cpu() for n, v in trained.head(outcome.weights).items()}
+    pack = trained.memory(outcome.weights)
+    spec, memory = None, None
+    if outcome.memory is not None:
+        dtype = next(outcome.memory.pack.parameters()).dtype
+        pack = {n: v.to("cpu", dtype) for n, v in pack.items()}
+        spec = outcome.memory.spec
+    path = _free(memories, name, recipe["identity"], "frame_memory.recipe", say)
+    memory_file.write(
+        str(path), outcome.base, pack=pack, spec=None if spec is None else spec.to_dict(), head=head, recipe=recipe
+    )
+    if spec is not None:
+        assert outcome.memory is not None
+        memory = encoder_from_tensors(
+            pack, spec, label=path.name, base=outcome.base, dtype=next(iter(pack.values())).dtype,
+            load_device=outcome.memory.encoder.load_device,
+        )  # fmt: skip
+    tensors = {n: v.to("cpu", torch.bfloat16) for n, v in trained.lora(outcome.weights).items()}
+    lora = None
+    if LORA in trained.parts:
+        lora = _free(loras, name, recipe["identity"], RUN, say)
+        lora.parent.mkdir(parents=True, exist_ok=True)
+        tensor_file.write(str(lora), tensors, {"format": "pt", RUN: json.dumps(recipe)})
+    return Result(path, lora, tensors, memory)
+
+
+def _free(folder: Path, name: str, identity: dict, key: str, say: Callable[[str], None]) -> Path:
+    """Where a file of this run may be written: its own file of before, or a name that nothing has."""
+    for number in range(1, 1000):
+        path = folder / (f"{name}.safetensors" if number == 1 else f"{name}_{number}.safetensors")
+        if not path.exists() or _made_by(path, key) == identity:
+            if number > 1:
+                say(f"{name}.safetensors in {folder} is of another run and is kept; this one is {path.name}.")
+            return path
+    raise ForcingError(f"{folder} has 999 files called {name}. Choose another name.")
+
+
+def _made_by(path: Path, key: str) -> dict | None:
+    try:
+        return json.loads(tensor_file.read_header(str(path))[1][key])["identity"]
+    except (tensor_file.FileError, KeyError, ValueError, TypeError, OSError):
+        return None

@@ -1,0 +1,298 @@
+"""A whole training run on a MODEL of the host: load, resume, train, keep checkpoints, write the result.
+
+The node and the command line are two faces of it. Source: reference/memorypack.md sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..model.base_signature import MODEL_PREFIX, Base
+from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
+from ..model.semantic_pack import SemanticPack
+from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo
+from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
+from .forcings import LOSSES
+from .stages import HEAD, HEAD_PART, LORA, MEMORY, Trained
+from .training_state import TrainingFolder
+from .video_trainer import TrainingStopped, VideoSettings, VideoTrainer
+from .workers import ALONE, Workers
+
+STAGE_MEMORY, STAGE_LORA, STAGE_HEAD = "1: memory", "1: memory and LoRA", "2: head (Direct Forcing)"
+STAGES = {STAGE_MEMORY: (MEMORY,), STAGE_LORA: (MEMORY, LORA), STAGE_HEAD: (HEAD_PART,)}
+# Bytes a trained number takes: itself, its gradient, AdamW's two and the average, fp32 each.
+TRAINED_BYTES = 20
+# Activations of stage 1 against those of inference, as a guess for the host: with blocks run again, and without.
+GRAPH_SHARE = {True: 4, False: 40}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted. stage: one of STAGES. steps: of the whole run, those before a stop included.
+
+    clips: the most clips of a video in one step. forcing: None for the stage's own. rank: of the LoRA.
+    """
+
+    stage: str
+    steps: int
+    clips: int = 16
+    forcing: str | None = None
+    shift: float = 0.0
+    history_shift: float = 0.0
+    rank: int = 16
+    checkpointing: bool = True
+    save_every: int = 50
+    settings: VideoSettings = field(default_factory=VideoSettings)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What learns."""
+        return STAGES[self.stage]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How losses are made in this stage."""
+        forcing = self.forcing or (DIRECT if HEAD_PART in self.parts else TEACHER)
+        return Recipe(
+            forcing=forcing,
+            shift=self.shift,
+            history_shift=self.history_shift,
+            # Left out only where the base itself could forget how to work without a memory.
+            drop_memory=0.1 if LORA in self.parts else 0.0,
+            random_start=forcing == TEACHER,
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a watcher is told after each step. losses: of all steps so far. estimate: of the last clip, `[1, C, 9, H, W]`
+    in model space."""
+
+    step: int
+    steps: int
+    clips: int
+    video: str
+    losses: list[float] = field(repr=False)
+    rate: float
+    estimate: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Who is told: `say` gets sentences, `watch` a Moment after each step; `interrupt` raises to stop."""
+
+    say: Callable[[str], None] = print
+    watch: Callable[[Moment], None] = lambda moment: None
+    interrupt: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run. weights: by the names of Trained.parameters, averaged where averages are kept."""
+
+    trained: Trained
+    weights: dict[str, Tensor] = field(repr=False)
+    memory: FrameMemory | None
+    base: Base
+    losses: list[float] = field(repr=False)
+    resumed: int
+    seconds: float
+    stopped: str = ""
+
+
+class TrainingRun:
+    """One run in `folder`, from its newest checkpoint on where there is one.
+
+    patcher: a FramePack-F1 MODEL, not changed. memory: FRAME_MEMORY, or None: stage 1 then begins with a new one, stage
+    2 trains without. Raises ForcingError or MemoryMismatch for what cannot be trained.
+    """
+
+    def __init__(
+        self, patcher, memory: FrameMemory | None, videos: list[StoredVideo], request: Request, folder: Path,
+        faces: Faces | None = None, workers: Workers = ALONE,
+    ):  # fmt: skip
+        check_model(patcher, TRAIN)
+        if memory is None and MEMORY in request.parts:
+            memory = new_encoder(patcher)
+        elif memory is not None:
+            check_fits(memory, patcher, TRAIN)
+        self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
+        self.faces, self.workers = faces or Faces(), workers
+        self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
+        self.base = Base.of(patcher)
+        self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
+        self.moment: Moment | None = None
+        self._check_videos()
+
+    def identity(self) -> dict:
+        """What a checkpoint must share with the run that goes on from it."""
+        request = self.request
+        return {
+            "stage": request.stage,
+            "forcing": request.recipe.forcing,
+            "base": self.base.signature.short,
+            "memory": None if self.memory is None else self.memory.fingerprint,
+            "rank": request.rank if LORA in request.parts else None,
+            "optimiser": request.settings.optimiser,
+            "seed": request.settings.seed,
+        }
+
+    def _check_videos(self) -> None:
+        channels = self.patcher.model.latent_format.latent_channels
+        for video in self.videos:
+            if video.samples.shape[1] != channels:
+                raise ForcingError(
+                    f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. Use "
+                    f"the HunyuanVideo VAE in '{VIDEO_CLIPS}'."
+                )
+        longest = max(video.clips for video in self.videos)
+        if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
+            raise ForcingError(
+                f"The longest video has {longest} clip(s) and 'clips' is {self.request.clips}; a memory learns from 2 "
+                f"clips on, since the first has nothing to remember. Give longer videos to '{VIDEO_CLIPS}', or raise "
+                "'clips'."
+            )
+
+    def run(self) -> Outcome:
+        """Train to the end. An interruption or an error keeps a checkpoint of the last whole step, and is raised."""
+        self._load()  # in the host's own mode: weights that it holds may be tensors of its inference mode
+        with torch.inference_mode(False):
+            trained = self._trained()
+            trainer = VideoTrainer(trained.parameters, self.request.settings, self.workers)
+            found = self.folder.resume(trainer)
+            resumed, began = trainer.done, time.monotonic()
+            if found is not None:
+                self.faces.say(f"Going on from step {resumed} of {self.request.steps} ({found.name}).")
+            stopped = self._steps(trained, trainer)
+            return Outcome(
+                trained, trainer.weights(), self.memory, self.base, trainer.losses, resumed,
+                time.monotonic() - began, stopped,
+            )  # fmt: skip
+
+    def _steps(self, trained: Trained, trainer: VideoTrainer) -> str:
+        saved = trainer.done
+        try:
+            with trained.ready():
+                while trainer.done < self.request.steps:
+                    trainer.step(lambda generator: self._losses(trained, trainer.done, generator))
+                    if self.moment is not None:
+                        self.faces.watch(replace(self.moment, step=trainer.done, losses=trainer.losses))
+                    if trainer.done % self.request.save_every == 0:
+                        saved = self._save(trainer, saved)
+            return ""
+        except TrainingStopped as error:
+            return str(error)
+        except BaseException:
+            if trainer.done and self._save(trainer, saved) == trainer.done:
+                self.faces.say(
+                    f"Stopped after step {trainer.done} of {self.request.steps}; its checkpoint is kept in "
+                    f"{self.folder.folder}. Run it again with the same name to go on from there."
+                )
+            raise
+        finally:
+            self._save(trainer, saved)
+
+    def _save(self, trainer: VideoTrainer, saved: int) -> int:
+        """Write a checkpoint unless step `saved` is the newest; the newest one that is written."""
+        newest = [int(path.stem.split("-")[1]) for path in self.folder.states()[-1:]]
+        if trainer.done in (saved, *newest) or not self.workers.first:
+            return trainer.done
+        return trainer.done if self.folder.save(trainer) else saved
+
+    def _losses(self, trained: Trained, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+        request, recipe = self.request, self.request.recipe
+        least = 2 if request.parts == (MEMORY,) else 1
+        count = clips_at(step, request.steps, request.clips, least)
+        enough = min(count, max(video.clips for video in self.videos))
+        eligible = [video for video in self.videos if video.clips >= enough]
+        chosen = eligible[int(torch.randint(len(eligible), (), generator=generator))]
+        video = chosen.open(self.patcher.model.process_latent_in, trained.device)
+        draw = draw_video(video, count, recipe, generator)
+        for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
+            self.faces.interrupt()
+            settings = request.settings
+            rate = settings.rate * min((step + 1) / max(settings.warmup, 1), 1.0)
+            self.moment = Moment(step, request.steps, draw.count, chosen.name, [], rate, clip.estimate)
+            yield clip.loss, 1 / draw.count
+
+    def _load(self) -> None:
+        """Have the host put the MODEL on its device, with room left for what training needs beside it."""
+        largest = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
+        # The packed history adds about a third to the window's tokens.
+        activations = self.patcher.memory_required([1, largest[1], 12, *largest[3:]])
+        if self.request.parts != (HEAD_PART,):
+            activations *= GRAPH_SHARE[self.request.checkpointing]
+        network = self.patcher.model.diffusion_model
+        learning = sum(network.get_parameter(name).numel() for name in HEAD) if HEAD_PART in self.request.parts else 0
+        if self.memory is not None:
+            numbers = sum(p.numel() for p in self.memory.pack.parameters())
+            learning += numbers if MEMORY in self.request.parts else numbers / 5
+        comfy.model_management.load_models_gpu([self.patcher], activations + TRAINED_BYTES * learning)
+
+    def _trained(self) -> Trained:
+        request, patcher = self.request, self.patcher
+        originals = {k.removeprefix(MODEL_PREFIX): v.weight for k, v in patcher.backup.items()}
+        patched = self.original.patches if HEAD_PART in request.parts else {}
+        for name in HEAD:
+            key = MODEL_PREFIX + name
+            if key in patched:
+                originals[name] = patched_weight(patcher, key, patched[key])
+        device = patcher.load_device
+        return Trained(
+            patcher.model.diffusion_model, None if self.memory is None else learning_pack(self.memory, device),
+            request.parts, dtype=patcher.model.get_dtype_inference(), device=device, rank=request.rank, seed=request.settings.seed,
+            checkpointing=request.checkpointing, options=patcher.model_options.get("transformer_options", {}),
+            originals=originals,
+        )  # fmt: skip
+
+    def recipe_of(self, outcome: Outcome) -> dict:
+        """What is written beside the weights, as plain data."""
+        request = self.request
+        good = [loss for loss in outcome.losses if loss == loss]
+        return {
+            "identity": self.folder.identity,
+            "stage": request.stage,
+            "steps": len(outcome.losses),
+            "clips": request.clips,
+            "videos": len(self.videos),
+            "losses": asdict(request.recipe),
+            "settings": asdict(request.settings),
+            "last_loss": sum(good[-20:]) / len(good[-20:]) if good else None,
+        }
+
+
+def without_head_patches(patcher):
+    """A clone of a MODEL whose head has no patches: what training begins with takes their place."""
+    clone = patcher.clone()
+    keys = {MODEL_PREFIX + name for name in HEAD} & set(clone.patches)
+    if keys:
+        clone.patches = {k: v for k, v in clone.patches.items() if k not in keys}
+        clone.patches_uuid = uuid.uuid4()  # else the host takes it for the MODEL that is loaded
+    return clone
+
+
+def patched_weight(patcher, key: str, patches: list) -> Tensor:
+    """A weight of a MODEL as its patches make it, in fp32."""
+    held = comfy.utils.get_attr(patcher.model, key).detach()
+    held = held.dequantize() if hasattr(held, "_qdata") else held
+    return comfy.lora.calculate_weight(patches, held.float().clone(), key)
+
+
+def learning_pack(memory: FrameMemory, device) -> SemanticPack:
+    """A copy of a memory's network in fp32 on the device; the memory itself is not changed."""
+    pack = SemanticPack(memory.spec, torch.float32, device, comfy.ops.disable_weight_init)
+    with torch.no_grad():
+        for name, parameter in pack.named_parameters():
+            parameter.copy_(memory.pack.get_parameter(name))
+    return pack
