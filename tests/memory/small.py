@@ -1,0 +1,37 @@
+"""A SemanticPack of 32 numbers a token with random weights everywhere, and clips for it."""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack
+
+SPEC = {"hidden": 32, "heads": 2, "axes_dim": (4, 6, 6), "theta": 256, "in_channels": 4, "text": 10, "vision": 12}
+
+
+def random_pack(seed: int = 0, dtype=torch.float32, **options) -> SemanticPack:
+    """All weights random, gate and norms too, so that nothing hides behind a zero."""
+    pack = SemanticPack(PackSpec(**{**SPEC, **options}), dtype=dtype, operations=comfy.ops.manual_cast)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in sorted(pack.named_parameters()):
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim > 1:
+                value.copy_(noise / value[0].numel() ** 0.5)
+            else:
+                value.copy_(0.3 * noise + ("norm" in name and name.endswith("weight")))
+    return pack
+
+
+def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def features(batch: int = 1, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and vision tokens."""
+    return drawn(batch, 3, SPEC["text"], seed=seed), drawn(batch, 5, SPEC["vision"], seed=seed + 1)
+
+
+def clips(frames: list[int], batch: int = 1, height: int = 5, width: int = 11, seed: int = 7) -> list[torch.Tensor]:
+    return [drawn(batch, SPEC["in_channels"], t, height, width, seed=seed + i) for i, t in enumerate(frames)]
