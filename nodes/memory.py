@@ -26,7 +26,7 @@ from .sockets import FrameMemorySocket
 NEW = "new (untrained)"
 
 
-def _files() -> list[str]:
+def file_names() -> list[str]:
     """Files of models/frame_memory; none where the pack's folder is not registered (yet)."""
     known = memory_file.FOLDER in folder_paths.folder_names_and_paths
     return folder_paths.get_filename_list(memory_file.FOLDER) if known else []
@@ -49,7 +49,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
-                    options=[NEW, *_files()],
+                    options=[NEW, *file_names()],
                     default=NEW,
                     tooltip=(
                         "File in models/frame_memory (safetensors only), or a new, untrained encoder, which needs "
