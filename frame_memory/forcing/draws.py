@@ -82,7 +82,7 @@ class VideoDraw:
 
 
 def sigmas(count: int, shift: float, sampling: str, generator: torch.Generator) -> Tensor:
-    """Noise levels `[count]`, each on its own: logit-normal(0, 1) or uniform times, then `shift t / (1 + (shift-1) t)`."""
+    """Noise levels `[count]`, each on its own: logit-normal(0, 1) or uniform times, moved by `shift`."""
     if sampling == LOGIT_NORMAL:
         t = torch.sigmoid(torch.randn(count, generator=generator))
     else:

@@ -90,7 +90,7 @@ class _Passage:
 
 @contextlib.contextmanager
 def frozen_linears(model: nn.Module, pairs: Mapping[str, LoraPair] | None = None) -> Iterator[None]:
-    """Within this block gradients pass through the linear layers of `model` as said above; hooks are removed on leaving.
+    """Within this block gradients pass through the linear layers of `model` as said above; on leaving, hooks are gone.
 
     pairs: LoRAs by the names of the layers they add to. Layers whose weight is trained are left as they are.
     """

@@ -72,4 +72,5 @@ def _read(path: Path) -> tuple[StoredVideo, str]:
     if not all(bool(torch.isfinite(t.float()).all()) for t in (text, pooled, samples)):
         raise tensor_file.FileError(f"{path} holds numbers that are not finite.")
     clips = (samples.shape[2] - 1) // clip_frames()
-    return StoredVideo(samples, Conditioning(text, pooled, vision), metadata.get("name", path.stem), clips), metadata["base"]
+    name = metadata.get("name", path.stem)
+    return StoredVideo(samples, Conditioning(text, pooled, vision), name, clips), metadata["base"]

@@ -22,7 +22,7 @@ RUN = "frame_memory.run"
 
 @dataclass(frozen=True)
 class Result:
-    """checkpoint: of models/frame_memory. lora: of models/loras, where the run trained one. memory: trained, or None."""
+    """checkpoint: of models/frame_memory. lora: of models/loras, where there is one. memory: trained, or None."""
 
     checkpoint: Path
     lora: Path | None

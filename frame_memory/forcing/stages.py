@@ -27,9 +27,7 @@ from .frozen import LoraPair, frozen_linears, is_linear
 from .gradients import differentiable, training_options
 
 # Core's names of the head (reference/memorypack.md section 1.1).
-HEAD = tuple(
-    f"final_layer.{layer}.{part}" for layer in ("adaLN_modulation.1", "linear") for part in ("weight", "bias")
-)
+HEAD = tuple(f"final_layer.{layer}.{part}" for layer in ("adaLN_modulation.1", "linear") for part in ("weight", "bias"))
 MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
 PARTS = (MEMORY, LORA, HEAD_PART, ALL)
 MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
@@ -40,8 +38,8 @@ class Trained:
     """A FramePackTransformer and its memory, with the weights that learn.
 
     parts: which of PARTS learn. `parameters` holds these by name: `pack.*`, `model.*` (fp32 copies of the base's
-    weights), `lora.<layer>.down` and `.up`. Call it as the transformer; inputs are cast to `dtype`, and the result is in
-    it. originals: base weights by name that the host has patched over, in their unpatched state.
+    weights), `lora.<layer>.down` and `.up`. Call it as the transformer; inputs are cast to `dtype`, and the result is
+    in it. originals: base weights by name that the host has patched over, in their unpatched state.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class Trained:
             yield
 
     def _checkpointed_blocks(self) -> dict:
-        """Core's `patches_replace["dit"]` that runs each block again in the backward pass instead of keeping its parts."""
+        """Core's `patches_replace["dit"]` that runs each block again in the backward pass and keeps none of its parts."""
         made: dict[tuple[str, int], Callable] = {}
         for kind in ("double", "single"):
             for i, block in enumerate(getattr(self.model, f"{kind}_blocks")):
@@ -158,7 +156,7 @@ class Trained:
         return dict(zip(streams, made, strict=True))
 
     def head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The head's tensors by core's names, of weights by the names of `parameters`; empty where it was not trained."""
+        """The head's tensors by core's names, of weights by the names of `parameters`; empty where it did not learn."""
         return {n: weights[MODEL_NAME + n] for n in HEAD if MODEL_NAME + n in weights}
 
     def lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,8 +76,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a watcher is told after each step. losses: of all steps so far. estimate: of the last clip, `[1, C, 9, H, W]`
-    in model space."""
+    """What a watcher is told after each step.
+
+    losses: of all steps so far. estimate: of the last clip, `[1, C, 9, H, W]` in model space.
+    """
 
     step: int
     steps: int
@@ -153,8 +155,8 @@ class TrainingRun:
         for video in self.videos:
             if video.samples.shape[1] != channels:
                 raise ForcingError(
-                    f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. Use "
-                    f"the HunyuanVideo VAE in '{VIDEO_CLIPS}'."
+                    f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
+                    f"Use the HunyuanVideo VAE in '{VIDEO_CLIPS}'."
                 )
         longest = max(video.clips for video in self.videos)
         if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
@@ -193,6 +195,8 @@ class TrainingRun:
             return ""
         except TrainingStopped as error:
             return str(error)
+        except comfy.model_management.OOM_EXCEPTION as error:
+            raise ForcingError(self._too_large(trainer.done)) from error
         except BaseException:
             if trainer.done and self._save(trainer, saved) == trainer.done:
                 self.faces.say(
@@ -202,6 +206,17 @@ class TrainingRun:
             raise
         finally:
             self._save(trainer, saved)
+
+    def _too_large(self, done: int) -> str:
+        shape = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
+        cheaper = [f"a smaller 'size' in '{VIDEO_CLIPS}'", "fp8 in 'weight_dtype' of 'Load FramePack Model'"]
+        if self.request.parts != (HEAD_PART,):
+            cheaper.append(f"the stage '{STAGE_MEMORY}', or 'checkpointing' on" if LORA in self.request.parts else
+                           "'checkpointing' on")  # fmt: skip
+        return (
+            f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * 8}x{shape[3] * 8} pixels). The "
+            f"checkpoint of step {done} is kept. Cheaper are: {'; '.join(cheaper)}."
+        )
 
     def _save(self, trainer: VideoTrainer, saved: int) -> int:
         """Write a checkpoint unless step `saved` is the newest; the newest one that is written."""
@@ -251,8 +266,8 @@ class TrainingRun:
         device = patcher.load_device
         return Trained(
             patcher.model.diffusion_model, None if self.memory is None else learning_pack(self.memory, device),
-            request.parts, dtype=patcher.model.get_dtype_inference(), device=device, rank=request.rank, seed=request.settings.seed,
-            checkpointing=request.checkpointing, options=patcher.model_options.get("transformer_options", {}),
+            request.parts, dtype=patcher.model.get_dtype_inference(), device=device, rank=request.rank,
+            seed=request.settings.seed, checkpointing=request.checkpointing, options=patcher.model_options.get("transformer_options", {}),
             originals=originals,
         )  # fmt: skip
 

@@ -84,11 +84,12 @@ class TrainingFolder:
         if metadata.get("format") != f"frame_memory training {FORMAT}":
             raise tensor_file.FileError(f"{path} is not a checkpoint of a training run of this version.")
         its = json.loads(metadata["identity"])
-        names = sorted(set(its) | set(self.identity))
-        other = [f"{n}: {its.get(n)!r}, now {self.identity.get(n)!r}" for n in names if its.get(n) != self.identity.get(n)]
+        now = self.identity
+        other = [n for n in sorted(set(its) | set(now)) if its.get(n) != now.get(n)]
         if other:
+            said = "; ".join(f"{n}: {its.get(n)!r}, now {now.get(n)!r}" for n in other)
             raise ForcingError(
-                f"The run in {self.folder} was begun with other settings ({'; '.join(other)}). Set them back to go on "
+                f"The run in {self.folder} was begun with other settings ({said}). Set them back to go on "
                 f"with it, or choose another name for the run in '{TRAIN}'."
             )
 
@@ -113,13 +114,15 @@ def restore(
     trainer: VideoTrainer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Put a state back. Raises ForcingError, before anything is changed, where weights are missing or of other sizes."""
+    """Put a state back. Raises ForcingError, with nothing changed, where weights are missing or of other sizes."""
     wrong = [
         n for n, p in trainer.parameters.items()
         if PARAMETER + n not in tensors or tensors[PARAMETER + n].shape != p.shape
     ]  # fmt: skip
     if wrong or "generator" not in tensors:
-        what = f"{len(wrong)} of {len(trainer.parameters)} weights ({', '.join(wrong[:3])})" if wrong else "random numbers"
+        what = "random numbers"
+        if wrong:
+            what = f"{len(wrong)} of {len(trainer.parameters)} weights ({', '.join(wrong[:3])})"
         raise ForcingError(
             f"{name} does not fit this run: {what} are missing or of another size. Choose another name for the run in "
             f"'{TRAIN}', or the model and the settings that it was begun with."

@@ -1,6 +1,6 @@
 """Direct, teacher and student forcing as reference/memorypack.md section 3.3 writes them: one plain loop.
 
-Written from the reference, and not from the pack's loop: frame numbers, rotary positions and tokens are worked out here.
+Written from the reference, not from the pack's loop: frame numbers, rotary positions and tokens are worked out here.
 Only the two networks themselves are the pack's.
 """
 

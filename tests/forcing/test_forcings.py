@@ -11,7 +11,16 @@ import torch
 
 from frame_memory.forcing.clips import ForcingError, TrainingVideo, clip_sections, stored_videos
 from frame_memory.forcing.draws import (
-    DIRECT, FORCINGS, LOGIT_NORMAL, STUDENT, TEACHER, UNIFORM, Recipe, clips_at, draw_video, sigmas,
+    DIRECT,
+    FORCINGS,
+    LOGIT_NORMAL,
+    STUDENT,
+    TEACHER,
+    UNIFORM,
+    Recipe,
+    clips_at,
+    draw_video,
+    sigmas,
 )  # fmt: skip
 from frame_memory.forcing.forcings import LOSSES, Forced
 from frame_memory.forcing.gradients import differentiable, training_options
@@ -226,7 +235,8 @@ def test_noise_levels(model):
 
 def test_the_curriculum_gives_every_clip_count_the_same_number_of_updates():
     counts = [clips_at(step, 500, 16) for step in range(500)]
-    assert counts == sorted(counts) and {c: counts.count(c) for c in set(counts)} == dict.fromkeys((1, 2, 4, 8, 16), 100)
+    shares = {c: counts.count(c) for c in set(counts)}
+    assert counts == sorted(counts) and shares == dict.fromkeys((1, 2, 4, 8, 16), 100)
     assert {clips_at(s, 90, 6, least=2) for s in range(90)} == {2, 4, 6}
     assert {clips_at(s, 10, 1) for s in range(10)} == {1} and clips_at(50, 10, 4) == 4
 

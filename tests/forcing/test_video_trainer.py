@@ -14,7 +14,7 @@ import torch
 
 from frame_memory.forcing.clips import ForcingError
 from frame_memory.forcing.training_state import TrainingFolder, state_of
-from frame_memory.forcing.video_trainer import MUON, TrainingStopped, VideoSettings, VideoTrainer
+from frame_memory.forcing.video_trainer import MUON, TrainingStopped, VideoSettings
 from frame_memory.forcing.workers import join
 from frame_memory.model import tensor_file
 
@@ -27,7 +27,7 @@ def folder(path, said=None, identity=None, keep=3) -> TrainingFolder:
 
 
 def test_one_optimiser_step_a_video_of_the_mean_over_its_clips():
-    """By hand: AdamW's first step on the mean gradient, with the gradient's norm cut to 1 and the first warm-up rate."""
+    """By hand: AdamW's first step on the mean gradient, its norm cut to 1, at the first warm-up rate."""
     line, twin = Line(), Line()
     calls = []
     for optimiser, _ in line.trainer.optimisers:
@@ -110,7 +110,7 @@ def test_fault_t3_a_loss_that_is_no_number_is_skipped_and_the_rate_backs_off():
 def test_fault_t3_it_stops_after_so_many_in_a_row_with_its_checkpoint_kept(tmp_path):
     line = Line(VideoSettings(rate=0.01, bad_limit=4), broken=range(2, 99)).run(2)
     before = line.numbers().clone()
-    with pytest.raises(TrainingStopped, match=r"4 steps in a row.*weights are those of step 2.*Lower the learning rate"):
+    with pytest.raises(TrainingStopped, match=r"4 steps in a row.*those of step 2.*Lower the learning rate"):
         line.run(99)
     assert torch.equal(line.numbers(), before) and line.trainer.done == 6
     assert folder(tmp_path).save(line.trainer)
@@ -205,7 +205,8 @@ def test_two_processes_with_a_video_each_equal_one_with_both():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {**os.environ, **meet, "OMP_NUM_THREADS": "1"}
     made = [
         subprocess.Popen(
             [sys.executable, line_fit.__file__], env={**env, "RANK": str(i), "LOCAL_RANK": str(i)}, text=True,

@@ -1,0 +1,185 @@
+"""Train a memory, or a head by Direct Forcing, without the graph: on one GPU or several.
+
+First run the graph workflows/train_direct_forcing.json once with the stage "write for the command line": it stores the
+videos and their captions in output/frame_memory_training/<name>/videos. Then:
+
+    python scripts/run.py -m frame_memory.forcing --model FramePack_F1.safetensors \\
+        --videos <that folder> --stage memory --name my_memory
+
+On several GPUs each one takes a video of its own in every step, and their gradients are averaged:
+
+    python scripts/run.py -m torch.distributed.run --nproc_per_node 4 -m frame_memory.forcing ARGUMENTS
+    python scripts/run.py -m accelerate.commands.launch --num_processes 4 -m frame_memory.forcing ARGUMENTS
+
+(the second needs the package accelerate, the first nothing more). Ctrl+C keeps a checkpoint; the same command goes on
+from it. What follows `--` goes to ComfyUI, for example `-- --lowvram`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+SHORT_STAGES = {"memory": "1: memory", "lora": "1: memory and LoRA", "head": "2: head (Direct Forcing)"}
+SHORT_FORCINGS = {"teacher": "teacher forcing", "student": "student forcing", "direct": "Direct Forcing"}
+SAY_EVERY = 5.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python scripts/run.py -m frame_memory.forcing", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = made.add_argument
+    add("--model", type=Path, required=True, help="FramePack-F1 checkpoint (safetensors; of shards any one)")
+    add("--videos", type=Path, required=True, help="folder with video-*.safetensors, written by the graph")
+    add("--stage", choices=SHORT_STAGES, default="head", help="what learns; train the memory first (default: head)")
+    add("--memory", type=Path, help="memory file to begin with; without one the stages memory and lora begin a new one")
+    add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
+    add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
+    add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
+    add("--clips", type=int, default=16, help="most clips of a video in one update (default: 16)")
+    add("--rate", type=float, default=1e-5, help="AdamW's learning rate (default: 1e-5, the paper's)")
+    add("--warmup", type=int, default=500, help="steps until the full rate (default: 500)")
+    add("--average", type=float, default=0.999, help="share kept by the averaged weights, 0 for none (default: 0.999)")
+    add("--per-worker", type=int, default=1, help="videos each GPU takes in one update (default: 1)")
+    add("--forcing", choices=SHORT_FORCINGS, help="default: teacher behind real history, direct for the head")
+    add("--shift", type=float, default=0.0, help="noise levels of the loss (default: 5, 1 with Direct Forcing)")
+    own = "noise levels of Direct Forcing's history, where they are drawn apart: one more pass a clip (default: off)"
+    add("--history-shift", type=float, default=0.0, help=own)
+    add("--rank", type=int, default=16, help="of the LoRA (default: 16)")
+    add("--no-checkpointing", action="store_true", help="stages memory and lora: faster, with far more GPU memory")
+    add("--save-every", type=int, default=50, help="steps between checkpoints; 3 are kept (default: 50)")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=("default", "fp8"), default="default", help="of the blocks; fp8 halves a bf16 file")
+    add("--cpu", action="store_true", help="train on the CPU, for trials")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    own, hosts = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    args = parser().parse_args(own)
+    # ComfyUI reads its own command line when it is imported, and only if it is told to.
+    sys.argv = [sys.argv[0], *(["--cpu"] if args.cpu else []), *hosts]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    from ..model.memory import MemoryMismatch
+    from ..model.memory_file import MemoryFileError
+    from ..model.tensor_file import FileError
+    from .clips import ForcingError
+
+    try:
+        return _train(args)
+    except (ForcingError, FileError, MemoryFileError, MemoryMismatch, ValueError) as error:
+        sys.stderr.write(f"\n{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(args: argparse.Namespace) -> int:
+    import comfy.model_management
+
+    from .prepared import read_videos
+    from .results import write_result
+    from .training_run import Faces, Request, TrainingRun
+    from .video_trainer import VideoSettings
+    from .workers import join
+
+    workers = join("cpu" if args.cpu else comfy.model_management.get_torch_device().type)
+    try:
+        say = _say if workers.first else (lambda text: None)
+        videos, family = read_videos(args.videos, say)
+        settings = VideoSettings(
+            rate=args.rate, warmup=args.warmup, average=args.average, seed=args.seed,
+            videos=args.per_worker * workers.count,
+        )  # fmt: skip
+        request = Request(
+            SHORT_STAGES[args.stage], args.steps, args.clips, SHORT_FORCINGS.get(args.forcing), args.shift,
+            args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
+        )  # fmt: skip
+        model = _model(args, family)
+        run = TrainingRun(
+            model, _memory(args.memory, model), videos, request, args.output / args.name,
+            Faces(say, _Lines(say) if workers.first else lambda moment: None), workers,
+        )  # fmt: skip
+        outcome = run.run()
+        if workers.first:
+            if outcome.stopped:
+                say(outcome.stopped)
+            result = write_result(run, outcome, args.name, args.output, args.output, say)
+            say(f"{result.checkpoint}: copy it into models/frame_memory of ComfyUI.")
+            if result.lora is not None:
+                say(f"{result.lora}: copy it into models/loras.")
+        workers.wait()
+        return 1 if outcome.stopped else 0
+    finally:
+        workers.leave()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+class _Lines:
+    """A line about the run every few seconds."""
+
+    def __init__(self, say):
+        self.say, self.began, self.first, self.said_at = say, time.monotonic(), None, 0.0
+
+    def __call__(self, moment) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.began, self.first = now, moment.step
+        if now - self.said_at < SAY_EVERY and moment.step < moment.steps:
+            return
+        self.said_at = now
+        recent = [loss for loss in moment.losses[-20:] if loss == loss]
+        loss = f"{sum(recent) / len(recent):.4f}" if recent else "none"
+        made = moment.step - self.first
+        left = f"  {(moment.steps - moment.step) * (now - self.began) / made / 60:.1f} min left" if made else ""
+        self.say(f"step {moment.step}/{moment.steps}  {moment.clips} clips  loss {loss}  rate {moment.rate:.1e}{left}")
+
+
+def _model(args: argparse.Namespace, family: str):
+    import torch
+
+    from ..model import checkpoint
+    from ..model.framepack import MODEL_OPTION
+    from .clips import ForcingError
+
+    info = checkpoint.inspect(str(args.model), args.model.name)
+    if info.kind == "F0":
+        raise ForcingError(f"{args.model} is FramePack F0, which makes a video from its end; expected FramePack F1.")
+    options = {"dtype": torch.float8_e4m3fn} if args.dtype == "fp8" else {}
+    model = checkpoint.load_framepack(str(args.model), options)
+    model.model_options = {**model.model_options, MODEL_OPTION: {"kind": "F1", "base": family}}
+    return model
+
+
+def _memory(path: Path | None, model):
+    if path is None:
+        return None
+    from ..model import memory_file
+    from ..model.memory import compute_dtype, encoder_from_tensors
+    from ..model.semantic_pack import PackSpec
+    from .clips import ForcingError
+
+    file = memory_file.read(str(path))
+    if not file.pack or file.spec is None:
+        raise ForcingError(f"{path} holds a head and no memory. Choose a file of stage memory or lora.")
+    return encoder_from_tensors(
+        file.pack, PackSpec.from_dict(file.spec), label=file.name, base=file.base, dtype=compute_dtype(model),
+        load_device=model.load_device,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

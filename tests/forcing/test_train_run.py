@@ -1,0 +1,236 @@
+"""A whole training run on a MODEL of the host: what it writes, that it resumes, that the MODEL is left as it was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import parity_models
+from frame_memory.forcing.clips import ForcingError, StoredVideo, stored_videos
+from frame_memory.forcing.flow import Conditioning
+from frame_memory.forcing.prepared import read_videos, write_videos
+from frame_memory.forcing.results import write_result
+from frame_memory.forcing.training_run import (
+    STAGE_HEAD,
+    STAGE_LORA,
+    STAGE_MEMORY,
+    Faces,
+    Request,
+    TrainingRun,
+)  # fmt: skip
+from frame_memory.forcing.video_trainer import VideoSettings
+from frame_memory.model import checkpoint, head, memory_file
+from frame_memory.model.base_signature import Base
+from frame_memory.model.framepack import MODEL_OPTION
+from frame_memory.model.memory import MemoryMismatch, new_encoder
+
+FAST = VideoSettings(rate=1e-3, warmup=1, average=0.5)
+SHAPES = {"height": 4, "width": 6}
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "FramePack_F1_tiny.safetensors"
+    sd = parity_models.make_reference(seed=0, heads=1, double=1, single=1, text_features=64).state_dict()
+    save_file({k: v.contiguous() for k, v in sd.items()}, str(path))
+    return path
+
+
+def load(tiny_file, kind: str = "F1"):
+    model = checkpoint.load_framepack(str(tiny_file))
+    model.model_options = {**model.model_options, MODEL_OPTION: {"kind": kind, "base": "HunyuanVideo"}}
+    return model
+
+
+def videos(count: int = 2, clips: int = 2, channels: int = 16) -> list[StoredVideo]:
+    g = torch.Generator().manual_seed(3)
+
+    def one(i: int) -> StoredVideo:
+        cond = Conditioning(torch.randn(1, 5, 64, generator=g), torch.randn(1, 768, generator=g),
+                            torch.randn(1, 4, 1152, generator=g))  # fmt: skip
+        samples = torch.randn(1, channels, 1 + 9 * clips, 4, 6, generator=g)
+        return StoredVideo(samples, cond, f"video {i}", clips)
+
+    return [one(i) for i in range(count)]
+
+
+def request(stage: str, steps: int = 2, **more) -> Request:
+    return Request(stage, steps, clips=more.pop("clips", 2), save_every=1, rank=2, settings=FAST, **more)
+
+
+class Cancelled(BaseException):
+    pass
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
+
+
+def test_stage_two_writes_a_head_that_loads_and_leaves_the_model_as_it_was(tiny_file, tmp_path):
+    model = load(tiny_file)
+    before, said, moments = weights_of(model), [], []
+    run = TrainingRun(model, None, videos(), request(STAGE_HEAD), tmp_path / "run", Faces(said.append, moments.append))
+    with torch.inference_mode():  # as core runs a node
+        outcome = run.run()
+    assert [m.step for m in moments] == [1, 2] and [m.clips for m in moments] == [1, 2]
+    assert moments[0].estimate.shape == (1, 16, 9, 4, 6) and all(m == m for m in outcome.losses)
+    after = weights_of(model)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    result = write_result(run, outcome, "tiny", tmp_path / "models", tmp_path / "loras", said.append)
+    assert result.checkpoint == tmp_path / "models" / "tiny.safetensors" and result.memory is None
+    file = memory_file.read(str(result.checkpoint))
+    assert file.kind == memory_file.DIRECT_FORCING and not file.pack
+    assert file.recipe["stage"] == STAGE_HEAD and file.recipe["steps"] == 2
+    file.check_base(Base.of(model), "x")
+    for name in memory_file.HEAD:
+        assert torch.equal(file.head[name], outcome.weights["model." + name])
+        assert not torch.equal(file.head[name], before[name].float()), name
+    assert not (tmp_path / "loras").exists() and not said
+
+
+def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_path):
+    import comfy.sd
+
+    model = load(tiny_file)
+    run = TrainingRun(model, None, videos(), request(STAGE_LORA), tmp_path / "run", Faces(lambda _: None))
+    with torch.inference_mode():
+        outcome = run.run()
+        result = write_result(run, outcome, "both", tmp_path / "models", tmp_path / "loras", lambda _: None)
+    file = memory_file.read(str(result.checkpoint))
+    assert file.kind == memory_file.SEMANTIC_PACK and not file.head and result.memory.trained
+    fresh = new_encoder(model).pack.state_dict()
+    changed = [n for n, v in result.memory.pack.state_dict().items() if not torch.equal(v, fresh[n])]
+    assert "gate" in changed and result.memory.fingerprint != run.memory.fingerprint
+    patched, _ = comfy.sd.load_lora_for_models(model, None, checkpoint.tensor_file.read(str(result.lora)), 1.0, 0.0)
+    blocks = [k for k in patched.patches if "_blocks." in k]
+    layers = {k.rsplit(".", 1)[0] for k in outcome.trained.parameters if k.startswith("lora.")}
+    assert len(blocks) == len(layers) > 0
+
+
+def losses_of(tiny_file, folder: Path, stage: str, steps: int, interrupt=lambda: None) -> list[float]:
+    faces = Faces(lambda _: None, interrupt=interrupt)
+    return TrainingRun(load(tiny_file), None, videos(), request(stage, steps), folder, faces).run().losses
+
+
+@pytest.mark.parametrize("stage", [STAGE_HEAD, STAGE_MEMORY])
+def test_fault_t1_a_run_cancelled_in_the_middle_of_a_video_goes_on_bit_for_bit(tiny_file, tmp_path, stage):
+    whole = losses_of(tiny_file, tmp_path / "whole", stage, 4)
+    calls = iter(range(99))
+
+    def cancel():
+        if next(calls) == 5:  # in the third or fourth step, between two clips or before the first
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        losses_of(tiny_file, tmp_path / "parts", stage, 4, cancel)
+    said: list[str] = []
+    run = TrainingRun(load(tiny_file), None, videos(), request(stage, 4), tmp_path / "parts", Faces(said.append))
+    outcome = run.run()
+    assert 0 < outcome.resumed < 4 and f"Going on from step {outcome.resumed} of 4" in said[0]
+    assert outcome.losses == whole
+    last = "step-00000004.safetensors"
+    ours, theirs = (checkpoint.tensor_file.read(str(tmp_path / n / last)) for n in ("parts", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_cancel_says_how_to_go_on(tiny_file, tmp_path):
+    said: list[str] = []
+    calls = iter(range(99))
+
+    def cancel():
+        if next(calls) == 2:
+            raise Cancelled
+
+    run = TrainingRun(
+        load(tiny_file), None, videos(), request(STAGE_HEAD, 9), tmp_path / "run", Faces(said.append, interrupt=cancel)
+    )
+    with pytest.raises(Cancelled):
+        run.run()
+    assert "Stopped after step 2 of 9" in said[-1] and "same name to go on" in said[-1]
+
+
+def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
+    """The result replaces the head whole, so what a Direct Forcing checkpoint put on must be in it, once."""
+    model = load(tiny_file)
+    key = "final_layer.linear.weight"
+    base = weights_of(model)[key].float()
+    patched = model.clone()
+    patched.add_patches({"diffusion_model." + key: ("diff", (torch.full_like(base, 0.5),))}, 0.5)
+    run = TrainingRun(patched, None, videos(), request(STAGE_HEAD, 1), tmp_path / "run", Faces(lambda _: None))
+    run._load()
+    trained = run._trained()
+    assert torch.allclose(trained.masters[key], base + 0.25, atol=1e-6)
+    outcome = run.run()
+    result = write_result(run, outcome, "again", tmp_path / "m", tmp_path / "l", lambda _: None)
+    file = memory_file.read(str(result.checkpoint))
+    made, _ = head.apply_head(model, file, 1.0)
+    assert made is not model and run.base.difference(Base.of(model)) == ""
+    assert float((file.head[key] - base - 0.25).abs().max()) < 0.01
+
+
+def test_results_of_other_runs_are_kept(tiny_file, tmp_path):
+    said: list[str] = []
+
+    def made(seed: int) -> Path:
+        settings = VideoSettings(rate=1e-3, seed=seed)
+        run = TrainingRun(load(tiny_file), None, videos(), Request(STAGE_HEAD, 1, 1, settings=settings),
+                          tmp_path / f"run{seed}", Faces(said.append))  # fmt: skip
+        return write_result(run, run.run(), "same", tmp_path, tmp_path, said.append).checkpoint
+
+    assert made(0).name == "same.safetensors" and made(0).name == "same.safetensors" and len(said) == 1
+    assert made(1).name == "same_2.safetensors" and "is of another run and is kept" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"kind": "F0"}, MemoryMismatch, "F0"),
+        ({"clips": 1}, ForcingError, "a memory learns from 2 clips on"),
+        ({"channels": 4}, ForcingError, "video 0 has 4 latent channels, and the MODEL works on 16"),
+    ],
+    ids=["F0", "one clip", "another VAE"],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, tmp_path, change, error, said):
+    kind, change = change.get("kind", "F1"), {k: v for k, v in change.items() if k != "kind"}
+    with pytest.raises(error, match=said):
+        TrainingRun(load(tiny_file, kind), None, videos(**change), request(STAGE_MEMORY), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_videos_for_the_command_line_come_back_as_they_were(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    latents = [{"samples": torch.randn(1, 16, 1 + 9 * k, 4, 6, generator=g)} for k in (1, 3, 2)]
+    positive = [[[torch.randn(1, 5, 64), {"pooled_output": torch.randn(1, 768)}]] for _ in latents]
+    given, said = stored_videos(latents, positive), []
+    write_videos(tmp_path, given, "HunyuanVideo")
+    back, family = read_videos(tmp_path, said.append)
+    assert family == "HunyuanVideo" and [v.clips for v in back] == [1, 3, 2] and not said
+    for ours, theirs in zip(back, given, strict=True):
+        assert torch.equal(ours.samples, theirs.samples) and torch.equal(ours.cond.text, theirs.cond.text)
+        assert ours.cond.vision is None and ours.name == theirs.name
+    write_videos(tmp_path, given[:2], "HunyuanVideo")
+    (tmp_path / "video-00001.safetensors").write_bytes(b"torn")
+    back, _ = read_videos(tmp_path, said.append)
+    assert [v.clips for v in back] == [3] and "video-00001.safetensors is left out" in said[0]
+    with pytest.raises(ForcingError, match="no training videos"):
+        read_videos(tmp_path / "none", said.append)
+
+
+def test_the_command_line_trains_from_the_same_files(tiny_file, tmp_path, capsys, monkeypatch):
+    """In this process, which has ComfyUI on the CPU already."""
+    from frame_memory.forcing.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["frame_memory.forcing"])
+    write_videos(tmp_path / "videos", videos(), "HunyuanVideo")
+    arguments = ["--model", str(tiny_file), "--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "out")]
+    arguments += ["--name", "cli", "--steps", "2", "--clips", "2", "--cpu", "--rate", "1e-3", "--stage", "memory"]
+    assert main(arguments) == 0
+    assert "step 2/2" in capsys.readouterr().out
+    made = tmp_path / "out" / "cli.safetensors"
+    assert memory_file.read(str(made)).kind == memory_file.SEMANTIC_PACK
+    assert main([*arguments, "--memory", str(tmp_path / "none.safetensors"), "--name", "x"]) == 1
+    assert "There is no file at" in capsys.readouterr().err
