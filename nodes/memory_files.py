@@ -14,6 +14,7 @@ from ..frame_memory.model.base_signature import Base
 from ..frame_memory.model.framepack import is_framepack
 from ..frame_memory.model.semantic_pack import PackSpec
 from ..frame_memory.model.sources import LOAD_MODEL
+from .memory import file_names
 from .shown import show
 from .sockets import FrameMemorySocket
 
@@ -32,7 +33,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "file",
-            options=folder_paths.get_filename_list(memory_file.FOLDER),
+            options=file_names(),
             tooltip=(
                 "File in models/frame_memory (safetensors), made by Train Direct Forcing. A head alone in diffusers "
                 "names (norm_out.linear, proj_out) is read too."

@@ -219,6 +219,13 @@ MEMORY = _needs("""
     folder_paths.get_full_path_or_raise folder_name filename
 """)
 
+MEMORY_FILES = _needs("""
+    comfy.model_patcher.ModelPatcher.add_patches patches strength_patch
+    comfy.utils.get_attr obj attr
+    comfy_api.latest.io.Float.Input
+    comfy_execution.graph_utils.ExecutionBlocker message
+""")
+
 VIDEO = _needs("""
     comfy.ldm.wan.vae.CACHE_T
     comfy.ldm.wan.vae.count_cache_layers model
@@ -401,6 +408,7 @@ FAMILIES: dict[str, Family] = {
         API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + SAMPLING,
     ),
     "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + MEMORY),
+    "memory_files": Family(("FrameMemoryLoadDirectForcing",), API + MODEL_CLASS + ENCODER + MEMORY + MEMORY_FILES),
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),

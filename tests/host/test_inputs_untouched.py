@@ -23,9 +23,11 @@ from comfy_api.latest import InputImpl, Types
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from safetensors.torch import save_file
 
-from frame_memory.model import checkpoint
+from frame_memory.model import checkpoint, memory_file
+from frame_memory.model.base_signature import Base
 from frame_memory.model.host_contract import FAMILIES
 from frame_memory.model.selftest import SelfTestText, SelfTestVision
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
 from frame_memory.plan import PRESETS, parse_schedule, parse_timeline
 from frame_memory.sampling.prompts import EncodedTimeline
 from frame_memory.sampling.unipc import framepack_unipc
@@ -117,8 +119,11 @@ def graph(nodes):
     change = importlib.import_module(f"{PACK}.frame_memory.sampling.changes").SectionChange
     timeline = parse_timeline("0-1.2: a\n1.2-: b", 1)
     socket = importlib.import_module(f"{PACK}.nodes.sockets").FrameContext(parse_schedule(PRESETS["F1 forward"]))
+    encoders = importlib.import_module(f"{PACK}.frame_memory.model.memory")
+    memory, _ = encoders.with_features_of(encoders.new_encoder(model), positive)
+    memory.pack.gate.fill_(0.5)
     return SimpleNamespace(
-        model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
+        memory=memory, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
         context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
@@ -131,7 +136,14 @@ def folders(tmp_path, monkeypatch, graph):
     lora = {"lora_A": random(2, weight.shape[1]), "lora_B": random(weight.shape[0], 2)}
     name = "diffusion_model.double_blocks.0.img_attn_proj"
     save_file({f"{name}.{k}.weight": v for k, v in lora.items()}, str(tmp_path / "a.safetensors"))
+    network = graph.model.model.diffusion_model
+    spec = PackSpec.of(network)
+    pack = initialise(SemanticPack(spec, dtype=torch.float32, operations=torch.nn))
+    head = {name: 0.9 * network.get_parameter(name).detach().float() for name in memory_file.HEAD}
+    path, parts = str(tmp_path / "head.safetensors"), {"pack": pack.state_dict(), "spec": spec.to_dict(), "head": head}
+    memory_file.write(path, Base.of(graph.model), **parts)
     known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "frame_memory", ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setitem(known, "diffusion_models", ([str(SELFTEST / "diffusion_models")], {".safetensors"}))
     monkeypatch.setitem(known, "loras", ([str(tmp_path)], {".safetensors"}))
     clip_folders.make(tmp_path / "input" / "clips")
@@ -153,6 +165,12 @@ def inputs_of(node_id: str, g) -> dict:
     return {
         "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
         "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
+        "FrameMemoryLoadEncoder": lambda: {"encoder_name": "head.safetensors", "model": g.model},
+        "FrameMemoryMemoryPack": lambda: {
+            "model": g.model, "memory": g.memory, "conditioning": g.positive,
+            "clip_vision_output": SelfTestVision().encode_image(picture),
+        },
+        "FrameMemoryLoadDirectForcing": lambda: {"model": g.model, "file": "head.safetensors", "strength": 0.7},
         "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
         "FrameMemoryPromptTimeline": lambda: {
             "clip": SelfTestText(), "text": "0-1.2: a\n1.2-: b", "blend_sections": 1,
@@ -167,7 +185,7 @@ def inputs_of(node_id: str, g) -> dict:
             "noise": Noise_RandomNoise(3), "guider": g.guider, "sampler": framepack_unipc(),
             "sigmas": torch.tensor([1.0, 0.6, 0.0]), "frame_context": g.context, "start": g.latent(1, 1),
             "seconds": 1.2, "history": g.latent(5, 2), "initial": g.latent(14, 3), "timeline": g.timeline,
-            "vae": g.vae, "changes": (g.change(1, 5, g.positive),),
+            "vae": g.vae, "changes": (g.change(1, 5, g.positive),), "memory": g.memory,
         },
         "FrameMemoryPickSection": lambda: {
             "section": 2, "seed": 5, "positive": g.positive, "changes": (g.change(1, None, g.negative),),

@@ -4,7 +4,7 @@ import pytest
 
 from scripts import workflow
 
-from .tiny import PICTURE_NAME, SELFTEST_VIDEOS, START_PICTURE, wan_files
+from .tiny import PICTURE_NAME, SELFTEST_VIDEOS, START_PICTURE, save_direct_forcing, wan_files
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,12 @@ def api(definitions, picture):
         return workflow.to_api(workflow.read(path), definitions)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def direct_forcing_file(server):
+    """A Direct Forcing checkpoint for the self-test F1, in the server's folder."""
+    save_direct_forcing(server.base / "models" / "frame_memory")
 
 
 @pytest.fixture(scope="session")

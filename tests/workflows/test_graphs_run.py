@@ -38,7 +38,7 @@ by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 def test_all_graphs_are_there():
     ffgo = [f"ffgo_{name}" for name in ("continue", "continue_wan", "train", "wan22", "wan22_fast")]
     names = ["drift_and_recall", "extend_and_bridge", *ffgo]
-    names += ["framepack_f1_timeline", "framepack_i2v", "resume_and_reroll", "selftest"]
+    names += ["framepack_f1_timeline", "framepack_i2v", "memorypack_minute", "resume_and_reroll", "selftest"]
     assert [p.stem for p in GRAPHS] == names
 
 
@@ -58,7 +58,7 @@ def test_the_frontend_reads_the_file_and_would_save_the_same(editor, definitions
 
 
 @pytest.fixture(scope="module", params=PICTURE_GRAPHS, ids=lambda p: p.stem)
-def made(request, server, api):
+def made(request, server, api, direct_forcing_file):
     """(API graph, run, path of the mp4) of one example graph."""
     prompt = shrink(api(request.param), seconds=SECONDS, steps=STEPS)
     # A seed of this module's own: sections that another run has finished would be reused, and nothing sampled.

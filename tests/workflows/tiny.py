@@ -7,6 +7,7 @@ What is swapped, all in the API format:
     DualCLIPLoader                Self-Test Encoders, output "clip"
     Load CLIP Vision              Self-Test Encoders, output "clip_vision"
     Load Image                    the self-test's start picture
+    Load Direct Forcing Checkpoint  a file with random changes, made for the self-test F1
     FramePack Image               size 64
     FramePack Sigmas              fewer steps
     Anti-Drift Sampler            fewer seconds
@@ -24,6 +25,8 @@ import copy
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
@@ -43,6 +46,7 @@ OTHERS = ("drift_and_recall", "extend_and_bridge")
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
+DIRECT_FORCING = "frame_memory_selftest_direct_forcing.safetensors"
 ENCODERS = "FrameMemorySelfTestEncoders"
 OUTPUT_OF_ENCODERS = {"DualCLIPLoader": 0, "CLIPVisionLoader": 1}
 TIMELINE = "0-1.2: a red circle moves right slowly over navy hills ground\n1.2-: a red circle moves left slowly"
@@ -76,6 +80,7 @@ def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:
         "FrameMemoryLoadFramePack": {"model_name": FILES[kind]},
         "VAELoader": {"vae_name": "frame_memory_selftest_vae.safetensors"},
         "LoadImage": {"image": PICTURE_NAME},
+        "FrameMemoryLoadDirectForcing": {"file": DIRECT_FORCING},
         "FrameMemoryFramePackImage": {"size": 64},
         "FrameMemorySigmas": {"steps": steps},
         "FrameMemoryAntiDriftSampler": {"seconds": seconds},
@@ -89,6 +94,26 @@ def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:
             if isinstance(value, list) and value[0] in swapped:
                 node["inputs"][name] = [value[0], swapped[value[0]]]
     return small
+
+
+def save_direct_forcing(folder: Path) -> None:
+    """A checkpoint as Train Direct Forcing makes them, for the self-test F1: gate open, head a little off."""
+    from benchmarks.train_selftest import build
+    from frame_memory.model import checkpoint, memory_file
+    from frame_memory.model.base_signature import Base
+    from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
+
+    weights, _ = checkpoint.load_state_dict(str(REPO / "selftest_models" / "diffusion_models" / FILES["F1"]))
+    network = build()
+    network.load_state_dict({k: v.float() for k, v in weights.items()})
+    spec = PackSpec.of(network)
+    pack = initialise(SemanticPack(spec, dtype=torch.float32, operations=torch.nn), network)
+    pack.gate.data.fill_(0.01)
+    head = {name: 1.01 * weights[name].float() for name in memory_file.HEAD}
+    base = Base.of_network(network, "selftest", "F1")
+    recipe = {"forcing": "Direct Forcing", "steps": 1}
+    path = folder / DIRECT_FORCING
+    memory_file.write(str(path), base, pack=pack.state_dict(), spec=spec.to_dict(), head=head, recipe=recipe)
 
 
 def shrink_wan(prompt: dict, *, width: int = 96, height: int = 64, frames: int = 13) -> dict:
