@@ -40,15 +40,14 @@ class FrameMemory:
     """What the socket carries.
 
     encoder: ModelPatcher around a SemanticPack. label: where it is from, for people. trained: False for fresh weights.
-    fingerprint: of the weights when it was made, for people. base: what it was made or trained for, None where nobody
-    says. text: `[1, L, C]` without padding, vision: `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
+    base: what it was made or trained for, None where nobody says. text: `[1, L, C]` without padding, vision:
+    `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
     """
 
     encoder: Any
     spec: PackSpec
     label: str
     trained: bool
-    fingerprint: str
     base: Base | None = None
     text: Tensor | None = field(default=None, repr=False)
     vision: Tensor | None = field(default=None, repr=False)
@@ -57,6 +56,11 @@ class FrameMemory:
     def pack(self) -> SemanticPack:
         """The network."""
         return self.encoder.model
+
+    @property
+    def fingerprint(self) -> str:
+        """A few hex digits that change with the weights, for people."""
+        return _fingerprint(self.pack.state_dict())
 
     def with_features(self, text_BLC: Tensor, vision_BNC: Tensor | None) -> FrameMemory:
         """The same encoder with what it is anchored to."""
@@ -225,7 +229,7 @@ def _memory(pack: SemanticPack, spec, label: str, trained: bool, base: Base | No
     encoder = comfy.model_patcher.CoreModelPatcher(
         pack.eval(), load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
     )
-    return FrameMemory(encoder, spec, label, trained, _fingerprint(pack.state_dict()), base)
+    return FrameMemory(encoder, spec, label, trained, base)
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
