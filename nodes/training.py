@@ -23,7 +23,7 @@ from ..frame_memory.forcing.video_trainer import VideoSettings
 from ..frame_memory.model import head, memory_file
 from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.memory import MEMORY_PACK
-from ..frame_memory.sampling.preview import TimeLeft
+from ..frame_memory.sampling.time_left import TimeLeft
 from ..frame_memory.video import plots
 from .shown import show
 from .sockets import FrameMemorySocket
@@ -331,9 +331,8 @@ def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result
     mean, skipped = smooth(losses), sum(loss != loss for loss in losses)
     made = done - outcome.resumed
     request, earlier = run.request, f"; {outcome.resumed} of them before a stop" if outcome.resumed else ""
-    lines = [
-        f"{request.stage}: {done} of {request.steps} steps on {len(run.videos)} videos, {request.recipe.forcing}{earlier}."
-    ]
+    what = f"{len(run.videos)} videos, {request.recipe.forcing}"
+    lines = [f"{request.stage}: {done} of {request.steps} steps on {what}{earlier}."]
     if outcome.stopped:
         lines.append(f"Warning: {outcome.stopped}")
     if mean:

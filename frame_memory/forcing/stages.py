@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from ..model.memory_file import HEAD
 from ..model.semantic_pack import SemanticPack
 from .forcings import Forced
 from .frozen import LoraPair, frozen_linears, is_linear
 from .gradients import differentiable, training_options
 
-# Core's names of the head (reference/memorypack.md section 1.1).
-HEAD = tuple(f"final_layer.{layer}.{part}" for layer in ("adaLN_modulation.1", "linear") for part in ("weight", "bias"))
 MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
 PARTS = (MEMORY, LORA, HEAD_PART, ALL)
 MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
@@ -130,7 +129,7 @@ class Trained:
             yield
 
     def _checkpointed_blocks(self) -> dict:
-        """Core's `patches_replace["dit"]` that runs each block again in the backward pass and keeps none of its parts."""
+        """Core's `patches_replace["dit"]` that runs each block again in the backward pass, and keeps nothing of it."""
         made: dict[tuple[str, int], Callable] = {}
         for kind in ("double", "single"):
             for i, block in enumerate(getattr(self.model, f"{kind}_blocks")):

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..model.base_signature import MODEL_PREFIX, Base
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
+from ..model.memory_file import HEAD
 from ..model.semantic_pack import SemanticPack
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
 from .forcings import LOSSES
-from .stages import HEAD, HEAD_PART, LORA, MEMORY, Trained
+from .stages import HEAD_PART, LORA, MEMORY, Trained
 from .training_state import TrainingFolder
 from .video_trainer import TrainingStopped, VideoSettings, VideoTrainer
 from .workers import ALONE, Workers
@@ -267,7 +268,8 @@ class TrainingRun:
         return Trained(
             patcher.model.diffusion_model, None if self.memory is None else learning_pack(self.memory, device),
             request.parts, dtype=patcher.model.get_dtype_inference(), device=device, rank=request.rank,
-            seed=request.settings.seed, checkpointing=request.checkpointing, options=patcher.model_options.get("transformer_options", {}),
+            seed=request.settings.seed, checkpointing=request.checkpointing,
+            options=patcher.model_options.get("transformer_options", {}),
             originals=originals,
         )  # fmt: skip
 

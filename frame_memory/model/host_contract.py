@@ -395,6 +395,37 @@ DIAGNOSTICS = _needs("""
     comfy_api.latest.ui.PreviewImage image cls
 """)
 
+TRAINING = _needs("""
+    comfy.lora.calculate_weight patches weight key
+    comfy.model_management.OOM_EXCEPTION
+    comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_patcher.ModelPatcher.add_patches patches strength_patch
+    comfy.model_patcher.ModelPatcher.memory_required input_shape
+    comfy.ops.CastWeightBiasOp
+    comfy.ops.cast_bias_weight s input offloadable
+    comfy.ops.disable_weight_init
+    comfy.ops.uncast_bias_weight s weight bias offload_stream
+    comfy.sd.load_lora_for_models model clip lora strength_model strength_clip
+    comfy.utils.ProgressBar.update_absolute value total preview
+    comfy.utils.get_attr obj attr
+    comfy_api.latest.io.Boolean.Input
+    comfy_api.latest.io.Combo.Input
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.Model.Input
+    comfy_api.latest.io.Model.Output
+    comfy_api.latest.io.Schema is_input_list is_output_node
+    comfy_api.latest.io.String.Input
+    comfy_api.latest.io.String.Output
+    comfy_api.latest.ui.PreviewText
+    comfy_execution.graph_utils.ExecutionBlocker
+    folder_paths.get_folder_paths folder_name
+    latent_preview.get_previewer device latent_format
+""")
+
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
@@ -425,6 +456,7 @@ FAMILIES: dict[str, Family] = {
     "diagnostics": Family(
         ("FrameMemoryDriftMeter", "FrameMemoryRecall"), API + VAE_FAMILIES + VIDEO + VIDEO_SOCKETS + DIAGNOSTICS
     ),
+    "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + TRAINING),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 
