@@ -61,7 +61,7 @@ def make_video(model, vae, kind: str, scene: Scene, seconds: float, steps: int, 
     positive = [[c, {**d, "clip_vision_output": image.vision}] for c, d in positive]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, positive)
-    latent, _ = sample_long_video(
+    latent = sample_long_video(
         noise=Noise_RandomNoise(seed),
         guider=guider,
         sampler=framepack_unipc(),
@@ -70,7 +70,7 @@ def make_video(model, vae, kind: str, scene: Scene, seconds: float, steps: int, 
         start=image.start,
         seconds=seconds,
         say=lambda _: None,
-    )
+    ).latent
     samples = latent["samples"]
     windows = decode_windows(latent["frame_memory"]["order"], samples.shape[2])
     return torch.cat(list(decode_stream(vae.decode, samples, windows)), dim=-4).squeeze(0).cpu().numpy()

@@ -123,8 +123,8 @@ def graph(nodes):
     memory, _ = encoders.with_features_of(encoders.new_encoder(model), positive)
     memory.pack.gate.fill_(0.5)
     return SimpleNamespace(
-        memory=memory, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive, negative=negative,
-        context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
+        memory=memory, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive,
+        negative=negative, context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
 
@@ -161,16 +161,27 @@ def folders(tmp_path, monkeypatch, graph):
 
 def inputs_of(node_id: str, g) -> dict:
     """Inputs that make a node do all that it can do."""
+    return (of_memory(g) | of_all_others(g))[node_id]()
+
+
+def of_memory(g) -> dict:
+    """The memory's nodes: id -> what gives their inputs."""
     picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
     return {
-        "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
-        "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
+        "FrameMemoryLoadDirectForcing": lambda: {"model": g.model, "file": "head.safetensors", "strength": 0.7},
         "FrameMemoryLoadEncoder": lambda: {"encoder_name": "head.safetensors", "model": g.model},
         "FrameMemoryMemoryPack": lambda: {
             "model": g.model, "memory": g.memory, "conditioning": g.positive,
             "clip_vision_output": SelfTestVision().encode_image(picture),
         },
-        "FrameMemoryLoadDirectForcing": lambda: {"model": g.model, "file": "head.safetensors", "strength": 0.7},
+    }  # fmt: skip
+
+
+def of_all_others(g) -> dict:
+    picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
+    return {
+        "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
+        "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
         "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
         "FrameMemoryPromptTimeline": lambda: {
             "clip": SelfTestText(), "text": "0-1.2: a\n1.2-: b", "blend_sections": 1,
@@ -223,7 +234,7 @@ def inputs_of(node_id: str, g) -> dict:
         },
         "FrameMemoryExpertRange": lambda: {"model": g.model, "expert": "low noise", "boundary": 0.9},
         "FrameMemorySelfTestEncoders": dict,
-    }[node_id]()  # fmt: skip
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("node_id", IDS)

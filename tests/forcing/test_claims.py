@@ -1,0 +1,183 @@
+"""The claims harness: what stage 2 needs, videos of many scenes at once, and the tables from rows on disk."""
+
+import json
+import math
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.samplers
+import numpy as np
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+
+from benchmarks import claims, claims_rows, stage_two
+from benchmarks.claims_videos import Sampling, generate
+from benchmarks.long_clips import latents_of
+from benchmarks.train_selftest import TOPOLOGY
+from frame_memory.forcing.clips import TrainingVideo
+from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
+from frame_memory.forcing.flow import Conditioning
+from frame_memory.forcing.forcings import LOSSES
+from frame_memory.forcing.stages import HEAD_PART, Trained
+from frame_memory.model import framepack, memory
+from frame_memory.model.selftest import text_features, vision_features
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
+from frame_memory.model.transformer import FramePackTransformer
+from frame_memory.plan import PRESETS, parse_schedule, sigma_schedule
+from frame_memory.sampling.long_video import sample_long_video
+from frame_memory.sampling.unipc import framepack_unipc
+
+TINY = {**TOPOLOGY, "depth_single_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = FramePackTransformer(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **TINY)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.requires_grad_(False).eval()
+
+
+def conditioning():
+    text, pooled = text_features("a visitor comes in from the left")
+    return Conditioning(text, pooled, vision_features(torch.rand(1, 64, 64, 3)))
+
+
+def test_the_heads_graph_is_as_small_as_calculated(network):
+    """What autograd really keeps of a step of stage 2, tensor by tensor, at a small size."""
+    height, width = 8, 12
+    trained = Trained(network, None, (HEAD_PART,))
+    video = TrainingVideo(torch.randn(1, 16, 10, height, width), conditioning(), "")
+    draw = draw_video(video, 1, Recipe(DIRECT), torch.Generator().manual_seed(0))
+    kept: dict[int, int] = {}
+    learned = {p.data_ptr() for p in trained.parameters.values()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in learned:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with trained.ready(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (clip,) = LOSSES[DIRECT](trained.forced, video, draw, Recipe(DIRECT))
+    assert clip.loss.requires_grad
+    tokens, hidden, out = 9 * 4 * 6, 128, 64
+    least = tokens * hidden * 4  # the matrix must know its input
+    most = stage_two.graph_bytes(tokens, hidden, out, itemsize=4)
+    assert least < sum(kept.values()) < most, (sum(kept.values()), most)
+
+
+def test_stage_two_at_full_size_is_within_a_tenth_of_inference():
+    model = stage_two.network()
+    head = [model.get_parameter(name).numel() for name in stage_two.HEAD]
+    assert sum(head) == 18_880_512 + 196_672  # reference/memorypack.md section 3.2
+    for size in (2.0, 1.0):
+        needs = stage_two.needs(size)
+        assert 12e9 * size < needs.weights < 14e9 * size
+        assert needs.learning == 22 * sum(head)
+        assert 1 < needs.ratio < needs.hardest_ratio < stage_two.BOUND
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stage_two_on_a_gpu_takes_what_inference_takes():
+    assert (
+        stage_two.run_on_gpu(depth=2, depth_single_blocks=4)["ratio"] < 1.6
+    )  # the weights are a tenth of the true ones
+
+
+@pytest.fixture(scope="module")
+def patcher(network):
+    """The same network as a MODEL."""
+    framepack.register()
+    config = framepack.FramePackConfig(dict(TINY))
+    config.set_inference_dtype(torch.float32, None)
+    base = framepack.FramePack(config)
+    base.diffusion_model.load_state_dict(network.state_dict())
+    patcher = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    patcher.model_options[framepack.MODEL_OPTION] = {"kind": "F1", "base": "selftest"}
+    return patcher
+
+
+@pytest.mark.parametrize("remembers", [False, True], ids=["plain", "with memory"])
+def test_videos_of_many_scenes_are_those_of_the_packs_own_section_loop(network, patcher, remembers):
+    """The same network, memory, plan, sampler and noise through ComfyUI's guider and the pack's section loop."""
+    base, pack, kept = patcher.model, None, None
+    cond, start = conditioning(), torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    vision = type("Output", (), {"last_hidden_state": cond.vision})()
+    guider = comfy.samplers.CFGGuider(patcher)
+    positive = [[cond.text, {"pooled_output": cond.pooled, "clip_vision_output": vision}]]
+    guider.set_conds(positive, positive)
+    if remembers:
+        pack = initialise(SemanticPack(PackSpec.of(network), operations=torch.nn), network, seed=3).requires_grad_(
+            False
+        )
+        for p in pack.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        pack.gate.fill_(0.4)
+        kept = memory.encoder_from_tensors(pack.state_dict(), spec, label="test")
+        kept = kept.with_features(cond.text, cond.vision)
+        patcher = memory.attach(patcher, kept)
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.set_conds(positive, positive)
+    with torch.inference_mode():
+        done = sample_long_video(
+            noise=Noise_RandomNoise(7), guider=guider, sampler=framepack_unipc(),
+            sigmas=torch.tensor(sigma_schedule(3, 4.0)), schedule=parse_schedule(PRESETS["F1 forward"]),
+            start={"samples": base.process_latent_out(start)}, seconds=2.4, memory=kept,
+            say=lambda _: None,
+        )  # fmt: skip
+        loop = base.process_latent_in(done.latent["samples"])
+    ours = generate(network, pack, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
+    assert ours.shape == loop.shape and (ours - loop).abs().max() < 1e-3 * loop.abs().max()
+    if remembers:
+        plain = generate(network, None, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
+        assert torch.equal(plain[:, :, :10], ours[:, :, :10]) and (plain - ours).abs().max() > 1e-2
+
+
+def test_one_turn_of_a_scene_makes_a_video_of_any_length():
+    turn = torch.arange(61.0).reshape(1, 61, 1, 1)
+    assert latents_of(turn, 4).flatten().tolist() == [0, 1, 2, 3]
+    assert latents_of(turn, 123).flatten().tolist()[59:63] == [59, 60, 1, 2]
+    assert latents_of(turn, 123)[0, -1, 0, 0] == 2
+
+
+def test_intervals_are_students():
+    mean, half = claims.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302653 * 1.0 / math.sqrt(3), rel=1e-5)  # tables: t(0.975, 2)
+    assert claims.interval([math.nan, 4.0])[0] == 4 and math.isnan(claims.interval([4.0])[1])
+    assert math.isnan(claims.interval([])[0])
+
+
+def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_path):
+    args = claims.parse(["memorypack", "--work", str(tmp_path), "--seeds", "0", "1", "--seconds", "10"])
+    identity = {"steps": 2}
+    figures = dict.fromkeys(claims.MEASURES, 0.5) | {"recall": math.nan}
+    for seed, value in ((0, 0.25), (1, 0.75)):
+        path = claims.row_path(tmp_path, claims_rows.VARIANTS["F1"], seed)
+        claims.write_row(path, identity, {"10": {**figures, "presence": value}})
+    assert json.loads(path.read_text(encoding="utf-8"))["figures"]["10"]["recall"] is None
+    lines, recorded = claims.tables(args, identity)
+    (f1,) = [line for line in lines if line.startswith("| F1 |")]
+    assert f1.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
+    assert any(line.startswith("| Squeeze B | 0 of 2 | missing |") for line in lines)
+    assert ("F1, 10 s", "presence", 0.5) in recorded and not any(case.startswith("Squeeze") for case, _, _ in recorded)
+    with pytest.raises(SystemExit, match="other settings .steps."):
+        claims.read_row(path, {"steps": 3})
+
+
+def test_every_variant_of_the_papers_tables_is_one_of_ours():
+    names = [name for table in claims_rows.TABLES.values() for name in table]
+    assert set(names) == set(claims_rows.VARIANTS)
+    for variant in claims_rows.VARIANTS.values():
+        after = claims_rows.VARIANTS.get(variant.after)
+        assert after is None or (after.memory == variant.memory and variant.parts == (HEAD_PART,))
+
+
+def test_a_call_that_runs_out_of_time_stops_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "codec_of", lambda folder: None)
+    monkeypatch.setattr(claims.LongClips, "make", classmethod(lambda cls, *a, **k: cls(np.zeros(0), np.zeros(0), [])))
+    claims.main(["memorypack", "--work", str(tmp_path), "--minutes", "0", "--steps", "1", "--only", "F1", "--toy"])
+    out = capsys.readouterr().out
+    assert "minutes are over" in out and "| F1 | 0 of 3 | missing" in out
+    assert [p.name for p in tmp_path.rglob("*.json")] == []
