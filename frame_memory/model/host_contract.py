@@ -450,7 +450,8 @@ FAMILIES: dict[str, Family] = {
         API + FIRST_FRAME,
     ),
     "first_frame_training": Family(
-        ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"), API + VAE_FAMILIES + FIRST_FRAME_TRAINING
+        ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"),
+        API + MODEL_CLASS + CHECKPOINTS + VAE_FAMILIES + FIRST_FRAME_TRAINING,
     ),
     "video_clips": Family(("FrameMemoryVideoClips",), API + VAE_FAMILIES + VIDEO_CLIPS),
     "diagnostics": Family(

@@ -41,8 +41,9 @@ SELFTEST_GRAPHS = (
 )  # those made for the models that ship with the pack
 START_PICTURE = REPO / "selftest_models" / "start.png"
 SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
-# Graphs that begin with a picture; the others are run in test_extend.py, test_ffgo_graphs.py and test_drift_graph.py.
-OTHERS = ("drift_and_recall", "extend_and_bridge")
+# Graphs that begin with a picture; the others are run in test_extend.py, test_ffgo_graphs.py, test_drift_graph.py and
+# test_train_direct_forcing.py.
+OTHERS = ("drift_and_recall", "extend_and_bridge", "train_direct_forcing")
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}

@@ -1,0 +1,163 @@
+"""The training graph on the real server: videos to a memory and a head, cancelled and gone on with, and then loaded."""
+
+import copy
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from frame_memory.model import memory_file, tensor_file
+from scripts.client import PromptError
+
+from .tiny import ENCODERS, REPO, during, one, progress_texts, shrink, ui_graph
+
+sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
+from video.odd_videos import write_video
+
+GRAPH = REPO / "workflows" / "train_direct_forcing.json"
+TRAIN, CLIPS = "FrameMemoryTrainDirectForcing", "FrameMemoryVideoClips"
+FRAMES = 73  # two clips of 1.2 s and the first frame
+
+
+def film(path, colour: int) -> None:
+    """A square that walks over one colour, with a caption."""
+    pictures = np.full((FRAMES, 48, 64, 3), colour, np.uint8)
+    for t in range(FRAMES):
+        x = 40 - abs(t % 80 - 40)  # there and back: what leaps is taken for a cut
+        pictures[t, 10:30, x : x + 20] = (250, 240, 10)
+    write_video(path, [round(1000 * i / 30) for i in range(FRAMES)], size=(64, 48), frames=list(pictures))
+    path.with_suffix(".txt").write_text(f"A yellow square walks over grey {colour}.", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def prompt(server, api):
+    """The graph on the self-test models: two steps a stage, at most two clips, no warm-up to speak of."""
+    folder = server.base / "input" / one(api(GRAPH), CLIPS)[1]["inputs"]["folder"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, colour in enumerate((60, 120)):
+        film(folder / f"clip {i}.mp4", colour)
+    small = shrink(api(GRAPH))
+    one(small, CLIPS)[1]["inputs"].update(size=64)
+    for node in small.values():
+        if node["class_type"] == TRAIN:
+            node["inputs"].update(steps=2, clips=2, save_every=1, learning_rate=1e-3)
+    return small
+
+
+def stages(prompt) -> tuple[str, str]:
+    """Ids of the two training nodes."""
+    return tuple(sorted((i for i, n in prompt.items() if n["class_type"] == TRAIN), key=lambda i: stage(prompt, i)))
+
+
+def stage(prompt, node_id) -> str:
+    return prompt[node_id]["inputs"]["stage"]
+
+
+@pytest.fixture(scope="module")
+def trained(server, prompt):
+    return server.client.queue(prompt, timeout=900, workflow=ui_graph(GRAPH))
+
+
+def test_the_graph_has_the_papers_settings(api):
+    prompt = api(GRAPH)
+    first, second = stages(prompt)
+    assert stage(prompt, first) == "1: memory" and stage(prompt, second) == "2: head (Direct Forcing)"
+    for node_id in (first, second):
+        inputs = prompt[node_id]["inputs"]
+        assert inputs["learning_rate"] == 1e-5 and inputs["clips"] == 16 and inputs["steps"] == 500
+        assert inputs["forcing"] == "as the stage" and inputs["checkpointing"]
+        assert inputs["latents"] == [one(prompt, CLIPS)[0], 0] and inputs["positive"] == [one(prompt, CLIPS)[0], 1]
+    assert prompt[second]["inputs"]["memory"] == [first, 1], "the memory of stage 1 goes into stage 2"
+    assert prompt[second]["inputs"]["model"] == prompt[first]["inputs"]["model"]
+
+
+def test_both_stages_leave_files_that_the_loaders_take(trained, server, prompt):
+    first, second = stages(prompt)
+    models = server.base / "models" / "frame_memory"
+    files = [f"{prompt[i]['inputs']['name']}.safetensors" for i in (first, second)]
+    memory, both = (memory_file.read(str(models / name)) for name in files)
+    assert memory.kind == memory_file.SEMANTIC_PACK and not memory.head
+    assert both.kind == memory_file.DIRECT_FORCING and set(both.head) == set(memory_file.HEAD)
+    assert both.pack.keys() == memory.pack.keys() and all((both.pack[k] == v).all() for k, v in memory.pack.items())
+    assert float(memory.pack["gate"]) != 0, "trained"
+    for node_id in (first, second):
+        report = trained.outputs[node_id]["text"][0]
+        assert f"{stage(prompt, node_id)}: 2 of 2 steps on 2 videos" in report and "s a step" in report
+        curve = server.base / "output" / "frame_memory_training" / prompt[node_id]["inputs"]["name"] / "loss.png"
+        with Image.open(curve) as picture:
+            assert np.asarray(picture.convert("L"), dtype=float).std() > 5
+    shown = [(i, text) for _, i, text in progress_texts(during(server.client.messages, trained.prompt_id))]
+    assert any(i == first and "step 2 of 2" in text and "loss" in text for i, text in shown)
+    previews = [n for n, _ in trained.messages if n == "preview"] or [
+        1 for n, d in during(server.client.messages, trained.prompt_id) if n == "binary" and d["event"] in (1, 4)
+    ]
+    assert previews, "a picture of an estimate was shown"
+    graph = {
+        "model": one(prompt, "FrameMemoryLoadFramePack")[1],
+        "load": {
+            "class_type": "FrameMemoryLoadDirectForcing",
+            "inputs": {"model": ["model", 0], "file": files[1], "strength": 1.0},
+        },
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["load", 2]}},
+    }  # fmt: skip
+    said = server.client.queue(graph, timeout=300).outputs["report"]["text"][0]
+    assert "4 of 4 tensors at strength 1" in said and "Trained on this base" in said
+
+
+def test_fault_t1_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(trained, server, prompt):
+    client, small = server.client, copy.deepcopy(prompt)
+    first, second = stages(small)
+    small[second]["inputs"].update(name="stopped", steps=5000)
+    prompt_id = client.submit(small)
+
+    def steps():
+        return [d["value"] for n, d in client.about(prompt_id) if n == "progress" and d["node"] == second]
+
+    end = time.monotonic() + 600
+    while len(steps()) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    client.interrupt()
+    with pytest.raises(PromptError, match=f"Cancelled in {TRAIN}"):
+        client.wait(prompt_id, timeout=600)
+    done = max(steps())
+    assert 2 <= done < 1000
+    said = [text for _, i, text in progress_texts(during(client.messages, prompt_id)) if i == second]
+    assert f"Stopped after step {done} of 5000" in said[-1] and "same name to go on" in said[-1]
+    folder = server.base / "output" / "frame_memory_training" / "stopped"
+    kept = sorted(p.name for p in folder.glob("step-*"))
+    assert kept[-1] == f"step-{done:08d}.safetensors" and len(kept) <= 3
+    before = tensor_file.read(str(folder / kept[-1]))["losses"].tolist()
+    small[second]["inputs"].update(steps=done + 1)
+    report = client.queue(small, timeout=600).outputs[second]["text"][0]
+    assert f"{done + 1} of {done + 1} steps" in report and f"{done} of them before a stop" in report
+    after = tensor_file.read(str(folder / f"step-{done + 1:08d}.safetensors"))["losses"].tolist()
+    assert after[:-1] == before and (server.base / "models" / "frame_memory" / "stopped.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "a/b"}, "Nearest valid: 'a_b'"),
+        ({"stage": "1: memory", "name": "x", "clips": 1}, "a memory learns from 2 clips on"),
+    ],
+    ids=["a name that is no file", "one clip"],
+)
+def test_what_cannot_be_trained_is_refused_in_words(trained, server, prompt, change, said):
+    small = copy.deepcopy(prompt)
+    small[stages(small)[1]]["inputs"].update(change)
+    with pytest.raises(PromptError) as error:
+        server.client.queue(small, timeout=300)
+    assert said in str(error.value) and TRAIN in str(error.value)
+
+
+def test_videos_are_written_for_the_command_line(trained, server, prompt):
+    small = {i: n for i, n in copy.deepcopy(prompt).items() if i in (stages(prompt)[1], one(prompt, CLIPS)[0])
+             or n["class_type"] in ("FrameMemoryLoadFramePack", "VAELoader", ENCODERS)}  # fmt: skip
+    node_id = stages(prompt)[1]
+    small[node_id]["inputs"].update(stage="write for the command line", name="several GPUs")
+    small[node_id]["inputs"].pop("memory")
+    report = server.client.queue(small, timeout=300).outputs[node_id]["text"][0]
+    folder = server.base / "output" / "frame_memory_training" / "several GPUs" / "videos"
+    assert "2 videos with their captions" in report and len(list(folder.glob("video-*.safetensors"))) == 2
