@@ -13,7 +13,6 @@ import torch
 from frame_memory.model.selftest import SelfTestVision
 from frame_memory.video.drift import DriftMeter, Timing
 from frame_memory.video.drift_report import as_json, plot, words_of
-from frame_memory.video.footage import of_images
 from frame_memory.video.likeness import LikenessError
 
 from .made import (
@@ -268,11 +267,3 @@ def test_frames_are_not_kept_and_may_be_bytes():
     assert not any(ref() is not None for ref in alive)
     floats = metered(np.concatenate([moving(12)] * 10), fps=30.0)
     assert meter.result().curves["brightness"].first == pytest.approx(floats.curves["brightness"].first, abs=0.5)
-
-
-def test_images_come_a_few_at_a_time():
-    images = torch.from_numpy(moving(30))
-    footage = of_images(images, 24.0, "Drift Meter", lambda: None)
-    pieces = list(footage.chunks())
-    assert [first for first, _ in pieces] == [0, 12, 24]
-    assert torch.equal(torch.cat([piece for _, piece in pieces]), images)
