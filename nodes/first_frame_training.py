@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.forcing import first_frame
-from ..frame_memory.model.lora import loaded_expert
+from ..frame_memory.model.experts import loaded_expert
 from ..frame_memory.plan import canvas
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips

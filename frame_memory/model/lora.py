@@ -21,6 +21,7 @@ import comfy.lora_convert
 import comfy.utils
 from torch import Tensor
 
+from .experts import expert_of, loaded_expert
 from .framepack import has_context_weights
 from .key_map import Row, rows, slices, swap_halves
 from .sources import LOAD_LORA
@@ -76,13 +77,6 @@ _FAMILIES = (
 FLUX_BLOCKS = (19, 38)
 # How names begin that core knows, to the style a report names; the first that fits counts.
 _CORE_STYLES = (("lora_unet_", "kohya names"), ("diffusion_model.", "ComfyUI names"), ("", "diffusers names"))
-# What of a file's name says which of Wan 2.2's two experts it is for; the first that is found counts: "high_noise" and
-# "lownoise", then a word that is written to stand out or ends the name: "-LOW_", "i2vLOW", "14bHigh", "style_low".
-_EXPERTS = (
-    re.compile(r"(?i:(high|low)[ _-]?noise)"),
-    re.compile(r"(?:^|[^A-Z])(HIGH|LOW)(?![A-Za-z])|(?:14[bB])(High|Low)(?![a-z])"),
-    re.compile(r"(?i:(?:^|[^a-z])(high|low)$)"),
-)
 
 
 class LoraError(ValueError):
@@ -247,30 +241,13 @@ def expert_warning(lora_name: str, model_patcher) -> str:
 
     Both have the same names and shapes, so nothing else tells; a swapped pair makes a plausible but wrong video.
     """
-    mine, its = _expert(lora_name), loaded_expert(model_patcher)
+    mine, its = expert_of(lora_name), loaded_expert(model_patcher)
     if mine is None or its is None or mine == its:
         return ""
     return (
         f"Warning: by its name this LoRA is for the {mine} noise model, and this is the {its} noise one. Both fit by "
         f"shape. Swap the files in the two {LOADER}, unless you mean it."
     )
-
-
-def loaded_expert(model_patcher) -> str | None:
-    """'high' or 'low' as the file says that a MODEL was loaded from; None where its name says neither."""
-    loaded_from = getattr(model_patcher, "cached_patcher_init", None)
-    path = loaded_from[1][0] if loaded_from and loaded_from[1] else None
-    return _expert(path.replace("\\", "/").rsplit("/", 1)[-1]) if isinstance(path, str) else None
-
-
-def _expert(name: str) -> str | None:
-    """The expert that a file's name says, or else its folder's: FFGo's own files are all called checkpoint-600."""
-    for part in reversed(name.replace("\\", "/").removesuffix(".safetensors").split("/")):
-        for pattern in _EXPERTS:
-            said = {word.lower() for found in pattern.finditer(part) for word in found.groups() if word}
-            if said:
-                return said.pop() if len(said) == 1 else None
-    return None
 
 
 def _names(model) -> dict[str, tuple[Target, str]]:
@@ -409,4 +386,4 @@ def _warnings(
     return tuple(out)
 
 
-__all__ = ["LoraError", "LoraMatch", "apply_lora", "expert_warning", "loaded_expert", "match_lora"]
+__all__ = ["LoraError", "LoraMatch", "apply_lora", "expert_warning", "match_lora"]

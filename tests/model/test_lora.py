@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import parity_models as pm
 from frame_memory.model import framepack, key_map, lora
+from frame_memory.model.experts import expert_of
 
 from . import checkpoint_files as cf
 
@@ -409,4 +410,4 @@ def test_fault_39_a_model_whose_names_mean_rows_of_fused_tensors(flux):
     ],
 )
 def test_the_expert_is_read_from_the_name_of_the_file(name, expert):
-    assert lora._expert(name) == expert
+    assert expert_of(name) == expert
