@@ -15,6 +15,7 @@ from ..frame_memory.model.memory import (
     MemoryMismatch,
     attach,
     check_fits,
+    compute_dtype,
     encoder_from_tensors,
     new_encoder,
     with_features_of,
@@ -93,7 +94,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
                 )
             memory = new_encoder(model)
         else:
-            memory = _from_file(encoder_name)
+            memory = _from_file(encoder_name, model)
             if model is not None:
                 lines.append(check_fits(memory, model, LOAD_MEMORY))
         report = "\n".join([memory.describe(), *lines])
@@ -101,14 +102,19 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
         return io.NodeOutput(memory, report, ui=ui.PreviewText(report))
 
 
-def _from_file(name: str) -> FrameMemory:
+def _from_file(name: str, model) -> FrameMemory:
     file = memory_file.read(folder_paths.get_full_path_or_raise(memory_file.FOLDER, name), LOAD_MEMORY)
     if not file.pack or file.spec is None:
         raise MemoryMismatch(
             f"{file.name} holds a Direct Forcing head and no memory. Load it with 'Load Direct Forcing Checkpoint', or "
             f"choose another file in '{LOAD_MEMORY}'."
         )
-    return encoder_from_tensors(file.pack, PackSpec.from_dict(file.spec), label=file.name, base=file.base)
+    try:
+        spec = PackSpec.from_dict(file.spec)
+    except ValueError as error:
+        raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{LOAD_MEMORY}'.") from error
+    at = {} if model is None else {"dtype": compute_dtype(model), "load_device": model.load_device}
+    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **at)
 
 
 class FrameMemoryMemoryPack(io.ComfyNode):

@@ -72,7 +72,7 @@ class PackSpec:
             )
 
     @classmethod
-    def of(cls, transformer: nn.Module, **options) -> PackSpec:
+    def of(cls, transformer, **options) -> PackSpec:
         """The pack that belongs to a FramePackTransformer. options: `blocks`, `squeeze`, `zero_psi` and so on."""
         params = transformer.params
         return cls(
@@ -283,6 +283,6 @@ def _numbers(module: nn.Module, value: Tensor) -> Tensor:
     value = value.detach()
     if hasattr(value, "_qdata"):
         value = value.dequantize()
-    elif hasattr(module, "get_weight"):
-        value = module.get_weight(value, torch.float32)
+    elif callable(unpack := getattr(module, "get_weight", None)):
+        value = unpack(value, torch.float32)
     return value.to("cpu", torch.float32)

@@ -63,11 +63,6 @@ def film(model, memory, *, tmp_path=None, name="p", fail_at=None, **more):
     return latent["samples"].clone(), shown, report
 
 
-@pytest.fixture(scope="module")
-def nothing():
-    return None
-
-
 def psi_by_hand(memory, model, clips):
     """psi after some clips in VAE space, by the network's own methods in the plainest order."""
     with torch.no_grad():
@@ -191,8 +186,7 @@ def test_a_model_with_an_encoder_whose_memory_is_not_connected_is_warned_of(mode
 
 @settings(max_examples=15)
 @given(sections=st.integers(1, 200), given_frames=st.sampled_from([0, 30, 900]))
-def test_fault_21_a_video_beyond_the_reach_of_positions_is_warned_of_once(sections, given_frames):
-    model, memory = BORROWED["model"], BORROWED["memory"]
+def test_fault_21_a_video_beyond_the_reach_of_positions_is_warned_of_once(model, memory, sections, given_frames):
     plan = plan_sections(PRESETS["F1 forward"], sections=sections, history_frames=given_frames)
     start = torch.zeros(1, 16, 1, 6, 10)
     inputs = Inputs(start, given=torch.zeros(1, 16, given_frames, 6, 10) if given_frames else None)
@@ -203,17 +197,6 @@ def test_fault_21_a_video_beyond_the_reach_of_positions_is_warned_of_once(sectio
     if too_far:
         assert f"{len(too_far)} of {sections} sections" in warnings[0]
     assert min(p for s in moved.sections for g in s.groups for p in g.positions) >= 20 - 800
-
-
-BORROWED: dict = {}
-
-
-@pytest.fixture(autouse=True)
-def borrowed(model, memory):
-    """Hypothesis does not mix with fixtures that are made anew."""
-    BORROWED.update(model=model, memory=memory)
-    yield
-    BORROWED.clear()
 
 
 def test_what_a_run_holds_and_computes_does_not_grow_with_the_square_of_its_length(model, memory, monkeypatch):
