@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
@@ -29,11 +30,12 @@ BLOCK = 2**22
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def content_of(path: Path) -> str:
-    """sha256 of a file's bytes, read in pieces. Raises OSError."""
+def content_of(path: Path, interrupt: Callable[[], None] = lambda: None) -> str:
+    """sha256 of a file's bytes, read in pieces; interrupt() is called between them. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
+            interrupt()
             digest.update(block)
     return digest.hexdigest()
 

@@ -172,7 +172,7 @@ class ClipMaker:
         least = pixel_frames(1 + WINDOW * self.request.shortest)
         if round(facts.seconds * FPS) < least:
             raise DatasetError(f"it has {facts.seconds:.2f} s, and {float(least / FPS):.2f} s are needed")
-        return VideoEntry(path, caption, facts, bucket_size(facts, self.request.base), content_of(path))
+        return VideoEntry(path, caption, facts, bucket_size(facts, self.request.base), content_of(path, self.interrupt))
 
     def _parts(self, video: VideoEntry) -> list[ClipPart]:
         """The clips of a video: its stretches without a cut, but for those in which nothing moves or that are short."""
