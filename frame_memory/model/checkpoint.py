@@ -363,7 +363,7 @@ def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str]
 # Shown to the artist in place of "could not detect": family, and keys that only it has.
 _FAMILIES = (
     ("a LoRA, which goes into 'Load Video LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
-    ("a Frame Memory encoder, which needs its own node", r"^(semantic_pack|frame_preservation)\."),
+    ("a Frame Memory encoder or head, which needs its own node", r"^(semantic_pack|frame_preservation|head)\."),
     ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
     ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
     ("FLUX", r"^double_blocks\.0\.img_attn\..*|^double_stream_modulation"),

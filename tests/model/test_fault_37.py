@@ -1,4 +1,7 @@
-"""Fault 37 as far as there are no memory encoders yet: their files, and weights of another width, are refused."""
+"""Fault 37 where a model is loaded: memory files, and weights of another width, are refused.
+
+Memory files on another base: tests/memory_files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from frame_memory.model.key_map import convert_diffusers
 from .checkpoint_files import tiny_reference, write_file
 
 
-@pytest.mark.parametrize("name", ["semantic_pack.squeeze.q.weight", "frame_preservation.lr.proj.weight"])
+@pytest.mark.parametrize("name", [
+    "semantic_pack.squeeze.q.weight", "frame_preservation.lr.proj.weight", "head.final_layer.linear.weight",
+])  # fmt: skip
 def test_fault_37_a_memory_encoder_is_named_and_refused_as_a_model(tmp_path, name):
     path = tmp_path / "FramePack_F1_memory.safetensors"
     save_file({name: torch.zeros(4, 4)}, str(path))
