@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     own, hosts = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     args = parser().parse_args(own)
     # ComfyUI reads its own command line when it is imported, and only if it is told to.
-    sys.argv = [sys.argv[0], *(["--cpu"] if args.cpu else []), *hosts]
+    sys.argv = [sys.argv[0], *(["--cpu", "--use-pytorch-cross-attention"] if args.cpu else []), *hosts]
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import comfy.ops
 import torch
@@ -37,13 +38,14 @@ class _Through(torch.autograd.Function):
         return grad_BNI, None, None
 
 
-def _weight(layer: nn.Module, like: Tensor):
+def _weight(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
     """(weight, bias, stream) of a layer on the device and in the dtype of `like`, by the layer's own way of casting."""
     own = getattr(layer, "cast_bias_weight", None)  # loaders of other packs (GGUF) unpack their own weights
     if own is not None:
-        return *own(like)[:2], None
+        weight, bias = own(like)[:2]
+        return weight, bias, None
     if isinstance(layer, comfy.ops.CastWeightBiasOp):
-        return comfy.ops.cast_bias_weight(layer, like, offloadable=True)  # pyright: ignore[reportReturnType]
+        return comfy.ops.cast_bias_weight(layer, like, offloadable=True)
     return layer.weight.to(like), layer.bias, None
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -108,7 +109,9 @@ class Trained:
     @property
     def forced(self) -> Forced:
         """The same for `forcings`."""
-        options = merged(self.base_options, training_options() if self.through_blocks else {})
+        options = self.base_options
+        if self.through_blocks:
+            options = merged(options, {**training_options(), "optimized_attention_override": _plain_attention})
         if self.checkpointing and self.through_blocks:
             options = merged(options, {"patches_replace": {"dit": self._checkpointed_blocks()}})
         return Forced(self, self.pack, MEMORY in self.parts, options)
@@ -176,6 +179,11 @@ class Trained:
             return {}
         given = {n: p.detach() for n, p in self.pack.named_parameters()}
         return given | {n: weights[PACK_NAME + n] for n in given if PACK_NAME + n in weights}
+
+
+def _plain_attention(func: Callable, *args, **kwargs) -> Tensor:
+    """torch's own attention: some that a host can be started with (Sage) have no gradient and do not say so."""
+    return attention_pytorch(*args, **kwargs)
 
 
 class _Call(nn.Module):

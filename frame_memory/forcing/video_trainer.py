@@ -129,7 +129,7 @@ class VideoTrainer:
 
     def _move(self, norm: float) -> None:
         settings = self.settings
-        grads = [p.grad for p in self.parameters.values()]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         if norm > settings.clip:
             torch._foreach_mul_(grads, settings.clip / norm)
         share = self.factor * min((self.done + 1) / max(settings.warmup, 1), 1.0)

@@ -321,6 +321,7 @@ FIRST_FRAME = _needs("""
 """)
 
 FIRST_FRAME_TRAINING = _needs("""
+    comfy.ldm.modules.attention.attention_pytorch
     comfy.model_management.in_training
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_patcher.ModelPatcher.add_object_patch name obj
@@ -396,6 +397,7 @@ DIAGNOSTICS = _needs("""
 """)
 
 TRAINING = _needs("""
+    comfy.ldm.modules.attention.attention_pytorch
     comfy.lora.calculate_weight patches weight key
     comfy.model_management.OOM_EXCEPTION
     comfy.model_management.throw_exception_if_processing_interrupted
