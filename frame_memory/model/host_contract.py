@@ -190,6 +190,7 @@ SAMPLING = _needs("""
 ENCODER = _needs("""
     comfy.ldm.flux.layers.EmbedND dim theta axes_dim
     comfy.ldm.flux.math.apply_rope1 x freqs_cis
+    comfy.ldm.modules.attention.attention_pytorch
     comfy.ldm.modules.attention.optimized_attention
     comfy.model_base.BaseModel.get_dtype_inference
     comfy.model_management.get_torch_device
@@ -321,7 +322,6 @@ FIRST_FRAME = _needs("""
 """)
 
 FIRST_FRAME_TRAINING = _needs("""
-    comfy.ldm.modules.attention.attention_pytorch
     comfy.model_management.in_training
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_patcher.ModelPatcher.add_object_patch name obj
@@ -397,7 +397,6 @@ DIAGNOSTICS = _needs("""
 """)
 
 TRAINING = _needs("""
-    comfy.ldm.modules.attention.attention_pytorch
     comfy.lora.calculate_weight patches weight key
     comfy.model_management.OOM_EXCEPTION
     comfy.model_management.throw_exception_if_processing_interrupted
@@ -452,8 +451,7 @@ FAMILIES: dict[str, Family] = {
         API + FIRST_FRAME,
     ),
     "first_frame_training": Family(
-        ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"),
-        API + MODEL_CLASS + CHECKPOINTS + VAE_FAMILIES + FIRST_FRAME_TRAINING,
+        ("FrameMemoryFFGoDataset", "FrameMemoryExpertRange"), API + VAE_FAMILIES + FIRST_FRAME_TRAINING
     ),
     "video_clips": Family(("FrameMemoryVideoClips",), API + VAE_FAMILIES + VIDEO_CLIPS),
     "diagnostics": Family(

@@ -20,7 +20,7 @@ from types import MappingProxyType
 import torch
 from comfy.ldm.flux.layers import EmbedND
 from comfy.ldm.flux.math import apply_rope1
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from comfy.ops import cast_to_input
 from torch import Tensor, nn
 
@@ -120,7 +120,9 @@ class _Attention(nn.Module):
         if pe is not None:
             query, key = _turn(query, pe), _turn(key, pe)
         value = split(self.value(source_BMD))
-        return self.out(optimized_attention(query, key, value, self.heads, skip_reshape=True))
+        # Some that a host can be started with (Sage) have no gradient and do not say so.
+        attend = attention_pytorch if torch.is_grad_enabled() and query.requires_grad else optimized_attention
+        return self.out(attend(query, key, value, self.heads, skip_reshape=True))
 
 
 def _turn(x_BAMF: Tensor, pe: Tensor) -> Tensor:
