@@ -128,10 +128,10 @@ def test_videos_of_many_scenes_are_those_of_the_packs_own_section_loop(network, 
         )  # fmt: skip
         loop = base.process_latent_in(done.latent["samples"])
     ours = generate(network, pack, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
-    assert ours.shape == loop.shape and (ours - loop).abs().max() < 1e-3 * loop.abs().max()
+    assert ours.shape == loop.shape and (ours - loop).abs().max() < 1e-4 * loop.abs().max()
     if remembers:
         plain = generate(network, None, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
-        assert torch.equal(plain[:, :, :10], ours[:, :, :10]) and (plain - ours).abs().max() > 1e-2
+        assert torch.equal(plain[:, :, :10], ours[:, :, :10]) and (plain - ours).abs().max() > 2e-3
 
 
 def test_one_turn_of_a_scene_makes_a_video_of_any_length():
