@@ -48,6 +48,9 @@ LIKENESS_FALL = 0.1
 # Motion that is left, as a share, below which it is told: half of it.
 MOTION_LEFT = 0.5
 
+# What the guards advise, and what is no advice for a video that was made that way.
+ADVISES_INVERTED = "Use order 'inverted' (F0) or a schedule"
+
 # Name in the JSON, in a guard's measures, words for the report, unit, bound of the difference between the ends, and
 # whether that bound is a share.
 MEASURES = (
@@ -184,6 +187,8 @@ class DriftMeter:
         sections = self._sections()
         found = Drift(self.timing, curves, per_second, sections, [], self.ends)
         found.warnings = [*frozen_warnings(sections), *self._drift_warnings(found)]
+        if self.timing.order == "inverted":
+            found.warnings = [text.replace(ADVISES_INVERTED, "Use a schedule") for text in found.warnings]
         if len(self.making) < 2 * SECTION:
             found.notes.append("The video is short: the ends are few frames, and slopes mean little.")
         return found

@@ -156,8 +156,9 @@ def test_fault_15_of_an_inverted_video_slopes_count_in_the_order_of_making():
     made = brighter(moving(433, speed=0.3), 3.0, 30)
     (warning,) = metered(made[::-1], "inverted", fps=30.0).warnings
     assert "brightness drifts by +3." in warning, "3 levels a second, 1.2 s a section"
+    assert "Use a schedule with a pinned start" in warning and "order 'inverted'" not in warning
     (wrong,) = metered(made[::-1], fps=30.0).warnings
-    assert "brightness drifts by -3." in wrong
+    assert "brightness drifts by -3." in wrong and "Use order 'inverted' (F0) or a schedule" in wrong
 
 
 def test_both_ends_first_and_given_frames():
