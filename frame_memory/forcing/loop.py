@@ -138,6 +138,7 @@ class Trainer:
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether Muon trains a parameter: a matrix inside the blocks that does not modulate."""
     inside = "blocks." in name
     return inside and p.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
 
