@@ -282,11 +282,11 @@ def initialise(
     return pack
 
 
-def _numbers(module: nn.Module, value: Tensor) -> Tensor:
+def _numbers(module, value: Tensor) -> Tensor:
     """Weights unpacked: core's quantised ones say how, layers of GGUF loaders have a method for it."""
     value = value.detach()
     if hasattr(value, "_qdata"):
         value = value.dequantize()
-    elif callable(unpack := getattr(module, "get_weight", None)):
-        value = unpack(value, torch.float32)
+    elif hasattr(module, "get_weight"):
+        value = module.get_weight(value, torch.float32)
     return value.to("cpu", torch.float32)

@@ -117,6 +117,30 @@ def test_a_fresh_memory_is_the_embedding_of_the_last_clip_and_its_gate_is_closed
         assert pack.tokens(psi) is None
 
 
+class Packed(torch.nn.Linear):
+    """A layer that keeps its numbers in a form of its own and unpacks them when asked, as GGUF loaders' layers do."""
+
+    def get_weight(self, tensor, dtype):
+        return tensor.to(dtype) * 2
+
+
+def test_a_fresh_memory_unpacks_the_layers_it_begins_with():
+    base = torch.nn.Module()
+    for name in ("clean_x_embedder", "txt_in", "image_projection"):
+        base.add_module(name, torch.nn.Module())
+    hidden = SPEC["hidden"]
+    base.clean_x_embedder.proj_4x = torch.nn.Conv3d(SPEC["in_channels"], hidden, (4, 8, 8))
+    base.txt_in.input_embedder = Packed(SPEC["text"], hidden)
+    base.image_projection.up = Packed(SPEC["vision"], 3 * hidden)
+    base.image_projection.down = torch.nn.Linear(3 * hidden, hidden)
+    patched = {"image_projection.down.weight": drawn(hidden, 3 * hidden)}
+    pack = initialise(random_pack(), base, originals=patched)
+    assert torch.equal(pack.embed.weight, base.clean_x_embedder.proj_4x.weight)
+    assert torch.equal(pack.text_in.weight, 2 * base.txt_in.input_embedder.weight)
+    assert torch.equal(pack.image_in.up.bias, 2 * base.image_projection.up.bias)
+    assert torch.equal(pack.image_in.down.weight, patched["image_projection.down.weight"])
+
+
 def test_tokens_are_scaled_by_the_open_gate_and_left_out_by_the_closed_one():
     pack, psi = random_pack(), drawn(1, 4, SPEC["hidden"])
     pack.gate.data.fill_(0.7)
@@ -137,7 +161,9 @@ def test_in_training_gradients_reach_everything(squeeze):
     psi = pack.anchor(text, vision)
     for number, clip in enumerate(clips([9, 9])):
         psi = pack.update(psi, clip, first=number == 0)
-    (pack.tokens(psi) * drawn(*psi.shape)).sum().backward()
+    tokens = pack.tokens(psi)
+    assert tokens is not None
+    (tokens * drawn(*psi.shape)).sum().backward()
     assert not [name for name, value in pack.named_parameters() if value.grad is None or not value.grad.any()]
 
 
