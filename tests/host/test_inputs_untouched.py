@@ -174,6 +174,11 @@ def of_memory(g) -> dict:
             "model": g.model, "memory": g.memory, "conditioning": g.positive,
             "clip_vision_output": SelfTestVision().encode_image(picture),
         },
+        "FrameMemoryTrainDirectForcing": lambda: {
+            "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.memory],
+            "stage": ["1: memory and LoRA"], "name": ["inputs"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
+            "training_seed": [0], "rank": [2], "save_every": [1],
+        },
     }  # fmt: skip
 
 
