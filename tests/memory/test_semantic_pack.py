@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,7 +127,7 @@ class Packed(torch.nn.Linear):
 
 
 def test_a_fresh_memory_unpacks_the_layers_it_begins_with():
-    base = torch.nn.Module()
+    base: Any = torch.nn.Module()
     for name in ("clean_x_embedder", "txt_in", "image_projection"):
         base.add_module(name, torch.nn.Module())
     hidden = SPEC["hidden"]
