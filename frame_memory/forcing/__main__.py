@@ -30,14 +30,32 @@ SAY_EVERY = 5.0
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python scripts/run.py -m frame_memory.forcing", description=__doc__,
+        prog="python scripts/run.py -m frame_memory.forcing",
+        usage="%(prog)s --model FILE --videos FOLDER [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = made.add_argument
-    add("--model", type=Path, required=True, help="FramePack-F1 checkpoint (safetensors; of shards any one)")
-    add("--videos", type=Path, required=True, help="folder with video-*.safetensors, written by the graph")
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="FramePack-F1 checkpoint (safetensors; of shards any one)",
+    )
+    add(
+        "--videos",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="folder with video-*.safetensors, written by the graph",
+    )
     add("--stage", choices=SHORT_STAGES, default="head", help="what learns; train the memory first (default: head)")
-    add("--memory", type=Path, help="memory file to begin with; without one the stages memory and lora begin a new one")
+    add(
+        "--memory",
+        type=Path,
+        metavar="FILE",
+        help="memory file to begin with; without one the stages memory and lora begin a new one",
+    )
     add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
     add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
