@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from ..journal.files import JournalError
 from ..plan.errors import PlanError
 from ..plan.mark import MarkError
 from ..video.decode import DecodeError
@@ -26,19 +27,21 @@ def decoded(
 ) -> tuple[Footage, Timing]:  # fmt: skip
     """The video of a LATENT, or of the project of that name in `root`; of a batch the first one.
 
-    order: for a LATENT that does not say. Raises FootageError, in this node's name, for what cannot be decoded, and
+    order: for a LATENT that does not say. Raises, in this node's name, FootageError for what cannot be decoded and
     JournalError for a project that cannot be read.
     """
     if vae is None:
         raise FootageError(
             f"'{node}' needs the VAE of the model to see a latent or a project. Connect 'Load VAE' to 'vae'."
         )
-    stored = open_stored(root, project) if samples is None else None
     try:
+        stored = open_stored(root, project) if samples is None else None
         if stored is not None:
             plan = plan_save(vae, stored.samples(), 0, CARRIED, None if stored.whole else stored.windows)
         else:
             plan = plan_save(vae, samples or {}, 0, CARRIED)
+    except JournalError as error:
+        raise JournalError(str(error).replace(f"'{SAVER}'", f"'{node}'")) from error
     except (DecodeError, VAEError, MarkError, PlanError) as error:
         raise FootageError(str(error).replace(f"'{SAVER}'", f"'{node}'")) from error
 
@@ -52,10 +55,13 @@ def decoded(
             if first >= stop:
                 return
 
-    words = stored.describe() if stored is not None else f"A latent of {plan.width}x{plan.height}"
+    latent = f"A latent of {plan.width}x{plan.height}"
+    words = latent if stored is None else stored.describe("Measured", "measure")
     if plan.videos > 1:
         words += f", the first of {plan.videos} videos"
-    footage = Footage(plan.frames, float(plan.fps), plan.width, plan.height, f"{words}.", between)
+    notes = [] if stored is None else stored.notes
+    words = "\n".join([f"{words}.", *(f"Warning: {note}" for note in notes)])
+    footage = Footage(plan.frames, float(plan.fps), plan.width, plan.height, words, between)
     return footage, _timing(plan, stored, order)
 
 
@@ -70,4 +76,7 @@ def _timing(plan: SavePlan, stored: StoredVideo | None, order: str) -> Timing:
     begin = stored.first_frame if stored is not None else 0
     spans = [(n, max(a - begin, 0), min(b - begin, plan.frames)) for n, a, b in pixel_spans(sections)]
     given = max(4 * mark.given - 3 - begin, 0) if mark.given else 0
-    return Timing(plan.frames, rate, mark.order, given, tuple(span for span in spans if span[2] > span[1]))
+    order = mark.order
+    if order == "both ends first" and stored is not None and stored.stop < stored.total:
+        order = "forward"  # of such a video only the last section is made before its time, and it is not in this part
+    return Timing(plan.frames, rate, order, given, tuple(span for span in spans if span[2] > span[1]))

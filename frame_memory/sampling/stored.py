@@ -122,17 +122,17 @@ class StoredVideo:
         """As a LATENT: this source in the place of the tensor, with the mark."""
         return {"samples": self, KEY: self.manifest.plan["mark"]}
 
-    def describe(self) -> str:
-        """A line for the artist: what of the project this is."""
+    def describe(self, done_with: str = "Saved", again: str = "save") -> str:
+        """A line for the artist: what of the project this is. done_with, again: what the node does, in two words."""
         fps = float(self.mark.fps or 30)
-        done, count = len(self.records), len(self.sections)
+        made, count = len(self.records), len(self.sections)
         length = pixel_frames(self.total) / fps
         if self.whole:
             return f"Project {self.folder.name!r}: all {count} sections, {length:.2f} s"
         begin, end = self.first_frame / fps, (4 * self.stop - 3) / fps
         return (
-            f"Project {self.folder.name!r} is not finished: {done} of {count} sections are there. Saved: {begin:.1f} "
-            f"to {end:.1f} s of {length:.1f} s. Queue its graph again to make the rest, then save again"
+            f"Project {self.folder.name!r} is not finished: {made} of {count} sections are there. {done_with}: "
+            f"{begin:.1f} to {end:.1f} s of {length:.1f} s. Queue its graph again to make the rest, then {again} again"
         )
 
     def same_as(self, latents_BCTHW: Tensor) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from frame_memory.journal import JournalError
 from frame_memory.sampling.measured import decoded
 from frame_memory.video.drift import DriftMeter
 from frame_memory.video.footage import FootageError
@@ -97,3 +98,22 @@ def test_what_cannot_be_decoded_is_refused_in_the_nodes_own_name(vae, tmp_path):
     wrong["frame_memory"]["base"] = "HunyuanVideo"
     with pytest.raises(FootageError, match="Load VAE.*HunyuanVideo"):
         footage_of(vae, tmp_path, wrong)
+
+
+def test_the_part_of_a_project_without_its_end_was_made_forward(model, vae, tmp_path):
+    """Both ends first: the last section is made first, and does not hang together with what is made next."""
+    start = {**start_latent(height=2, width=2), "frame_memory": {"base": "selftest"}}
+    more = {"kind": None, "preset": "Anti-drifting, both ends first", "seconds": 4.8, "start": start, "steps": 1}
+    made_with(model, tmp_path, fail_at=4, error=RuntimeError("power cut"), **more)
+    footage, timing = footage_of(vae, tmp_path, project="p")
+    assert timing.sections == ((1, 1, 37), (2, 37, 73)) and timing.making() == list(range(1, 73))
+    assert "Measured: 0.0 to 2.4 s" in footage.words and "then measure again" in footage.words
+    assert "finished sections lie beyond a gap" in footage.words, "the last section is there and is not looked at"
+    made_with(model, tmp_path, **more)
+    _, timing = footage_of(vae, tmp_path, project="p")
+    assert timing.making() == [*range(109, 145), *range(1, 109)]
+
+
+def test_a_project_that_is_not_there_is_told_in_the_nodes_own_name(vae, tmp_path):
+    with pytest.raises(JournalError, match="'project' of 'Drift Meter' is 'none'"):
+        footage_of(vae, tmp_path, project="none")
