@@ -83,14 +83,20 @@ def background_of(picture_BHWC: Tensor, mask_HW: Tensor) -> Tensor:
 
 
 def colour_likeness(a_BHWC: Tensor, b_BHWC: Tensor) -> float:
-    """Share of two pictures' pixels with the same colours, 0 to 1: the intersection of their histograms.
+    """Share of two pictures' pixels with the same colours, 0 to 1: the intersection of their histograms."""
+    return shared_colours(colours_of(a_BHWC), colours_of(b_BHWC))
+
+
+def shared_colours(a: Tensor, b: Tensor) -> float:
+    """The same for what `colours_of` found."""
+    return float(torch.minimum(a, b).sum())
+
+
+def colours_of(picture_BHWC: Tensor) -> Tensor:
+    """Share of the pixels that each of 512 colours has, [512].
 
     Pixels that are exactly the grey of `subject_of` are nobody's and do not count.
     """
-    return float(torch.minimum(_histogram(a_BHWC), _histogram(b_BHWC)).sum())
-
-
-def _histogram(picture_BHWC: Tensor) -> Tensor:
     pixels = picture_BHWC[..., :3].reshape(-1, 3)
     shown = pixels[(pixels != GREY).any(dim=-1)]
     pixels = shown if len(shown) else pixels
@@ -109,14 +115,16 @@ def _histogram(picture_BHWC: Tensor) -> Tensor:
 
 def structure_likeness(a_BHWC: Tensor, b_BHWC: Tensor) -> float:
     """Correlation of small grey copies, 0 (none, or the opposite) to 1; 1 for two pictures without structure."""
-    small_a, small_b = _small_grey(a_BHWC), _small_grey(b_BHWC)
-    flat_a, flat_b = float(small_a.std()) < FLAT, float(small_b.std()) < FLAT
-    if flat_a or flat_b:
-        return 1.0 if flat_a and flat_b else 0.0
-    found = F.cosine_similarity(small_a - small_a.mean(), small_b - small_b.mean(), dim=0)
-    return float(found.clamp(0, 1))
+    return shared_structure(structure_of(a_BHWC), structure_of(b_BHWC))
 
 
-def _small_grey(picture_BHWC: Tensor) -> Tensor:
+def shared_structure(a: Tensor, b: Tensor) -> float:
+    """The same for what `structure_of` found."""
+    return 1.0 if not a.any() and not b.any() else float((a @ b).clamp(0, 1))
+
+
+def structure_of(picture_BHWC: Tensor) -> Tensor:
+    """A small grey copy with mean 0 and length 1, [24 * 24]; zeros for a picture without structure."""
     grey_B1HW = picture_BHWC[..., :3].mean(dim=-1)[:, None]
-    return F.interpolate(grey_B1HW, (STRUCTURE, STRUCTURE), mode="bilinear", antialias=True)[0, 0].flatten().double()
+    small = F.interpolate(grey_B1HW, (STRUCTURE, STRUCTURE), mode="bilinear", antialias=True)[0, 0].flatten().double()
+    return torch.zeros_like(small) if float(small.std()) < FLAT else F.normalize(small - small.mean(), dim=0)

@@ -18,11 +18,22 @@ from torch import Tensor
 
 from .contact import BACKGROUND, GAP, TEXT, to_bytes
 from .footage import Footage
-from .likeness import as_picture, colour_likeness, features_of, mask_for, structure_likeness, subject_of
+from .likeness import (
+    as_picture,
+    colours_of,
+    features_of,
+    mask_for,
+    shared_colours,
+    shared_structure,
+    structure_of,
+    subject_of,
+)
 
 NODE = "Memory Recall"
 # Pictures looked at of each stretch.
 LOOKS = 8
+# Frames of a stretch up to which all are read; of longer ones only those that are looked at, each sought.
+READ_THROUGH = 240
 # Longest side at which pictures are kept for comparison, pixels: more than any vision model looks at.
 KEPT_SIDE = 512
 PAIR_HEIGHT, CAPTION = 384, 28
@@ -52,6 +63,7 @@ class Appearance:
 class Recall:
     """similarity: 0 to 1, by `by`. among: of the first appearance's pictures among themselves; between: of those
     between to them; both None where there are none. colour, structure: the plain measures. picture: the pair, an IMAGE.
+    notes: what to know of the areas.
     """
 
     similarity: float
@@ -62,6 +74,7 @@ class Recall:
     structure: float
     times: tuple[float, float]
     picture_BHWC: Tensor
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float | None:
@@ -80,7 +93,7 @@ class Recall:
             lines.append(f"On that scale, from 0 (forgotten) to 1 (as it was): {self.share:.2f}.")
         lines.append(f"Colours {self.colour:.3f}, structure {self.structure:.3f} (0 to 1, without a model).")
         lines.append(f"The pair that is most alike: {self.times[0]:.2f} s and {self.times[1]:.2f} s.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, int, int] | None:
@@ -143,23 +156,25 @@ def compare(
     away = {}
     if first.mask_BHW is None and len(gap) > 0:
         away = _pictures(footage, Appearance("first", 0, 0, first.box), gap, interrupt)
-    colour, structure = (_all_pairs(late, early, measure) for measure in (colour_likeness, structure_likeness))
-    plain = _by_hand if clip_vision is None else None
-    if plain is not None:
-        by, score = "colours and structure, no model connected", lambda a, b: _all_pairs(a, b, plain)
+    pictures = {**early, **away, **late}
+    colours, structures = _each(colours_of, pictures, interrupt), _each(structure_of, pictures, interrupt)
+
+    def colour_pairs(a, b):
+        return np.array([[shared_colours(colours[i], colours[j]) for j in b] for i in a])
+
+    def structure_pairs(a, b):
+        return np.array([[shared_structure(structures[i], structures[j]) for j in b] for i in a])
+
+    if clip_vision is None:
+        by, score = "colours and structure, no model connected", lambda a, b: (
+            (colour_pairs(a, b) + structure_pairs(a, b)) / 2
+        )  # fmt: skip
     else:
         by = "cosine of what clip_vision sees"
-        seen: dict[int, Tensor] = {}
+        seen = _each(lambda picture_BHWC: features_of(clip_vision, picture_BHWC, NODE)[0], pictures, interrupt)
 
         def score(a, b):
-            vectors = []
-            for pictures in (a, b):
-                for number, picture_BHWC in pictures.items():
-                    if number not in seen:
-                        interrupt()
-                        seen[number] = features_of(clip_vision, picture_BHWC, NODE)[0]
-                vectors.append(torch.stack([seen[number] for number in pictures]))
-            return (vectors[0] @ vectors[1].T).numpy()
+            return (torch.stack([seen[i] for i in a]) @ torch.stack([seen[j] for j in b]).T).numpy()
 
     found = score(late, early)
     among = score(early, early) if len(early) > 1 else None
@@ -170,21 +185,33 @@ def compare(
     return Recall(
         similarity, by, None if among is None else _clip(_best_other(among)),
         _clip(float(score(away, early).max(axis=1).mean())) if away else None,
-        float(colour.max(axis=1).mean()), float(structure.max(axis=1).mean()), times,
-        _draw_pair((early[pair[0]], late[pair[1]]), times, similarity),
+        float(colour_pairs(late, early).max(axis=1).mean()), float(structure_pairs(late, early).max(axis=1).mean()),
+        times, _draw_pair((early[pair[0]], late[pair[1]]), times, similarity), _one_sided(first, back),
     )  # fmt: skip
 
 
-def _by_hand(a_BHWC: Tensor, b_BHWC: Tensor) -> float:
-    return (colour_likeness(a_BHWC, b_BHWC) + structure_likeness(a_BHWC, b_BHWC)) / 2
+def _each(measure, pictures: dict[int, Tensor], interrupt) -> dict[int, Tensor]:
+    """What a measure keeps of every picture, by frame number; each is looked at once, however often it is compared."""
+    found = {}
+    for number, picture_BHWC in pictures.items():
+        interrupt()
+        found[number] = measure(picture_BHWC)
+    return found
+
+
+def _one_sided(first: Appearance, back: Appearance) -> tuple[str, ...]:
+    """A note where a subject on grey is compared with whole pictures, which is hardly ever meant."""
+    if (first.mask_BHW is None) == (back.mask_BHW is None):
+        return ()
+    has, lacks = (back, first) if first.mask_BHW is None else (first, back)
+    return (
+        f"Warning: '{has.name}_mask' is connected and '{lacks.name}_mask' is not, so a subject on grey is compared "
+        "with pictures that have a background. Connect both or neither.",
+    )
 
 
 def _clip(value: float) -> float:
     return min(max(value, 0.0), 1.0)
-
-
-def _all_pairs(a: dict[int, Tensor], b: dict[int, Tensor], measure) -> np.ndarray:
-    return np.array([[measure(x, y) for y in b.values()] for x in a.values()])
 
 
 def _best_other(square: np.ndarray) -> float:
@@ -196,16 +223,18 @@ def _best_other(square: np.ndarray) -> float:
 
 def _pictures(footage: Footage, seen: Appearance, frames: range, interrupt) -> dict[int, Tensor]:
     """Some pictures of a stretch, cut to the area and made small, by frame number."""
-    wanted, found = set(evenly(frames)), {}
-    number = frames.start
-    for chunk_THWC in footage.between(frames.start, frames.stop):
-        interrupt()
-        for frame_HWC in chunk_THWC:
-            if number in wanted:
-                shown = _area(as_picture(frame_HWC), seen, number, frames, footage.frames)
-                if shown is not None:
-                    found[number] = _small(shown)
-            number += 1
+    wanted, found = evenly(frames), {}
+    parts = [frames] if len(frames) <= READ_THROUGH else [range(number, number + 1) for number in wanted]
+    for part in parts:
+        number = part.start
+        for chunk_THWC in footage.between(part.start, part.stop):
+            interrupt()
+            for frame_HWC in chunk_THWC:
+                if number in wanted:
+                    shown = _area(as_picture(frame_HWC), seen, number, frames, footage.frames)
+                    if shown is not None:
+                        found[number] = _small(shown)
+                number += 1
     if not found:
         raise RecallError(
             f"'{seen.name}_mask' of '{NODE}' shows nothing from {frames.start / footage.fps:.2f} to "

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from frame_memory.model.selftest import SelfTestVision
-from frame_memory.video.footage import of_images
+from frame_memory.video import recall
+from frame_memory.video.footage import Footage, of_images
 from frame_memory.video.likeness import (
     GREY,
     LikenessError,
@@ -137,6 +138,37 @@ def test_masks_one_a_stretch_one_a_frame_and_none():
         compare(footage, Appearance("first", 0, 2, None, masks[:7]), Appearance("return", 4, 6))
     with pytest.raises(LikenessError, match="expected 1 mask or 5"):
         mask_for(torch.ones(2, 4, 4), 0, 5, (8, 8), "mask", "Drift Meter")
+
+
+def test_a_mask_on_one_side_only_is_warned_of():
+    video, masks = clip(0)
+    footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
+    one = compare(footage, Appearance("first", 0, 2, None, masks), Appearance("return", 4, 6))
+    assert "Warning: 'first_mask' is connected and 'return_mask' is not" in one.describe()
+    assert "Warning" not in found(0).describe()
+
+
+def test_of_a_long_absence_only_what_is_looked_at_is_read():
+    """Half an hour between the two must not be decoded for eight pictures of it."""
+    read = []
+    video = torch.from_numpy(picture(1)).float()
+
+    def between(start, stop):
+        read.append(stop - start)
+        yield video[None].expand(stop - start, -1, -1, -1)
+
+    footage = Footage(18_000, FPS, WIDTH, HEIGHT, "long", between)
+    got = compare(footage, Appearance("first", 0, 2), Appearance("return", 1790, 1792))
+    assert got.between == pytest.approx(1) and sum(read) == 20 + 20 + 8
+
+
+def test_each_picture_is_measured_once_and_cancel_is_heard_between(monkeypatch):
+    seen, asked = [], []
+    measure = recall.colours_of
+    monkeypatch.setattr(recall, "colours_of", lambda picture: seen.append(1) or measure(picture))
+    found(0, mask=False, interrupt=lambda: asked.append(len(seen)))
+    assert len(seen) == 3 * 8, "eight of each stretch and of what lies between, not of every pair"
+    assert set(range(24)) <= set(asked)
 
 
 def test_likeness_measures_against_plain_counts():
