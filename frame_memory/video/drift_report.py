@@ -30,11 +30,12 @@ def words_of(found: Drift, source: str) -> str:
     made = timing.frames - timing.given
     lines = [
         source,
-        f"{timing.frames} frames, {timing.frames / timing.fps:.2f} s at {timing.fps:g} fps, made "
-        f"{DIRECTIONS[timing.order]}. The first {PERCENT} as made, {found.ends} frames, against the last.",
+        f"{_frames(timing.frames)}, {timing.frames / timing.fps:.2f} s at {timing.fps:g} fps, made "
+        f"{DIRECTIONS[timing.order]}. The first {PERCENT} as made, {_frames(found.ends)}, against the last.",
     ]
     if timing.given:
-        lines.append(f"{timing.given} frames in front were given, not made; they do not count ({made} do).")
+        were = "was given, not made; it does" if timing.given == 1 else "were given, not made; they do"
+        lines.append(f"{_frames(timing.given)} in front {were} not count ({made} do).")
     lines += [f"Warning: {text}" for text in found.warnings]
     lines += [_line(found, name) for name in found.curves]
     if not found.warnings and not _said(found):
@@ -59,7 +60,8 @@ def _said(found: Drift) -> list[str]:
 def _line(found: Drift, name: str) -> str:
     curve = found.curves[name]
     if math.isnan(curve.difference):
-        return f"{_title(name)}: {curve.values.mean():.3f}; the ends are too short to compare."
+        why = "it is not seen at both ends" if name in LIKENESS else "the ends are too short to compare"
+        return f"{_title(name)}: {curve.values.mean():.3f}; {why}."
     slope = "" if curve.slope is None else f", slope {curve.slope:+.4g} a second"
     if name in LIKENESS:
         kept = "kept" if -curve.difference <= LIKENESS_FALL else "lost"
@@ -70,6 +72,10 @@ def _line(found: Drift, name: str) -> str:
     word = (words[0] if curve.difference > 0 else words[1]) if large else "steady"
     percent = f", {relative:+.0%}" if share and curve.first > 1e-3 else ""
     return f"{_title(name)}: {curve.first:.1f} → {curve.last:.1f} ({curve.difference:+.1f}{percent}{slope}): {word}."
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'s' * (count != 1)}"
 
 
 def _title(name: str) -> str:

@@ -171,7 +171,7 @@ def test_both_ends_first_and_given_frames():
     found = metered(video, timing=timing)
     assert found.ends == 16 and found.curves["brightness"].first == pytest.approx(brightness_of(video[73:89]), abs=1e-2)
     assert [row["number"] for row in found.sections] == [3, 1, 2]
-    assert "1 frames in front were given" in words_of(found, "").replace("1 frame in", "1 frames in")
+    assert "1 frame in front was given, not made; it does not count (108 do)." in words_of(found, "")
 
 
 def test_likeness_through_a_vision_model_with_subject_and_background_apart():
@@ -191,6 +191,18 @@ def test_likeness_through_a_vision_model_with_subject_and_background_apart():
     whole = metered(video, clip_vision=SelfTestVision())
     assert "picture" in whole.curves and "identity" not in whole.curves
     assert "Similarity of the whole picture: " in words_of(whole, "")
+
+
+def test_a_mask_that_does_nothing_is_told():
+    video = moving(40)
+    unseen = words_of(metered(video, mask_BHW=torch.ones(1, 32, 48)), "")
+    assert "Warning: 'mask' of 'Drift Meter' was not used" in unseen and "Load CLIP Vision" in unseen
+    empty = words_of(metered(video, clip_vision=SelfTestVision(), mask_BHW=torch.zeros(40, 32, 48)), "")
+    assert "Warning: 'mask' of 'Drift Meter' shows nothing" in empty and "of the background: " in empty
+    masks = torch.zeros(40, 32, 48)
+    masks[20:22] = 1
+    middle = words_of(metered(video, clip_vision=SelfTestVision(), mask_BHW=masks), "")
+    assert "Similarity of the subject: 1.000; it is not seen at both ends." in middle and "Warning" not in middle
 
 
 def test_a_real_clip_vision_model_of_core_is_taken():
