@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -34,11 +35,12 @@ LOST = (
 class MemoryRun:
     """psi of one run: begins with prompt, picture and existing video, takes in each finished section.
 
-    given: frames of an existing video `[B, C, T, H, W]`, or None. window: latent frames of a section.
+    given: frames of an existing video `[B or 1, C, T, H, W]`, or None. window: latent frames of a section. batch: how
+    many videos are made at once, B; features of more are left out and of fewer repeated, as core does.
     """
 
-    def __init__(self, memory: FrameMemory, patcher, given: Tensor | None, window: int):
-        self.memory, self.patcher, self.given, self.window = memory, patcher, given, window
+    def __init__(self, memory: FrameMemory, patcher, given: Tensor | None, window: int, batch: int):
+        self.memory, self.patcher, self.given, self.window, self.batch = memory, patcher, given, window, batch
         self.spans = () if given is None else given_clips(given.shape[2], window)
         self.clips = len(self.spans)
         self._psi: Tensor | None = None
@@ -51,7 +53,8 @@ class MemoryRun:
             with torch.no_grad():
                 pack, device = self._loaded()
                 text, vision = self.memory.text, self.memory.vision
-                self._psi = pack.anchor(text.to(device), None if vision is None else vision.to(device)).cpu()
+                psi = pack.anchor(text.to(device), None if vision is None else vision.to(device)).cpu()
+                self._psi = psi if psi.shape[0] == 1 else comfy.utils.repeat_to_batch_size(psi, self.batch)
                 for number, (start, stop) in enumerate(self.spans):
                     self._psi = self._updated(self._psi, self.given[:, :, start:stop], number == 0)
         return self._psi
@@ -99,6 +102,7 @@ class MemoryRun:
 
     def _updated(self, psi: Tensor, clip_BCTHW: Tensor, first: bool) -> Tensor:
         pack, device = self._loaded(clip_BCTHW.shape)
+        clip_BCTHW = comfy.utils.repeat_to_batch_size(clip_BCTHW, max(clip_BCTHW.shape[0], psi.shape[0]))
         clip = self.patcher.model.process_latent_in(clip_BCTHW.to(device, torch.float32))
         psi = pack.update(psi.to(device), clip, first=first).cpu()
         if not bool(torch.isfinite(psi).all()):
@@ -145,7 +149,7 @@ def with_memory(
         words = "untrained: its gate is closed" if not memory.trained else "its gate is closed (0)"
         line = f"Memory: {memory.label} is {words}, so it changes nothing and takes no time."
         return None, plan, [line], []
-    run = MemoryRun(memory, patcher, inputs.given, plan.schedule.window)
+    run = MemoryRun(memory, patcher, inputs.given, plan.schedule.window, inputs.start.shape[0])
     clip = memory_tokens(plan.schedule.window, *inputs.start.shape[-2:])
     lines = [
         f"Memory: {memory.describe()}. {clip} tokens a clip; each section sees all that was finished before it. {fits}"

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from frame_memory.model.framepack import MEMORY_KEY
-from frame_memory.model.memory import attach
+from frame_memory.model.memory import attach, encoder_from_tensors
 from frame_memory.model.semantic_pack import SemanticPack
-from frame_memory.plan import PRESETS, PlanError, plan_sections
+from frame_memory.plan import PRESETS, PlanError, parse_timeline, plan_sections
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.guards import SectionError
 from frame_memory.sampling.memory import with_memory
 from frame_memory.sampling.project_run import ProjectRequest
+from frame_memory.sampling.prompts import EncodedTimeline
 from frame_memory.sampling.section_loop import Inputs
 from frame_memory.sampling.unipc import sample_framepack_unipc
 
-from .conftest import anchored, opened
+from .conftest import anchored, opened, prompt
 from .runs import guider_for, of_kind, run, start_latent
 
 SECONDS = 4.8  # four sections
@@ -161,6 +162,50 @@ def test_batches_and_odd_sizes(model, memory):
     made, shown, _ = film(model, memory, start=start, seconds=2.4)
     assert made.shape == (2, 16, 19, 5, 7) and shown[1].shape == (2, 3, 128)
     assert torch.isfinite(made).all() and not torch.equal(shown[1][0], shown[1][1])
+
+
+def test_two_prompts_a_batch_and_a_timeline_are_resumed_with_memory_bit_for_bit(model, memory, tmp_path):
+    """CFG, prompts of unlike lengths with padding, two videos, other words from section 3 on."""
+    negative = prompt(seed=3)
+    negative[0][1]["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    timeline = parse_timeline("0: a\n2.4: b", 0)
+    words = EncodedTimeline(timeline, tuple(prompt({"a": 1, "b": 9}[e.text]) for e in timeline.entries))
+
+    def made(**more):
+        guider = guider_for(model, prompt(), negative, cfg=2.0)
+        return film(model, memory, start=start_latent(batch=2), guider=guider, timeline=words, **more)
+
+    whole, shown, _ = made()
+    assert [None if s is None else s.shape[0] for s in shown] == [None, 2, 2, 2]
+    made(tmp_path=tmp_path, fail_at=3)
+    resumed, again, _ = made(tmp_path=tmp_path)
+    assert torch.equal(resumed, whole) and len(again) == 2
+
+
+def test_an_encoder_in_bf16_is_resumed_bit_for_bit(model, memory, tmp_path):
+    tensors = {name: value.bfloat16() for name, value in memory.pack.state_dict().items()}
+    half = anchored(encoder_from_tensors(tensors, memory.spec, label="half.safetensors", base=memory.base))
+    whole, shown, _ = film(model, half, seconds=3.6)
+    assert shown[2].dtype == torch.bfloat16 and torch.isfinite(whole).all()
+    film(model, half, seconds=3.6, tmp_path=tmp_path, fail_at=3)
+    assert torch.equal(film(model, half, seconds=3.6, tmp_path=tmp_path)[0], whole)
+
+
+@pytest.mark.parametrize(("videos", "with_history"), [(1, False), (1, True), (2, True)])
+def test_pictures_of_more_videos_than_are_made_and_one_history_for_all(model, memory, videos, with_history):
+    """As core does with all it is given: what is too much is left out, what is too little is repeated."""
+    seen = torch.randn(2, 4, 1152, generator=torch.Generator().manual_seed(8))
+    own = memory.with_features(memory.text, seen)
+    history = start_latent(frames=10, seed=3) if with_history else None
+    made, shown, _ = film(model, own, start=start_latent(batch=videos), history=history, seconds=2.4)
+    first = memory.with_features(memory.text, seen[:1])
+    alone, _, _ = film(model, first, start=start_latent(batch=videos), history=history, seconds=2.4)
+    assert shown[-1].shape[0] == videos
+    if videos == 1:
+        assert torch.equal(made, alone)
+    else:
+        assert torch.allclose(made[:1], alone[:1], atol=1e-4)
+        assert not torch.allclose(made[1:], alone[1:], atol=1e-2)
 
 
 def test_the_image_moves_with_an_open_gate_only_where_its_memory_was_trained_so(model, memory):
