@@ -141,6 +141,7 @@ class ClipMaker:
             )
         for path in videos:
             interrupt()
+            say(f"{path.name}: reading")
             try:
                 self.videos.append(self._look_at(path))
             except (DatasetError, HistoryError, OSError) as error:
