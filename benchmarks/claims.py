@@ -102,7 +102,11 @@ def tables(args, identity: Mapping) -> tuple[list[str], list[tuple[str, str, flo
             lines += ["|" + "---|" * (len(MEASURES) + 2)]
             for name in names:
                 cells, found = _cells(VARIANTS[name], seconds, args, identity)
-                lines.append(f"| {name} | {found} | " + " | ".join(text for _, text, _ in cells) + " |")
+                lines.append(
+                    f"| {name} | {found} of {len(args.seeds)} | " + " | ".join(text for _, text, _ in cells) + " |"
+                )
+                if found:
+                    figures[f"{name}, {seconds:g} s", "seeds"] = found
                 for measure, _, (mean, half) in cells:
                     if not math.isnan(mean):
                         figures[f"{name}, {seconds:g} s", measure] = mean
@@ -124,7 +128,7 @@ def _cells(variant: Variant, seconds: float, args, identity: Mapping):
         else:
             text = form.format(mean) + ("" if math.isnan(half) else f" ± {form.format(half)}")
         cells.append((measure, text, (mean, half)))
-    return cells, f"{len(rows)} of {len(args.seeds)}"
+    return cells, len(rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,7 +150,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--print", action="store_true", help="print the tables from the rows that are there, and stop")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.toy and args.record:
+        parser.error("figures of --toy say nothing and are not recorded")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

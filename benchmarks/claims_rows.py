@@ -130,7 +130,7 @@ class Workshop:
             trained = Trained(network.to(self.device), None, (ALL,), device=self.device)
             losses = base_losses(trained, self.clips, kind, self.budget, self.device)
             self._train(f"base-{kind}", trained, lambda step: losses, self.budget.base_steps, identity, seed=0)
-        return tensor_file.read(str(path))
+        return read_weights(path, identity)
 
     def network(self, variant: Variant, seed: int) -> tuple[nn.Module, SemanticPack | None]:
         """A variant's network and memory, trained here where they are not yet. Raises OutOfTime."""
@@ -138,15 +138,15 @@ class Workshop:
             return self._assembled(variant, self.base(variant.kind))
         path = self.folder / f"{slug(variant.name)}-s{seed}.safetensors"
         before = VARIANTS[variant.after] if variant.after else None
+        identity = {"variant": variant.name, **asdict(self.budget)}
         if not path.exists():
             network, pack = self.network(before, seed) if before else self._assembled(variant, self.base(variant.kind))
             head = variant.parts == (HEAD_PART,)
             trained = Trained(network, pack, variant.parts, device=self.device)
             steps = self.budget.head_steps if head else self.budget.steps
-            identity = {"variant": variant.name, **asdict(self.budget)}
             losses = forcing_losses(trained, self.clips, variant, self.budget, steps, self.device)
             self._train(path.stem, trained, losses, steps, identity, seed=seed + 1)
-        return self._assembled(variant, tensor_file.read(str(path)))
+        return self._assembled(variant, read_weights(path, identity))
 
     def _assembled(self, variant: Variant, weights: Mapping[str, Tensor]) -> tuple[nn.Module, SemanticPack | None]:
         network = build().requires_grad_(False)
@@ -198,6 +198,17 @@ class Workshop:
         tensor_file.write(str(self.folder / f"{name}.safetensors"), tensors, {"identity": json.dumps(dict(identity))})
         for state in states.states():
             os.remove(state)
+
+
+def read_weights(path: Path, identity: Mapping) -> dict[str, Tensor]:
+    """Weights trained before. Raises SystemExit for another budget, whose figures would not be what they are called."""
+    its = json.loads(tensor_file.read_header(str(path))[1]["identity"])
+    other = sorted(k for k in its.keys() | identity.keys() if its.get(k) != identity.get(k))
+    if other:
+        raise SystemExit(
+            f"{path} was trained with other settings ({', '.join(other)}). Give the same ones, or another --work."
+        )
+    return tensor_file.read(str(path))
 
 
 def fresh(kind: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import comfy.model_patcher
 import comfy.ops
@@ -20,7 +21,7 @@ from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
 from frame_memory.forcing.flow import Conditioning
 from frame_memory.forcing.forcings import LOSSES
 from frame_memory.forcing.stages import HEAD_PART, Trained
-from frame_memory.model import framepack, memory
+from frame_memory.model import framepack, memory, tensor_file
 from frame_memory.model.selftest import text_features, vision_features
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
 from frame_memory.model.transformer import FramePackTransformer
@@ -160,9 +161,22 @@ def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_
     (f1,) = [line for line in lines if line.startswith("| F1 |")]
     assert f1.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
     assert any(line.startswith("| Squeeze B | 0 of 2 | missing |") for line in lines)
-    assert ("F1, 10 s", "presence", 0.5) in recorded and not any(case.startswith("Squeeze") for case, _, _ in recorded)
+    assert ("F1, 10 s", "seeds", 2) in recorded and ("F1, 10 s", "presence", 0.5) in recorded
+    assert not any(case.startswith("Squeeze") for case, _, _ in recorded)
     with pytest.raises(SystemExit, match="other settings .steps."):
         claims.read_row(path, {"steps": 3})
+
+
+def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
+    """A trial with few steps in the same folder must not become the base of the real table."""
+    few = claims_rows.Budget(steps=2, base_steps=2)
+    identity = {"base": "F1", **asdict(few), "steps": few.base_steps}
+    tensor_file.write(
+        str(tmp_path / "base-F1.safetensors"), {"model.x": torch.zeros(1)}, {"identity": json.dumps(identity)}
+    )
+    assert set(claims_rows.Workshop(tmp_path, None, few).base("F1")) == {"model.x"}
+    with pytest.raises(SystemExit, match="other settings .base_steps, steps.*another --work"):
+        claims_rows.Workshop(tmp_path, None, claims_rows.Budget()).base("F1")
 
 
 def test_every_variant_of_the_papers_tables_is_one_of_ours():
