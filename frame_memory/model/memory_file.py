@@ -142,7 +142,7 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
     said = {k.removeprefix(OURS): v for k, v in metadata.items() if k.startswith(OURS)}
     if not any(name.startswith((PACK_PREFIX, HEAD_PREFIX)) for name in entries):
         _refuse_other_files(path, entries, node)
-        bare = _bare_head({k: e.read() for k, e in entries.items()}, path, node)
+        bare = _bare_head(entries, path, node)
         _check_finite(path, bare[0])
         form = DIFFERENCE if said.get("head") == DIFFERENCE else REPLACEMENT
         return MemoryFile(path, DIRECT_FORCING, None, bare[0], form, licence=said.get("licence", ""), source=bare[1])
@@ -225,27 +225,27 @@ def _refuse_other_files(path: str, keys: Mapping, node: str) -> None:
         raise MemoryFileError(f"{path} holds no memory and no head. {looks}; choose another file in '{node}'.")
 
 
-def _bare_head(tensors: Mapping[str, Tensor], path: str, node: str) -> tuple[dict[str, Tensor], str]:
+def _bare_head(entries: Mapping[str, tensor_file.Entry], path: str, node: str) -> tuple[dict[str, Tensor], str]:
     """(the four tensors of HEAD, the names they were found in) of a file that holds a head and nothing else.
 
-    diffusers' norm_out.linear has its rows as [scale; shift], core's modulation as [shift; scale].
+    Nothing of another file is read but its names. diffusers' norm_out.linear has its rows as [scale; shift], core's
+    modulation as [shift; scale].
     """
     for source, style in ((0, "diffusers"), (1, "ComfyUI")):
-        out: dict[str, Tensor] = {}
-        used: set[str] = set()
+        found: dict[str, tuple[str, bool]] = {}
         for row in HEAD_ROWS:
             for param in row.params:
                 name = f"{(row.sources[0], row.target)[source]}.{param}"
-                key = next((k for k in tensors if k == name or k.endswith("." + name)), None)
+                key = next((k for k in entries if k == name or k.endswith("." + name)), None)
                 if key is not None:
-                    value = tensors[key]
-                    out[f"{row.target}.{param}"] = swap_halves(value) if row.swap_halves and source == 0 else value
-                    used.add(key)
-        if set(out) == set(HEAD) and used == set(tensors):
+                    found[f"{row.target}.{param}"] = key, row.swap_halves and source == 0
+        if set(found) == set(HEAD) and {key for key, _ in found.values()} == set(entries):
+            read = {name: (entries[key].read(), swap) for name, (key, swap) in found.items()}
+            out = {name: swap_halves(value) if swap else value for name, (value, swap) in read.items()}
             return out, f"{style} names, without Frame Memory's metadata"
     wanted = ", ".join(f"{row.sources[0]}.{param}" for row in HEAD_ROWS for param in row.params)
     raise MemoryFileError(
-        f"{path} holds {_shown(list(tensors)) or 'nothing'}. Expected a file that Frame Memory wrote, or a head alone "
+        f"{path} holds {_shown(list(entries)) or 'nothing'}. Expected a file that Frame Memory wrote, or a head alone "
         f"({wanted}, or the same in ComfyUI's names: {', '.join(HEAD)}). Choose another file in '{node}'."
     )
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import parity_models as pm
-from frame_memory.model import framepack, key_map, memory_file
+from frame_memory.model import framepack, key_map, memory_file, tensor_file
 from frame_memory.model.base_signature import Base, Signature
 from frame_memory.model.memory_file import MemoryFileError
 from frame_memory.model.tensor_file import FileError
@@ -143,6 +143,14 @@ def test_other_safetensors_files_are_named_and_refused(tmp_path, native):
         with pytest.raises(MemoryFileError, match=words) as raised:
             memory_file.read(path, NODE)
         assert path in str(raised.value) and NODE in str(raised.value)
+
+
+def test_of_a_large_file_that_is_none_of_ours_only_the_names_are_read(tmp_path, monkeypatch):
+    path = str(tmp_path / "other.safetensors")
+    save_file({"encoder.weight": torch.zeros(64, 64), "norm_out.linear.weight": torch.zeros(4, 4)}, path)
+    monkeypatch.setattr(tensor_file.Entry, "read", lambda self: pytest.fail("it was read"))
+    with pytest.raises(MemoryFileError, match="a head alone"):
+        memory_file.read(path, NODE)
 
 
 @pytest.mark.parametrize(("change", "words"), [
