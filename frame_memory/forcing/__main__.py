@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
     add("--clips", type=int, default=16, help="most clips of a video in one update (default: 16)")
     add("--rate", type=float, default=1e-5, help="AdamW's learning rate (default: 1e-5, the paper's)")
-    add("--warmup", type=int, default=500, help="steps until the full rate (default: 500)")
+    add("--warmup", type=int, help="steps until the full rate (default: a tenth of the steps, 500 at most)")
     add("--average", type=float, default=0.999, help="share kept by the averaged weights, 0 for none (default: 0.999)")
     add("--per-worker", type=int, default=1, help="videos each GPU takes in one update (default: 1)")
     add("--forcing", choices=SHORT_FORCINGS, help="default: teacher behind real history, direct for the head")
@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfy.model_management
+
     from ..model.memory import MemoryMismatch
     from ..model.memory_file import MemoryFileError
     from ..model.tensor_file import FileError
@@ -94,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return _train(args)
-    except (ForcingError, FileError, MemoryFileError, MemoryMismatch, ValueError) as error:
+    except (ForcingError, FileError, MemoryFileError, MemoryMismatch, ValueError,
+            comfy.model_management.OOM_EXCEPTION) as error:  # fmt: skip
         sys.stderr.write(f"\n{error}\n")
         return 1
     except KeyboardInterrupt:
@@ -106,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from .prepared import read_videos
     from .results import write_result
-    from .training_run import Faces, Request, TrainingRun
+    from .training_run import Faces, Request, TrainingRun, warmup_of
     from .video_trainer import VideoSettings
     from .workers import join
 
@@ -114,8 +117,9 @@ def _train(args: argparse.Namespace) -> int:
     try:
         say = _say if workers.first else (lambda text: None)
         videos, family = read_videos(args.videos, say)
+        warmup = warmup_of(args.steps) if args.warmup is None else args.warmup
         settings = VideoSettings(
-            rate=args.rate, warmup=args.warmup, average=args.average, seed=args.seed,
+            rate=args.rate, warmup=warmup, average=args.average, seed=args.seed,
             videos=args.per_worker * workers.count,
         )  # fmt: skip
         request = Request(

@@ -38,6 +38,11 @@ TRAINED_BYTES = 20
 GRAPH_SHARE = {True: 4, False: 40}
 
 
+def warmup_of(steps: int) -> int:
+    """Steps until the full rate, in a run of `steps`: a tenth of them, at most the reference's 500."""
+    return min(500, max(steps // 10, 1))
+
+
 @dataclass(frozen=True)
 class Request:
     """What is wanted. stage: one of STAGES. steps: of the whole run, those before a stop included.
@@ -136,6 +141,7 @@ class TrainingRun:
         self.base = Base.of(patcher)
         self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
         self.moment: Moment | None = None
+        self.saved = 0  # the step of the newest whole checkpoint
         self._check_videos()
 
     def identity(self) -> dict:
@@ -175,16 +181,19 @@ class TrainingRun:
             trainer = VideoTrainer(trained.parameters, self.request.settings, self.workers)
             found = self.folder.resume(trainer)
             resumed, began = trainer.done, time.monotonic()
+            self.saved = resumed
             if found is not None:
                 self.faces.say(f"Going on from step {resumed} of {self.request.steps} ({found.name}).")
             stopped = self._steps(trained, trainer)
+            if stopped and all(loss != loss for loss in trainer.losses):
+                raise ForcingError(f"Nothing was learned. {stopped}")
             return Outcome(
                 trained, trainer.weights(), self.memory, self.base, trainer.losses, resumed,
                 time.monotonic() - began, stopped,
             )  # fmt: skip
 
     def _steps(self, trained: Trained, trainer: VideoTrainer) -> str:
-        saved = trainer.done
+        stopped = ""
         try:
             with trained.ready():
                 while trainer.done < self.request.steps:
@@ -192,39 +201,40 @@ class TrainingRun:
                     if self.moment is not None:
                         self.faces.watch(replace(self.moment, step=trainer.done, losses=trainer.losses))
                     if trainer.done % self.request.save_every == 0:
-                        saved = self._save(trainer, saved)
-            return ""
+                        self._save(trainer)
         except TrainingStopped as error:
-            return str(error)
-        except comfy.model_management.OOM_EXCEPTION as error:
-            raise ForcingError(self._too_large(trainer.done)) from error
-        except BaseException:
-            if trainer.done and self._save(trainer, saved) == trainer.done:
+            stopped = str(error)
+        except BaseException as error:
+            self._save(trainer)
+            if isinstance(error, Exception) and comfy.model_management.is_oom(error):
+                # A type that ComfyUI takes for what it is: it frees the models then.
+                raise comfy.model_management.OOM_EXCEPTION(f"{self._too_large(trainer.done)} ({error})") from error
+            if trainer.done and self.saved == trainer.done:
                 self.faces.say(
                     f"Stopped after step {trainer.done} of {self.request.steps}; its checkpoint is kept in "
                     f"{self.folder.folder}. Run it again with the same name to go on from there."
                 )
             raise
-        finally:
-            self._save(trainer, saved)
+        self._save(trainer)
+        return stopped
 
     def _too_large(self, done: int) -> str:
         shape = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
         cheaper = [f"a smaller 'size' in '{VIDEO_CLIPS}'", "fp8 in 'weight_dtype' of 'Load FramePack Model'"]
-        if self.request.parts != (HEAD_PART,):
-            cheaper.append(f"the stage '{STAGE_MEMORY}', or 'checkpointing' on" if LORA in self.request.parts else
-                           "'checkpointing' on")  # fmt: skip
+        if LORA in self.request.parts:
+            cheaper.append(f"the stage '{STAGE_MEMORY}'")
+        if HEAD_PART not in self.request.parts and not self.request.checkpointing:
+            cheaper.append("'checkpointing' on")
+        kept = f" The checkpoint of step {self.saved} is kept." if self.saved else ""
         return (
-            f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * 8}x{shape[3] * 8} pixels). The "
-            f"checkpoint of step {done} is kept. Cheaper are: {'; '.join(cheaper)}."
+            f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * 8}x{shape[3] * 8} pixels)."
+            f"{kept} Cheaper are: {'; '.join(cheaper)}."
         )
 
-    def _save(self, trainer: VideoTrainer, saved: int) -> int:
-        """Write a checkpoint unless step `saved` is the newest; the newest one that is written."""
-        newest = [int(path.stem.split("-")[1]) for path in self.folder.states()[-1:]]
-        if trainer.done in (saved, *newest) or not self.workers.first:
-            return trainer.done
-        return trainer.done if self.folder.save(trainer) else saved
+    def _save(self, trainer: VideoTrainer) -> None:
+        """Write a checkpoint of the last whole step, where there is none yet. The first process does it for all."""
+        if trainer.done != self.saved and (not self.workers.first or self.folder.save(trainer)):
+            self.saved = trainer.done
 
     def _losses(self, trained: Trained, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
         request, recipe = self.request, self.request.recipe
@@ -251,10 +261,11 @@ class TrainingRun:
             activations *= GRAPH_SHARE[self.request.checkpointing]
         network = self.patcher.model.diffusion_model
         learning = sum(network.get_parameter(name).numel() for name in HEAD) if HEAD_PART in self.request.parts else 0
+        beside = TRAINED_BYTES * learning
         if self.memory is not None:
-            numbers = sum(p.numel() for p in self.memory.pack.parameters())
-            learning += numbers if MEMORY in self.request.parts else numbers / 5
-        comfy.model_management.load_models_gpu([self.patcher], activations + TRAINED_BYTES * learning)
+            pack = self.memory.pack.parameters()
+            beside += sum(p.numel() * (TRAINED_BYTES if MEMORY in self.request.parts else p.itemsize) for p in pack)
+        comfy.model_management.load_models_gpu([self.patcher], activations + beside)
 
     def _trained(self) -> Trained:
         request, patcher = self.request, self.patcher
@@ -265,12 +276,11 @@ class TrainingRun:
             if key in patched:
                 originals[name] = patched_weight(patcher, key, patched[key])
         device = patcher.load_device
+        pack = None if self.memory is None else own_pack(self.memory, device, MEMORY in request.parts)
         return Trained(
-            patcher.model.diffusion_model, None if self.memory is None else learning_pack(self.memory, device),
-            request.parts, dtype=patcher.model.get_dtype_inference(), device=device, rank=request.rank,
-            seed=request.settings.seed, checkpointing=request.checkpointing,
-            options=patcher.model_options.get("transformer_options", {}),
-            originals=originals,
+            patcher.model.diffusion_model, pack, request.parts, dtype=patcher.model.get_dtype_inference(),
+            device=device, rank=request.rank, seed=request.settings.seed, checkpointing=request.checkpointing,
+            options=patcher.model_options.get("transformer_options", {}), originals=originals,
         )  # fmt: skip
 
     def recipe_of(self, outcome: Outcome) -> dict:
@@ -306,9 +316,13 @@ def patched_weight(patcher, key: str, patches: list) -> Tensor:
     return comfy.lora.calculate_weight(patches, held.float().clone(), key)
 
 
-def learning_pack(memory: FrameMemory, device) -> SemanticPack:
-    """A copy of a memory's network in fp32 on the device; the memory itself is not changed."""
-    pack = SemanticPack(memory.spec, torch.float32, device, comfy.ops.disable_weight_init)
+def own_pack(memory: FrameMemory, device, learns: bool) -> SemanticPack:
+    """A copy of a memory's network on the device: fp32 where it learns, else in the numbers that sampling reads it in.
+
+    The memory itself is not changed.
+    """
+    dtype = torch.float32 if learns else memory.pack.dtype
+    pack = SemanticPack(memory.spec, dtype, device, comfy.ops.disable_weight_init)
     with torch.no_grad():
         for name, parameter in pack.named_parameters():
             parameter.copy_(memory.pack.get_parameter(name))

@@ -398,6 +398,7 @@ DIAGNOSTICS = _needs("""
 
 TRAINING = _needs("""
     comfy.lora.calculate_weight patches weight key
+    comfy.model_management.is_oom
     comfy.model_management.OOM_EXCEPTION
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_patcher.ModelPatcher.add_patches patches strength_patch

@@ -26,7 +26,7 @@ from frame_memory.forcing.video_trainer import VideoSettings
 from frame_memory.model import checkpoint, head, memory_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
-from frame_memory.model.memory import MemoryMismatch, new_encoder
+from frame_memory.model.memory import MemoryMismatch, encoder_from_tensors, new_encoder
 
 FAST = VideoSettings(rate=1e-3, warmup=1, average=0.5)
 SHAPES = {"height": 4, "width": 6}
@@ -151,6 +151,62 @@ def test_cancel_says_how_to_go_on(tiny_file, tmp_path):
     with pytest.raises(Cancelled):
         run.run()
     assert "Stopped after step 2 of 9" in said[-1] and "same name to go on" in said[-1]
+
+
+def stop_at(number: int, error: BaseException):
+    """An `interrupt` that raises at its call of that number, from 0 on."""
+    calls = iter(range(99))
+
+    def interrupt():
+        if next(calls) == number:
+            raise error
+
+    return interrupt
+
+
+def run_of(tiny_file, folder: Path, steps: int, said: list[str], interrupt=lambda: None, **more) -> TrainingRun:
+    faces = Faces(said.append, interrupt=interrupt)
+    return TrainingRun(
+        load(tiny_file), None, videos(clips=1), request(STAGE_HEAD, steps, clips=1, **more), folder, faces
+    )
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, False), (2, True)], ids=["first step", "later"])
+def test_a_full_gpu_is_told_as_such_to_the_artist_and_to_the_host(tiny_file, tmp_path, at, kept):
+    """ComfyUI frees its models where the error is of the type it knows; no checkpoint is named that is not there."""
+    error = torch.cuda.OutOfMemoryError("tried to allocate")
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=f"full in step {at + 1} .*Cheaper are") as raised:
+        run_of(tiny_file, tmp_path, 4, [], stop_at(at, error)).run()
+    assert ("The checkpoint of step 2 is kept" in str(raised.value)) == kept
+    assert (tmp_path / "step-00000002.safetensors").exists() == kept and ("checkpoint" in str(raised.value)) == kept
+
+
+def test_fault_t6_a_torn_checkpoint_is_written_anew_at_its_step(tiny_file, tmp_path):
+    run_of(tiny_file, tmp_path, 3, []).run()
+    torn = tmp_path / "step-00000003.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-40])
+    said: list[str] = []
+    assert run_of(tiny_file, tmp_path, 3, said).run().resumed == 2
+    assert "step-00000003.safetensors cannot be read" in said[0]
+    assert "parameter.model.final_layer.linear.weight" in checkpoint.tensor_file.read(str(torn))
+
+
+def test_fault_t3_a_run_that_learned_nothing_leaves_no_result(tiny_file, tmp_path):
+    run = run_of(tiny_file, tmp_path, 20, [])
+    for video in run.videos:
+        video.samples[:] = float("nan")
+    with pytest.raises(ForcingError, match=r"Nothing was learned\. The loss was not a finite number 10 steps"):
+        run.run()
+
+
+def test_a_memory_that_does_not_learn_is_read_in_the_numbers_that_sampling_reads_it_in(tiny_file, tmp_path):
+    model = load(tiny_file)
+    given = new_encoder(model)
+    half = encoder_from_tensors({k: v.bfloat16() for k, v in given.pack.state_dict().items()}, given.spec, label="x")
+    for stage, dtype in ((STAGE_HEAD, torch.bfloat16), (STAGE_MEMORY, torch.float32)):
+        trained = TrainingRun(model, half, videos(), request(stage), tmp_path / "run")._trained()
+        assert trained.pack.dtype == dtype == trained.pack.gate.dtype
+        assert all(torch.equal(v, half.pack.state_dict()[k].to(dtype)) for k, v in trained.pack.state_dict().items())
 
 
 def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
