@@ -20,6 +20,7 @@ from ..frame_memory.forcing.draws import FORCINGS
 from ..frame_memory.forcing.prepared import write_videos
 from ..frame_memory.forcing.results import Result, write_result
 from ..frame_memory.forcing.video_trainer import VideoSettings
+from ..frame_memory.journal.files import JournalError, safe_name
 from ..frame_memory.model import head, memory_file
 from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.memory import MEMORY_PACK
@@ -32,8 +33,6 @@ from .sockets import FrameMemorySocket
 RUNS = "frame_memory_training"
 PREPARE = "write for the command line"
 AS_STAGE = "as the stage"
-# Characters that one of the systems does not allow in a file's name.
-UNFIT = set('\\/:*?"<>|')
 SMOOTH = 20
 # Seconds between two texts or pictures on the node.
 SAY_EVERY = 2.0
@@ -223,9 +222,7 @@ class FrameMemoryTrainDirectForcing(io.ComfyNode):
 def request_of(asked: dict) -> training.Request:
     """The widgets as a request."""
     steps = asked["steps"]
-    settings = VideoSettings(
-        rate=asked["learning_rate"], warmup=min(500, max(steps // 10, 1)), seed=asked["training_seed"]
-    )
+    settings = VideoSettings(rate=asked["learning_rate"], warmup=training.warmup_of(steps), seed=asked["training_seed"])
     optional = {key: asked[key] for key in ("shift", "rank", "checkpointing", "save_every") if key in asked}
     forcing = asked.get("forcing", AS_STAGE)
     return training.Request(
@@ -235,7 +232,10 @@ def request_of(asked: dict) -> training.Request:
 
 def run_name(text: str) -> str:
     """A name that can be a folder and a file on every system. Raises ForcingError with the nearest valid one."""
-    fit = "".join("_" if c in UNFIT or ord(c) < 32 else c for c in text).strip(". ")
+    try:
+        fit = safe_name(text)
+    except JournalError:
+        fit = ""
     if not fit or fit != text:
         raise ForcingError(f"{text!r} cannot be the name of a folder. Nearest valid: {fit or 'direct_forcing'!r}.")
     return fit

@@ -140,9 +140,10 @@ def test_fault_t1_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(trained, 
     ("change", "said"),
     [
         ({"name": "a/b"}, "Nearest valid: 'a_b'"),
+        ({"name": "con"}, "Nearest valid: 'con_'"),
         ({"stage": "1: memory", "name": "x", "clips": 1}, "a memory learns from 2 clips on"),
     ],
-    ids=["a name that is no file", "one clip"],
+    ids=["a name that is no file", "a device of Windows", "one clip"],
 )
 def test_what_cannot_be_trained_is_refused_in_words(trained, server, prompt, change, said):
     small = copy.deepcopy(prompt)
