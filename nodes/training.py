@@ -24,6 +24,7 @@ from ..frame_memory.journal.files import JournalError, safe_name
 from ..frame_memory.model import head, memory_file
 from ..frame_memory.model.framepack import MODEL_OPTION
 from ..frame_memory.model.memory import MEMORY_PACK
+from ..frame_memory.sampling.identity import patches_of
 from ..frame_memory.sampling.time_left import TimeLeft
 from ..frame_memory.video import plots
 from .shown import show
@@ -203,7 +204,7 @@ class FrameMemoryTrainDirectForcing(io.ComfyNode):
             return _prepared(cls, model, videos, folder)
         watch = Watch(cls, model)
         faces = training.Faces(say, watch, comfy.model_management.throw_exception_if_processing_interrupted)
-        run = training.TrainingRun(model, memory, videos, request_of(asked), folder, faces)
+        run = training.TrainingRun(model, memory, videos, request_of(asked), folder, faces, patches=patches_of(model))
         try:
             outcome = run.run()
         finally:

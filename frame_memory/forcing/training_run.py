@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..model.base_signature import MODEL_PREFIX, Base
+from ..model.framepack import MODEL_OPTION
+from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
 from ..model.memory_file import HEAD
 from ..model.semantic_pack import SemanticPack
@@ -123,12 +125,13 @@ class TrainingRun:
     """One run in `folder`, from its newest checkpoint on where there is one.
 
     patcher: a FramePack-F1 MODEL, not changed. memory: FRAME_MEMORY, or None: stage 1 then begins with a new one, stage
-    2 trains without. Raises ForcingError or MemoryMismatch for what cannot be trained.
+    2 trains without. patches: which LoRAs lie on the MODEL, in words that differ with them. Raises ForcingError or
+    MemoryMismatch for what cannot be trained.
     """
 
     def __init__(
         self, patcher, memory: FrameMemory | None, videos: list[StoredVideo], request: Request, folder: Path,
-        faces: Faces | None = None, workers: Workers = ALONE,
+        faces: Faces | None = None, workers: Workers = ALONE, patches: str = "",
     ):  # fmt: skip
         check_model(patcher, TRAIN)
         if memory is None and MEMORY in request.parts:
@@ -138,7 +141,7 @@ class TrainingRun:
         self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
         self.faces, self.workers = faces or Faces(), workers
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
-        self.base = Base.of(patcher)
+        self.base, self.patches = Base.of(patcher), patches
         self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
         self.moment: Moment | None = None
         self.saved = 0  # the step of the newest whole checkpoint
@@ -151,6 +154,7 @@ class TrainingRun:
             "stage": request.stage,
             "forcing": request.recipe.forcing,
             "base": self.base.signature.short,
+            "LoRA and patches": self.patches or None,
             "memory": None if self.memory is None else self.memory.fingerprint,
             "rank": request.rank if LORA in request.parts else None,
             "optimiser": request.settings.optimiser,
@@ -182,6 +186,11 @@ class TrainingRun:
             found = self.folder.resume(trainer)
             resumed, began = trainer.done, time.monotonic()
             self.saved = resumed
+            if not self.workers.agree(resumed):
+                raise ForcingError(
+                    f"The processes do not begin at the same step (this one at {resumed}): each must see the same "
+                    f"checkpoints in {self.folder.folder}. Put 'output' on a disk that all machines share."
+                )
             if found is not None:
                 self.faces.say(f"Going on from step {resumed} of {self.request.steps} ({found.name}).")
             stopped = self._steps(trained, trainer)
@@ -293,7 +302,7 @@ class TrainingRun:
             "steps": len(outcome.losses),
             "clips": request.clips,
             "videos": len(self.videos),
-            "losses": asdict(request.recipe),
+            "losses": {**asdict(request.recipe), "shift": request.recipe.loss_shift},
             "settings": asdict(request.settings),
             "last_loss": sum(good[-20:]) / len(good[-20:]) if good else None,
         }
@@ -306,6 +315,9 @@ def without_head_patches(patcher):
     if keys:
         clone.patches = {k: v for k, v in clone.patches.items() if k not in keys}
         clone.patches_uuid = uuid.uuid4()  # else the host takes it for the MODEL that is loaded
+        known = clone.model_options.get(MODEL_OPTION, {})
+        said = {MODEL_OPTION: {k: v for k, v in known.items() if k != HEADS}}
+        clone.model_options = {**clone.model_options, **said}
     return clone
 
 

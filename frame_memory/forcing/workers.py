@@ -43,6 +43,11 @@ class Workers:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes say the same number; all of them get the same answer."""
+        total, squares = self.summed([number, number**2])
+        return total**2 == self.count * squares
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

@@ -105,17 +105,23 @@ def model_fields(patcher) -> dict[str, str]:
     backup = {k.removeprefix("diffusion_model."): v.weight for k, v in patcher.backup.items()}
     # Where a LoRA is merged into the weights in memory, core keeps the originals aside.
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
-    patches = {k: outline(v) for k, v in patcher.patches.items()}
-    hooks = {k: v for k, v in getattr(patcher, "hook_patches", {}).items() if v}
     left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
     options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
-    changed = f"{len(patches)} patched tensors ({short([patches, outline(list(hooks.values()))])})"
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
-        "LoRA and patches": changed if patches or hooks else "none",
+        "LoRA and patches": patches_of(patcher) or "none",
         "model options": short([outline(options, where="model_options"), outline(patcher.object_patches)]),
     }
+
+
+def patches_of(patcher) -> str:
+    """Readable identity of the LoRAs and other patches on a MODEL's weights; empty where there are none."""
+    patches = {k: outline(v) for k, v in patcher.patches.items()}
+    hooks = {k: v for k, v in getattr(patcher, "hook_patches", {}).items() if v}
+    if not patches and not hooks:
+        return ""
+    return f"{len(patches)} patched tensors ({short([patches, outline(list(hooks.values()))])})"
 
 
 def guider_fields(guider, sampler, sigmas: Tensor) -> dict[str, str]:

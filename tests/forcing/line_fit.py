@@ -49,8 +49,9 @@ class Line:
 def main() -> None:
     workers = join("cpu")
     line = Line(TWO, workers=workers).run(4)
+    agreed = [workers.agree(4), workers.agree(4 + workers.rank)]
     if workers.first:
-        print(json.dumps([line.trainer.losses, line.numbers().tolist()]))
+        print(json.dumps([line.trainer.losses, line.numbers().tolist(), agreed]))
     workers.leave()
 
 

@@ -21,12 +21,14 @@ from frame_memory.forcing.training_run import (
     Faces,
     Request,
     TrainingRun,
+    without_head_patches,
 )  # fmt: skip
 from frame_memory.forcing.video_trainer import VideoSettings
 from frame_memory.model import checkpoint, head, memory_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.memory import MemoryMismatch, encoder_from_tensors, new_encoder
+from frame_memory.sampling.identity import patches_of
 
 FAST = VideoSettings(rate=1e-3, warmup=1, average=0.5)
 SHAPES = {"height": 4, "width": 6}
@@ -226,6 +228,10 @@ def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
     made, _ = head.apply_head(model, file, 1.0)
     assert made is not model and run.base.difference(Base.of(model)) == ""
     assert float((file.head[key] - base - 0.25).abs().max()) < 0.01
+    assert file.recipe["losses"]["shift"] == 1.0, "what was used, where none was chosen"
+    again, patch = head.apply_head(without_head_patches(made), file, 1.0)
+    assert not patch.before and again.patches.keys() == made.patches.keys(), "a head that was taken off is not told of"
+    assert head.apply_head(made, file, 1.0)[1].before
 
 
 def test_results_of_other_runs_are_kept(tiny_file, tmp_path):
@@ -239,6 +245,21 @@ def test_results_of_other_runs_are_kept(tiny_file, tmp_path):
 
     assert made(0).name == "same.safetensors" and made(0).name == "same.safetensors" and len(said) == 1
     assert made(1).name == "same_2.safetensors" and "is of another run and is kept" in said[-1]
+
+
+def test_a_run_is_not_gone_on_with_behind_another_lora(tiny_file, tmp_path):
+    run_of(tiny_file, tmp_path, 1, []).run()
+    model = load(tiny_file)
+    key = "diffusion_model.double_blocks.0.img_mlp.0.weight"
+    assert patches_of(model) == ""
+    names = []
+    for strength in (0.5, 0.5, 0.7):
+        patched = model.clone()
+        patched.add_patches({key: ("diff", (torch.ones(model.model.state_dict()[key].shape),))}, strength)
+        names.append(patches_of(patched))
+    assert names[0] == names[1] != names[2]
+    with pytest.raises(ForcingError, match=r"LoRA and patches: None, now '1 patched tensors.*choose another name"):
+        TrainingRun(model, None, videos(), request(STAGE_HEAD, 2), tmp_path, patches=names[0]).run()
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,8 @@ def test_two_processes_with_a_video_each_equal_one_with_both():
         for i in range(2)
     ]  # fmt: skip
     first, _ = (process.communicate(timeout=300)[0] for process in made)
-    losses, numbers = json.loads(first)
+    losses, numbers, agreed = json.loads(first)
+    assert agreed == [True, False], "whether both go on from the same step"
     alone = Line(TWO).run(4)
     assert losses == pytest.approx(alone.trainer.losses, rel=1e-6)
     assert numbers == pytest.approx(alone.numbers().tolist(), rel=1e-5, abs=1e-7)
