@@ -11,8 +11,10 @@ The tiny model has one network where Wan 2.2 has two experts; it plays both, eac
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.sample
@@ -56,14 +58,18 @@ class Recipe:
     seed: int = 0
 
 
-def load():
-    """MODEL and VAE of the shipped files. Exits where there are none: no training was good enough to ship yet."""
+def check_files() -> None:
+    """Exit, saying how they are made, where the models are not there."""
     missing = [file for file in (BASE, AUTOENCODER) if not (MODELS / file).exists()]
     if missing:
         raise SystemExit(
             f"{MODELS.name} has no {' and no '.join(missing)}. Train them with benchmarks.train_autoencoder --world "
             "shots and benchmarks.train_wan, pack them with benchmarks.ship_selftest --wan ... --wan-autoencoder ..."
         )
+
+
+def load():
+    """MODEL and VAE of the shipped files."""
     model = comfy.sd.load_diffusion_model(str(MODELS / BASE))
     return model, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / AUTOENCODER)))
 
@@ -173,6 +179,52 @@ def picture(videos: list[list[np.ndarray]], path: Path) -> None:
     Image.fromarray((np.concatenate(rows) * 255 + 0.5).astype(np.uint8)).save(path)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run: a pair of LoRAs trained with this recipe, or none, and the videos made with it for each count."""
+
+    recipe: Recipe | None
+    seed: int
+    videos: int
+    cfg: float
+
+    @property
+    def label(self) -> str:
+        """The row it belongs to."""
+        return "without" if self.recipe is None else f"LoRA of {self.recipe.triples}"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job's videos, measured: `seen[count]`. pair: its LoRAs, seconds: what their training took, drawn: the first
+    video of each count."""
+
+    seen: dict[int, list[Shown]]
+    pair: dict[str, dict[str, torch.Tensor]] | None
+    seconds: float
+    drawn: list[np.ndarray]
+
+
+def work(job: Job) -> Done:
+    """Train, make, measure."""
+    model, vae = load()
+    began = time.monotonic()
+    pair = None if job.recipe is None else train(model, vae, job.recipe)
+    seconds, seen, drawn = time.monotonic() - began, {}, []
+    for count in range(1, MOST + 1):
+        shots = compositions(job.videos, count, 20_000 + 100 * count + job.seed)
+        videos = make_videos(model, vae, pair, shots, job.seed, job.cfg)
+        seen[count] = [measure(v, s) for v, s in zip(videos, shots, strict=True)]
+        drawn.append(videos[0])
+    return Done(seen, pair, seconds, drawn)
+
+
+def work_apart(job: Job) -> Done:
+    """The same in a process of its own, beside others."""
+    torch.set_num_threads(1)
+    return work(job)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=16, help="videos for each count of references and each LoRA")
@@ -180,43 +232,37 @@ def main() -> None:
     parser.add_argument("--triples", type=int, nargs="+", default=[40], help="few-shot sizes")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps of each expert")
     parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each (CPU only)")
     parser.add_argument("--picture", type=Path, help="write frames of the first videos here (PNG)")
     parser.add_argument("--ship", action="store_true", help="write the first pair of LoRAs into selftest_models/loras")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     args = parser.parse_args()
-    model, vae = load()
+    check_files()
+    recipes = [None, *(Recipe(triples=size, steps=args.steps) for size in args.triples)]
+    arms = [[Job(r and replace(r, seed=i), i, args.videos, args.cfg) for i in range(args.loras)] for r in recipes]
     print("| model, references | videos | canvas gone | all there (95 %) | there | shape | ground | by run |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     figures: list[tuple[str, str, float]] = []
-    drawn: dict[str, list[np.ndarray]] = {}
-
-    def tell(label: str, by_pair: list[list[Shown]]) -> None:
-        line, values = row(label, by_pair)
-        print(line, flush=True)
-        figures.extend((label, name, value) for name, value in values.items())
-
-    def try_all(label: str, pairs: list[dict | None]) -> None:
-        for count in range(1, MOST + 1):
-            by_pair = []
-            for i, pair in enumerate(pairs):
-                shots = compositions(args.videos, count, 20_000 + 100 * count + i)
-                videos = make_videos(model, vae, pair, shots, i, args.cfg)
-                by_pair.append([measure(v, s) for v, s in zip(videos, shots, strict=True)])
-                if i == 0:
-                    drawn.setdefault(label, []).append(videos[0])
-            tell(f"{label}, {count}", by_pair)
-
-    try_all("without", [None] * args.loras)
-    for size in args.triples:
-        pairs, began = [], time.monotonic()
-        for seed in range(args.loras):
-            pairs.append(train(model, vae, Recipe(triples=size, steps=args.steps, seed=seed)))
-        print(f"({args.loras} pairs of LoRAs on {size} triples: {time.monotonic() - began:.0f} s)", flush=True)
-        if args.ship and size == args.triples[0]:
-            ship(pairs[0])
-        try_all(f"LoRA of {size}", pairs)
+    drawn, first = [], None
+    pool = multiprocessing.Pool(args.workers) if args.workers > 1 else contextlib.nullcontext()
+    with pool:
+        jobs = [job for arm in arms for job in arm]
+        done = pool.imap(work_apart, jobs) if pool else map(work, jobs)
+        for arm in arms:
+            made = [next(done) for _ in arm]
+            for count in range(1, MOST + 1):
+                label = f"{arm[0].label}, {count}"
+                line, values = row(label, [d.seen[count] for d in made])
+                print(line, flush=True)
+                figures.extend((label, name, value) for name, value in values.items())
+            if arm[0].recipe is not None:
+                first = first or made[0].pair
+                print(f"(training of each pair: {', '.join(f'{d.seconds:.0f} s' for d in made)})", flush=True)
+            drawn.append(made[0].drawn)
+    if args.ship and first:
+        ship(first)
     if args.picture:
-        picture(list(zip(*drawn.values(), strict=True)), args.picture)
+        picture(list(zip(*drawn, strict=True)), args.picture)
     if args.record:
         sizes = " ".join(str(t) for t in args.triples)
         record.append(f"benchmarks.ffgo --videos {args.videos} --loras {args.loras} --triples {sizes}", figures)

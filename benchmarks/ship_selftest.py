@@ -18,7 +18,7 @@ from PIL import Image
 
 from frame_memory.model import checkpoint
 
-from . import ffgo
+from . import ffgo, shots
 from .quality import AUTOENCODER, FILES, MODELS
 from .train_wan import TOPOLOGY
 from .world import Scene, render, tidied
@@ -32,7 +32,9 @@ METADATA = {
 WAN_METADATA = {
     **METADATA,
     "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_wan",
-    "modelspec.description": "Frame Memory self-test model: 128x64 shots of a procedural world, no real-world data",
+    "modelspec.description": (
+        f"Frame Memory self-test model: {shots.WIDTH}x{shots.HEIGHT} shots of a procedural world, no real-world data"
+    ),
     # Core takes Wan's own widths of a head and of text unless the file says otherwise.
     "config": json.dumps({"transformer": {name: TOPOLOGY[name] for name in ("num_heads", "text_dim")}}),
 }
@@ -41,6 +43,11 @@ WAN_METADATA = {
 START = tidied(
     Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30, phase=64)
 )
+# What workflows/ffgo_selftest.json composes, as an artist would bring it: cut-outs and a place.
+COMPOSITION = shots.Shot(
+    cast=(shots.Sprite("green", "circle"), shots.Sprite("pink", "diamond"), shots.Sprite("blue", "square")),
+    starts=(36.0, 20.0, 44.0), direction="right", ground="stripes", ground_colour="navy", phase=32.0,
+)  # fmt: skip
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -78,6 +85,11 @@ def main() -> None:
     picture = render(START, np.arange(1))[0]
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / "start.png")
     print(f"start.png shows: {START.caption}")
+    for i, sprite in enumerate(COMPOSITION.cast, 1):
+        shots.cut_out(sprite).save(MODELS / f"ffgo_reference_{i}.png")
+    place = (shots.ground(COMPOSITION, np.arange(1))[0] * 255).round().astype(np.uint8)
+    Image.fromarray(place).save(MODELS / "ffgo_background.png")
+    print(f"the FFGo pictures show: {COMPOSITION.caption()}")
     for file in sorted(MODELS.rglob("*.safetensors")):
         print(f"{file.relative_to(MODELS)}: {file.stat().st_size / 1e6:.2f} MB")
 

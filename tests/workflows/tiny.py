@@ -36,6 +36,7 @@ GRAPHS = sorted((REPO / "workflows").glob("*.json"))
 SELFTEST_GRAPHS = (
     "drift_and_recall",
     "extend_and_bridge",
+    "ffgo_selftest",
     "resume_and_reroll",
     "selftest",
 )  # those made for the models that ship with the pack
