@@ -54,8 +54,10 @@ def _vision() -> io.Input:
 def _footage(node: str, video, images, fps: float) -> Footage:
     interrupt = comfy.model_management.throw_exception_if_processing_interrupted
     if (video is None) == (images is None):
-        given = "nothing" if video is None else "both 'video' and 'images'"
-        raise FootageError(f"'{node}' got {given} to measure; expected one video. Connect 'video' or 'images'.")
+        given, change = "nothing", "Connect 'video' or 'images'."
+        if video is not None:
+            given, change = "both 'video' and 'images'", "Disconnect one of them."
+        raise FootageError(f"'{node}' got {given} to measure; expected one video. {change}")
     if video is not None:
         return of_video(video, Path(folder_paths.get_temp_directory()), node, interrupt)
     return of_images(images, fps, node, interrupt)
@@ -133,10 +135,11 @@ class FrameMemoryDriftMeter(io.ComfyNode):
         given = [n for n, v in (("video", video), ("images", images), ("samples", samples)) if v is not None]
         given += ["project"] * bool(project.strip())
         if len(given) != 1:
-            raise FootageError(
-                f"'{drift.NODE}' got {', '.join(given) or 'nothing'} to measure; expected one video. Connect 'video', "
-                "'images' or 'samples', or type the name of a 'project'."
-            )
+            change = "Connect 'video', 'images' or 'samples', or type the name of a 'project'."
+            if given:
+                change = "Disconnect all but one of them, and leave 'project' empty where it is not that one."
+            names = " and ".join(f"'{name}'" for name in given) or "nothing"
+            raise FootageError(f"'{drift.NODE}' got {names} to measure; expected one video. {change}")
         if given[0] in ("samples", "project"):
             footage, timing = decoded(
                 projects_folder(), samples, project, vae, order, drift.NODE, interrupt, Announced(cls)

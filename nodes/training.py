@@ -300,8 +300,8 @@ def curve(losses: list[float], steps: int):
         plots.Curve("loss", *zip(*good, strict=True), note=""),
         plots.Curve("mean", *zip(*mean, strict=True), note=f"mean of {SMOOTH}: {mean[-1][1]:.4f}"),
     ]
-    title = f"Loss, step {len(losses)} of {steps}"
-    return plots.draw_panels([plots.Panel(title, "step", "mean squared error", lines, (), top, max(bottom, 0.0))])
+    title = f"Loss (mean squared error), step {len(losses)} of {steps}"
+    return plots.draw_panels([plots.Panel(title, "step", "", lines, (), top, max(bottom, 0.0))])
 
 
 def _keep_curve(folder: Path, losses: list[float], steps: int) -> None:

@@ -59,7 +59,7 @@ def caption_beside(video: Path) -> str:
     """The text of NAME.txt beside NAME.mp4, as it was written. Raises DatasetError where it is not there or no text."""
     text = video.with_suffix(".txt")
     if not text.is_file():
-        raise DatasetError(f"there is no caption {text.name} beside it")
+        raise DatasetError(f"there is no caption '{text.name}' beside it")
     try:
         if text.stat().st_size > CAPTION_BYTES:
             raise DatasetError(f"{text.name} has more than {CAPTION_BYTES // 1024} kB; expected one caption")
@@ -71,7 +71,7 @@ def caption_beside(video: Path) -> str:
     return caption
 
 
-def none_left(why: dict[str, str], node: str) -> DatasetError:
-    """The refusal where no clip of a folder can be used, with every reason. why: by clip."""
+def none_left(why: dict[str, str], node: str, what: str = "clips") -> DatasetError:
+    """The refusal where no clip of a folder can be used, with every reason. why: by clip. what: they are."""
     reasons = "\n".join(f"- {name}: {reason.rstrip('.')}." for name, reason in why.items())
-    return DatasetError(f"'{node}' can use none of {len(why)} clips:\n{reasons}")
+    return DatasetError(f"'{node}' can use none of {len(why)} {what}:\n{reasons}")

@@ -190,14 +190,16 @@ class DriftMeter:
         if self.timing.order == "inverted":
             found.warnings = [text.replace(ADVISES_INVERTED, "Use a schedule") for text in found.warnings]
         if self.mask_BHW is not None and self.clip_vision is None:
-            found.notes.append(
-                f"Warning: 'mask' of '{NODE}' was not used: only a model at 'clip_vision' looks at the subject. "
-                "Connect one from 'Load CLIP Vision'."
+            found.warnings.insert(
+                0,
+                f"'mask' of '{NODE}' was not used: only a model at 'clip_vision' looks at the subject. "
+                "Connect one from 'Load CLIP Vision'.",
             )
         elif self.mask_BHW is not None and "identity" not in self._seen:
-            found.notes.append(
-                f"Warning: 'mask' of '{NODE}' shows nothing in the frames that were looked at, so there is no "
-                "likeness of the subject. Expected white where it is."
+            found.warnings.insert(
+                0,
+                f"'mask' of '{NODE}' shows nothing in the frames that were looked at, so there is no "
+                "likeness of the subject. Expected white where it is.",
             )
         if len(self.making) < 2 * SECTION:
             found.notes.append("The video is short: the ends are few frames, and slopes mean little.")

@@ -37,6 +37,10 @@ def words_of(found: Drift, source: str) -> str:
         were = "was given, not made; it does" if timing.given == 1 else "were given, not made; they do"
         lines.append(f"{_frames(timing.given)} in front {were} not count ({made} do).")
     lines += [f"Warning: {text}" for text in found.warnings]
+    if made < 2:
+        what = "One picture was made" if made else "No picture was made"
+        lines.append(f"{what}: there is nothing to compare, so drift cannot be measured. Give '{NODE}' a whole video.")
+        return "\n".join([*lines, *found.notes])
     lines += [_line(found, name) for name in found.curves]
     if not found.warnings and not _said(found):
         lines.append("Nothing drifts beyond its bound, and nothing stands still.")
@@ -62,16 +66,24 @@ def _line(found: Drift, name: str) -> str:
     if math.isnan(curve.difference):
         why = "it is not seen at both ends" if name in LIKENESS else "the ends are too short to compare"
         return f"{_title(name)}: {curve.values.mean():.3f}; {why}."
-    slope = "" if curve.slope is None else f", slope {curve.slope:+.4g} a second"
+    digits = 4 if name in LIKENESS else 2
+    slope = "" if curve.slope is None else f", slope {_signed(curve.slope, digits)} a second"
     if name in LIKENESS:
         kept = "kept" if -curve.difference <= LIKENESS_FALL else "lost"
-        return f"{_title(name)}: {curve.first:.3f} → {curve.last:.3f} ({curve.difference:+.3f}{slope}): {kept}."
+        return f"{_title(name)}: {curve.first:.3f} → {curve.last:.3f} ({_signed(curve.difference, 3)}{slope}): {kept}."
     _, _, words, bound, share = next(row for row in MEASURES if row[0] == name)
     relative = curve.difference / max(curve.first, 1e-3)
     large = abs(relative if share else curve.difference) > bound
     word = (words[0] if curve.difference > 0 else words[1]) if large else "steady"
-    percent = f", {relative:+.0%}" if share and curve.first > 1e-3 else ""
-    return f"{_title(name)}: {curve.first:.1f} → {curve.last:.1f} ({curve.difference:+.1f}{percent}{slope}): {word}."
+    percent = f", {_signed(100 * relative, 0)} %" if share and curve.first > 1e-3 else ""
+    difference = _signed(curve.difference, 1)
+    return f"{_title(name)}: {curve.first:.1f} → {curve.last:.1f} ({difference}{percent}{slope}): {word}."
+
+
+def _signed(value: float, digits: int) -> str:
+    """With its sign, and no sign before a zero: rounding noise has no direction."""
+    text = f"{value:+.{digits}f}"
+    return text if any(figure in text for figure in "123456789") else text[1:]
 
 
 def _frames(count: int) -> str:

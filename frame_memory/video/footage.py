@@ -60,7 +60,7 @@ def of_images(images_BHWC: torch.Tensor, fps: float, node: str, interrupt: Calla
             interrupt()
             yield images_BHWC[first : min(first + CHUNK_FRAMES, stop)]
 
-    return Footage(count, float(fps), width, height, f"{count} images of {width}x{height}.", between)
+    return Footage(count, float(fps), width, height, f"{count} image{'s' * (count != 1)} of {width}x{height}.", between)
 
 
 def of_video(video, folder: Path, node: str, interrupt: Callable[[], None]) -> Footage:

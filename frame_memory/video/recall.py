@@ -90,10 +90,20 @@ class Recall:
             lines.append(f"For comparison: pictures of the first appearance among themselves {self.among:.3f}")
             lines[-1] += "." if self.between is None else f", pictures between the two {self.between:.3f}."
         if self.share is not None:
-            lines.append(f"On that scale, from 0 (forgotten) to 1 (as it was): {self.share:.2f}.")
+            lines.append(f"On that scale, from 0 (forgotten) to 1 (as it was): {_place(self.share)}.")
         lines.append(f"Colours {self.colour:.3f}, structure {self.structure:.3f} (0 to 1, without a model).")
         lines.append(f"The pair that is most alike: {self.times[0]:.2f} s and {self.times[1]:.2f} s.")
         return "\n".join([*lines, *self.notes])
+
+
+def _place(share: float) -> str:
+    """Where a return stands on the scale; outside of it in words, as a number there says nothing."""
+    if share <= -0.005:
+        return (
+            "below 0, less alike than the pictures between. Either what is compared was never away between the two, or "
+            "the return shows something else"
+        )
+    return f"{abs(share):.2f}" if share < 1.005 else "above 1, more alike than the first appearance's own pictures"
 
 
 def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, int, int] | None:
@@ -119,13 +129,20 @@ def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, 
 
 def frames_of(seen: Appearance, footage: Footage) -> range:
     """The frames of an appearance. Raises RecallError for times outside of the video."""
-    length = footage.frames / footage.fps
+    length, frame = footage.frames / footage.fps, 1 / footage.fps
+    if 0 <= seen.stop <= seen.start < length:
+        nearest = (seen.stop, seen.start) if seen.stop < seen.start else (seen.start, min(seen.start + frame, length))
+        raise RecallError(
+            f"'{seen.name}_start' and '{seen.name}_stop' of '{NODE}' are {seen.start:g} and {seen.stop:g} s, so the "
+            f"stretch ends before it has begun; expected the stop after the start, within 0 to {length:.2f} s. The "
+            f"nearest is {nearest[0]:.2f} to {nearest[1]:.2f}."
+        )
     if not 0 <= seen.start < seen.stop or seen.start >= length:
-        start = min(max(seen.start, 0.0), max(length - 1 / footage.fps, 0.0))
+        start = min(max(seen.start, 0.0), max(length - frame, 0.0))
         raise RecallError(
             f"'{seen.name}_start' and '{seen.name}_stop' of '{NODE}' are {seen.start:g} and {seen.stop:g} s; expected "
             f"a stretch of the video, 0 to {length:.2f} s. The nearest is {start:.2f} to "
-            f"{min(max(seen.stop, start + 1 / footage.fps), length):.2f}."
+            f"{min(max(seen.stop, start + frame), length):.2f}."
         )
     first = min(round(seen.start * footage.fps), footage.frames - 1)
     return range(first, max(min(round(seen.stop * footage.fps), footage.frames), first + 1))
@@ -145,6 +162,11 @@ def compare(
 
     Each picture of the return is compared with the one of the first appearance that it is most like; the mean counts.
     """
+    if footage.frames < 2:
+        raise RecallError(
+            f"'{NODE}' got one picture; expected a video, or images, in which something is seen, is away, and comes "
+            "back: in one picture there is no return. Connect more pictures."
+        )
     spans = frames_of(first, footage), frames_of(back, footage)
     if spans[1].start < spans[0].stop:
         raise RecallError(
@@ -186,7 +208,8 @@ def compare(
         similarity, by, None if among is None else _clip(_best_other(among)),
         _clip(float(score(away, early).max(axis=1).mean())) if away else None,
         float(colour_pairs(late, early).max(axis=1).mean()), float(structure_pairs(late, early).max(axis=1).mean()),
-        times, _draw_pair((early[pair[0]], late[pair[1]]), times, similarity), _one_sided(first, back),
+        times, _draw_pair((early[pair[0]], late[pair[1]]), times, similarity),
+        (*_cut_short(footage, first, back), *_one_sided(first, back)),
     )  # fmt: skip
 
 
@@ -197,6 +220,17 @@ def _each(measure, pictures: dict[int, Tensor], interrupt) -> dict[int, Tensor]:
         interrupt()
         found[number] = measure(picture_BHWC)
     return found
+
+
+def _cut_short(footage: Footage, *stretches: Appearance) -> tuple[str, ...]:
+    """A warning for each stretch that goes on behind the video's end: less of it counts than was asked for."""
+    length = footage.frames / footage.fps
+    return tuple(
+        f"Warning: '{seen.name}_stop' is {seen.stop:g} s, and the video ends at {length:.2f} s; only "
+        f"{seen.start:g} to {length:.2f} s is looked at."
+        for seen in stretches
+        if seen.stop > length + 1 / footage.fps
+    )
 
 
 def _one_sided(first: Appearance, back: Appearance) -> tuple[str, ...]:

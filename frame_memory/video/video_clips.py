@@ -10,6 +10,7 @@ Source: reference/memorypack.md section 3.2 (data: shot cuts and static clips fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -145,7 +146,7 @@ class ClipMaker:
             try:
                 self.videos.append(self._look_at(path))
             except (DatasetError, HistoryError, OSError) as error:
-                self._skip(path.name, error)
+                self._skip(path, error)
         self._check(self.videos)
 
     @property
@@ -165,14 +166,18 @@ class ClipMaker:
                     self.used.append(clip)
                     yield clip
             except (HistoryError, OSError) as error:
-                self._skip(video.name, error)
+                self._skip(video.path, error)
         self._check(self.used)
 
     def _look_at(self, path: Path) -> VideoEntry:
         caption, facts = caption_beside(path), probe_video(path)
         least = pixel_frames(1 + WINDOW * self.request.shortest)
         if round(facts.seconds * FPS) < least:
-            raise DatasetError(f"it has {facts.seconds:.2f} s, and {float(least / FPS):.2f} s are needed")
+            shortest = float(self.request.shortest * SECTION / FPS)
+            raise DatasetError(
+                f"it has {facts.seconds:.2f} s, and {float(least / FPS):.2f} s are needed: the {shortest:g} s of "
+                "'shortest' and one picture before"
+            )
         return VideoEntry(path, caption, facts, bucket_size(facts, self.request.base), content_of(path, self.interrupt))
 
     def _parts(self, video: VideoEntry) -> list[ClipPart]:
@@ -189,7 +194,7 @@ class ClipMaker:
         made = [parts_of(stretch, self.request) for stretch in moving]
         self.short[video.name] = sum(not parts for parts in made)
         if not any(made):
-            self._skip(video.name, DatasetError(self._nothing_left(video.name)))
+            self._skip(video.path, DatasetError(self._nothing_left(video.name)))
         return [part for parts in made for part in parts]
 
     def _nothing_left(self, name: str) -> str:
@@ -198,7 +203,7 @@ class ClipMaker:
             return "nothing moves in it"
         least = float(pixel_frames(1 + WINDOW * self.request.shortest) / FPS)
         more = f", and in {still} of its stretches nothing moves" if still else ""
-        return f"its {cuts} cuts leave no stretch of {least:.2f} s{more}"
+        return f"it has {_many(cuts, 'cut')}, and no stretch of {least:.2f} s is left{more}"
 
     def _pictures(self, video: VideoEntry, wanted: range | None = None) -> Iterator[np.ndarray]:
         return read_video(video.facts, wanted, fps=FPS, size=video.size, interrupt=self.interrupt)
@@ -216,12 +221,19 @@ class ClipMaker:
         # A key of ours beside the tensor, as Anti-Drift Sampler's LATENTs have it; unknown names in it are ignored.
         return {"samples": samples_BCTHW, KEY: {"base": self.base, "fps": float(FPS), "given": 1, "source": video.name}}
 
-    def _skip(self, name: str, error: Exception) -> None:
-        self.why[name] = str(error).replace(f"'{HISTORY}'", f"'{NODE}'")
+    def _skip(self, path: Path, error: Exception) -> None:
+        """Keep the reason in words for this node, which has a folder and no file to choose, and without the path."""
+        words = re.sub(r"\[Errno \d+\] ", "", str(error))
+        for whole in (repr(str(path))[1:-1], str(path)):
+            words = words.replace(whole, path.name)
+        words = re.sub(f" Choose another file in '{HISTORY}'.*", "", words, flags=re.DOTALL)
+        if words != str(error):
+            words = f"{words.rstrip('.')}. Replace it, or take it out of the folder"
+        self.why[path.name] = words.replace(f"'{HISTORY}'", f"'{NODE}'")
 
     def _check(self, left: list) -> None:
         if not left:
-            raise none_left(self.why, NODE)
+            raise none_left(self.why, NODE, "videos")
 
     def report(self) -> str:
         """What became of every video: clips, seconds, sizes, cuts, what was left out and why, and the cache."""
@@ -229,12 +241,19 @@ class ClipMaker:
         names = list(dict.fromkeys(clip.video.name for clip in self.used))
         sizes = sorted({clip.video.size for clip in self.used})
         total = len({*names, *self.why})
+        source = _many(total, "video") if len(names) == total else f"{len(names)} of the {total} videos in the folder"
         lines = [
-            f"{len(self.used)} clip{'s' * (len(self.used) != 1)} of {len(names)} of {total} videos, {seconds:.1f} s in "
-            f"all, {', '.join(f'{w}x{h}' for w, h in sizes)} at {float(FPS):g} fps.",
-            f"Cuts: {sum(self.cuts.values())}. Left out: {sum(self.still.values())} stretches in which nothing moves, "
-            f"{sum(self.short.values())} that are too short.",
+            f"{_many(len(self.used), 'clip')} from {source}, "
+            f"{seconds:.1f} s in all, {', '.join(f'{w}x{h}' for w, h in sizes)} at {float(FPS):g} fps.",
         ]
+        if self.why:
+            lines.append(f"Warning: {_many(len(self.why), 'video')} skipped:")
+            lines += [f"Skipped {name}: {reason.rstrip('.')}." for name, reason in self.why.items()]
+        cuts, still, short = (sum(found[name] for name in names) for found in (self.cuts, self.still, self.short))
+        lines.append(
+            f"In {'the others' if self.why else 'them'}: {_many(cuts, 'cut')}; left out "
+            f"{_many(still, 'stretch', 'es')} in which nothing moves, {short} too short."
+        )
         shapes = [clip.latent["samples"] for clip in self.used]
         size = sum(shape.nelement() * shape.element_size() for shape in shapes) / 2**20
         cache = self.cache
@@ -248,8 +267,16 @@ class ClipMaker:
         if cache.trouble:
             lines.append(f"Warning: {cache.trouble}.")
         lines += [self._line(name) for name in names if self.cuts[name] or self.still[name]]
-        return "\n".join([*lines, *(f"Skipped {name}: {reason.rstrip('.')}." for name, reason in self.why.items())])
+        return "\n".join(lines)
 
     def _line(self, name: str) -> str:
         count = sum(clip.video.name == name for clip in self.used)
-        return f"{name}: {self.cuts[name]} cuts, {count} clips, {self.still[name]} still, {self.short[name]} too short."
+        return (
+            f"{name}: {_many(self.cuts[name], 'cut')}, {_many(count, 'clip')}, {self.still[name]} still, "
+            f"{self.short[name]} too short."
+        )
+
+
+def _many(count: int, what: str, ending: str = "s") -> str:
+    """1 cut, 2 cuts."""
+    return f"{count} {what}{ending * (count != 1)}"

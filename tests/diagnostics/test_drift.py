@@ -57,6 +57,11 @@ def test_a_healthy_clip_has_no_drift_and_no_warning():
     assert "made from its first frame to its last. The first 15 % as made, 30 frames" in words
 
 
+def test_a_still_picture_has_no_slope_of_rounding_noise():
+    words = words_of(metered(np.repeat(picture()[None].astype(np.float32), 20, axis=0)), "")
+    assert "(0.0, 0 %, slope 0.00 a second): steady." in words and "e-1" not in words
+
+
 def test_a_known_brightness_slope_is_measured():
     video = brighter(moving(FRAMES), 2.0, FPS)
     found = metered(video)
@@ -202,6 +207,8 @@ def test_a_mask_that_does_nothing_is_told():
     masks = torch.zeros(40, 32, 48)
     masks[20:22] = 1
     middle = words_of(metered(video, clip_vision=SelfTestVision(), mask_BHW=masks), "")
+    for words in (unseen, empty):
+        assert words.splitlines()[2].startswith("Warning: 'mask'") and "Nothing drifts" not in words, "on top"
     assert "Similarity of the subject: 1.000; it is not seen at both ends." in middle and "Warning" not in middle
 
 
@@ -265,6 +272,9 @@ def test_very_short_clips_and_odd_pictures(frames):
     ):
         found = metered(video)
         assert "The video is short" in words_of(found, "") and json.loads(as_json(found))["frames"] == frames
+        words = words_of(found, "")
+        assert ("there is nothing to compare" in words) == (frames == 1)
+        assert frames > 1 or ("Nothing drifts" not in words and "steady" not in words)
         plot(found)
     assert json.loads(as_json(metered(np.full((frames, 9, 7, 3), np.nan, np.float32))))["frames"] == frames
 

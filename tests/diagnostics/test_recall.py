@@ -117,11 +117,35 @@ def test_stretches_outside_the_video_and_returns_before_the_first_are_refused():
     footage = of_images(torch.zeros(60, 8, 8, 3), FPS, "Memory Recall", lambda: None)
     assert frames_of(Appearance("first", 1.0, 2.0), footage) == range(10, 20)
     assert frames_of(Appearance("first", 5.9, 99.0), footage) == range(59, 60)
-    for start, stop in ((7.0, 8.0), (2.0, 2.0), (-1.0, 2.0)):
-        with pytest.raises(RecallError, match="'first_start' and 'first_stop'.*0 to 6.00 s. The nearest is"):
+    for start, stop, nearest in (
+        (7.0, 8.0, "5.90 to 6.00"), (2.0, 2.0, "2.00 to 2.10"), (-1.0, 2.0, "0.00 to 2.00"), (2.0, 1.5, "1.50 to 2.00"),
+    ):  # fmt: skip
+        with pytest.raises(RecallError, match=f"'first_start' and 'first_stop'.*0 to 6.00 s. The nearest is {nearest}"):
             frames_of(Appearance("first", start, stop), footage)
     with pytest.raises(RecallError, match="Change 'return_start' of 'Memory Recall' to 3.00 or later"):
         compare(footage, Appearance("first", 0, 3), Appearance("return", 2, 5))
+
+
+def test_one_picture_has_no_return_and_reversed_times_are_told_as_such():
+    footage = of_images(torch.zeros(60, 8, 8, 3), FPS, "Memory Recall", lambda: None)
+    with pytest.raises(RecallError, match="'return_start'.* are 2 and 1.5 s, so the stretch ends before it has begun"):
+        compare(footage, Appearance("first", 0, 1), Appearance("return", 2, 1.5))
+    one = of_images(torch.zeros(1, 8, 8, 3), FPS, "Memory Recall", lambda: None)
+    with pytest.raises(RecallError, match="got one picture; .*there is no return"):
+        compare(one, Appearance("first", 0, 1), Appearance("return", 2, 3))
+
+
+def test_a_return_less_alike_than_the_pictures_between_is_told_in_words():
+    """A thing that only moves on: it was never away, so the pictures between are the nearer ones."""
+    here, near, far = picture(1), np.clip(picture(1) * 0.9, 0, 1), picture(9)
+    video = torch.from_numpy(np.stack([here] * 20 + [near] * 20 + [far] * 20).astype(np.float32))
+    footage = of_images(video, FPS, "Memory Recall", lambda: None)
+    got = compare(footage, Appearance("first", 0, 2), Appearance("return", 4, 60))
+    assert got.share < 0 and "(as it was): below 0, less alike than the pictures between." in got.describe()
+    assert (
+        "Warning: 'return_stop' is 60 s, and the video ends at 6.00 s; only 4 to 6.00 s is looked at" in got.describe()
+    )
+    assert "Warning" not in compare(footage, Appearance("first", 0, 2), Appearance("return", 4, 6)).describe()
 
 
 def test_masks_one_a_stretch_one_a_frame_and_none():

@@ -133,8 +133,8 @@ def test_a_folder_becomes_clips_in_order(made):
     assert [c.video.caption for c in found] == ["A yellow square walks.", "Two shots.", "Two shots."]
     assert clips.captions == ["A yellow square walks.", "Two shots."]
     report = clips.report()
-    assert "3 clips of 2 of 6 videos, 6.1 s in all, 32x32 at 30 fps" in report
-    assert "Cuts: 2. Left out: 2 stretches in which nothing moves, 0 that are too short." in report
+    assert "3 clips from 2 of the 6 videos in the folder, 6.1 s in all, 32x32 at 30 fps" in report
+    assert "In the others: 2 cuts; left out 1 stretch in which nothing moves, 0 too short." in report
     assert "b 10.mp4: 2 cuts, 2 clips, 1 still, 0 too short." in report
 
 
@@ -142,9 +142,12 @@ def test_what_cannot_be_used_is_named_with_its_reason(made):
     clips, _ = made
     assert set(clips.why) == {"blink.mp4", "mute.mp4", "torn.mp4", "wall.mp4"}
     assert "0.67 s, and 1.23 s are needed" in clips.why["blink.mp4"]
-    assert "no caption mute.txt" in clips.why["mute.mp4"]
+    assert "no caption 'mute.txt'" in clips.why["mute.mp4"]
     assert "nothing moves in it" in clips.why["wall.mp4"]
-    assert "'Video Clips'" in clips.why["torn.mp4"] and "Video History" not in clips.report()
+    assert clips.why["torn.mp4"].endswith("Replace it, or take it out of the folder")
+    words = clips.report()
+    assert "Video History" not in words and "Choose another" not in words and "Errno" not in words
+    assert str(clips.videos[0].path.parent) not in words and "Warning: 4 videos skipped:" in words.splitlines()[1]
     assert all(f"Skipped {name}: " in clips.report() for name in clips.why)
 
 
@@ -211,7 +214,7 @@ def test_fault_t4_empty_folders_and_folders_with_nothing_usable(folder, tmp_path
         for path in folder.glob(f"{name}.*"):
             (empty / path.name).write_bytes(path.read_bytes())
     clips = maker(empty, tmp_path / "cache", tiny_vae)
-    with pytest.raises(DatasetError, match=r"can use none of 3 clips:(.|\n)*- wall\.mp4: nothing moves in it"):
+    with pytest.raises(DatasetError, match=r"can use none of 3 videos:(.|\n)*- wall\.mp4: nothing moves in it"):
         list(clips.clips())
 
 
@@ -222,7 +225,7 @@ def test_fault_t4_one_clip_and_short_stretches(folder, tmp_path, cache, tiny_vae
         (one / path.name).write_bytes(path.read_bytes())
     longer = maker(one, cache, tiny_vae, shortest=2.4)
     assert [(c.part.first, c.part.frames) for c in longer.clips()] == [(0, 73)]
-    assert "1 clip of 1 of 1 videos" in longer.report() and "1 that are too short" in longer.report()
+    assert "1 clip from 1 video, 2.4 s in all" in longer.report() and "moves, 1 too short." in longer.report()
     halves = maker(one, tmp_path / "cache", tiny_vae, longest=1.2)
     assert [(c.part.first, c.part.frames) for c in halves.clips()] == [(0, 37), (37, 37), (140, 37)]
 

@@ -50,7 +50,9 @@ def test_nothing_and_too_much_to_measure_is_refused(server, graph):
             server.client.queue(bare)
     both = copy.deepcopy(graph)
     one(both, METER)[1]["inputs"]["project"] = "p"
-    with pytest.raises(PromptError, match="got video, project to measure; expected one video"):
+    with pytest.raises(
+        PromptError, match="got 'video' and 'project' to measure; expected one video.*Disconnect all but one"
+    ):
         server.client.queue(both)
     project = copy.deepcopy(graph)
     del one(project, METER)[1]["inputs"]["video"]

@@ -57,7 +57,8 @@ def test_a_folder_becomes_lists_and_its_latents_stay(server, folder):
     run = server.client.queue(graph(), timeout=300)
     report = run.outputs["clips"]["text"][0]
     assert (
-        run.outputs["count"]["text"][0] == "2" and "2 clips of 2 of 3 videos, 3.7 s in all, 64x48 at 30 fps" in report
+        run.outputs["count"]["text"][0] == "2"
+        and "2 clips from 2 of the 3 videos in the folder, 3.7 s in all, 64x48 at 30 fps" in report
     )
     assert "2 encoded now, 0 found in" in report and "Skipped blink.mp4: it has 0.40 s" in report
     assert len(run.outputs["frames"]["images"]) == 37 + 73, "VAE Decode ran once for each clip"
