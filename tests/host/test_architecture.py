@@ -29,7 +29,11 @@ BELOW = {
     "frame_memory.video": {"frame_memory.plan", "frame_memory.model", "kernels"},
     "frame_memory.model": {"frame_memory.plan", "kernels"},
     "frame_memory.sampling": {
-        "frame_memory.plan", "frame_memory.model", "frame_memory.journal", "frame_memory.video", "kernels",
+        "frame_memory.plan",
+        "frame_memory.model",
+        "frame_memory.journal",
+        "frame_memory.video",
+        "kernels",
     },
     "frame_memory.forcing": {"frame_memory.plan", "frame_memory.model", "kernels"},
 }

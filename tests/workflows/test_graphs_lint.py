@@ -146,8 +146,7 @@ def test_only_graphs_and_thumbnails_lie_in_the_folder():
     assert names == sorted(f"{p.stem}{s}" for p in GRAPHS for s in (".json", ".jpg"))
 
 
-# Those that begin with the start picture.
-@pytest.mark.parametrize("name", [name for name in SELFTEST_GRAPHS if name not in ("drift_and_recall", "ffgo_selftest")])
+@pytest.mark.parametrize("name", [n for n in SELFTEST_GRAPHS if n not in ("drift_and_recall", "ffgo_selftest")])
 def test_the_selftest_asks_for_what_its_picture_shows(name):
     graph = json.dumps(ui_graph(REPO / "workflows" / f"{name}.json"))
     assert f'"{START.caption}"' in graph
