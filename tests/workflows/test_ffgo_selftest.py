@@ -20,6 +20,10 @@ PICTURES = ("reference_1", "reference_2", "reference_3", "background")
 LORA = "FrameMemoryLoraLoader"
 
 
+# Bytes that all models of the pack may have together (design.md section 5).
+MOST_BYTES = 24_000_000
+
+
 @pytest.fixture(scope="module")
 def prompt(server, api):
     for name in PICTURES:
@@ -33,6 +37,11 @@ def frames_of(server, prompt: dict) -> np.ndarray:
     with av.open(str(server.base / "output" / file["subfolder"] / file["filename"])) as container:
         made = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     return made.astype(np.float32) / 255
+
+
+def test_the_models_that_ship_stay_small():
+    sizes = [path.stat().st_size for path in (REPO / "selftest_models").rglob("*.safetensors")]
+    assert len(sizes) == 7 and sum(sizes) < MOST_BYTES
 
 
 def test_the_shipped_pictures_are_the_compositions():
