@@ -240,7 +240,6 @@ VIDEO = _needs("""
     comfy.utils.tiled_scale_multidim samples function tile overlap upscale_amount out_channels index_formulas
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.utils.ProgressBar.update_absolute value total preview
-    folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Combo.Input
     comfy_api.latest.io.Float.Input
@@ -251,6 +250,10 @@ VIDEO = _needs("""
     comfy_api.latest.io.String.Output
     comfy_api.latest.io.Vae.Input
     comfy_api.latest.io.Video.Output
+""")
+
+SAVING = _needs("""
+    folder_paths.get_save_image_path filename_prefix output_dir image_width image_height
 """)
 
 VIDEO_SOCKETS = _needs("""
@@ -445,7 +448,7 @@ FAMILIES: dict[str, Family] = {
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),
-    "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO),
+    "video": Family(("FrameMemorySaveLongVideo",), API + VAE_FAMILIES + VIDEO + SAVING),
     "join": Family(("FrameMemoryJoinVideos",), API + VIDEO_SOCKETS + JOIN),
     "first_frame": Family(
         ("FrameMemoryFirstFrameComposer", "FrameMemoryFFGoPrompt", "FrameMemoryDropTransitionFrames"),
