@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import re
 import time
 
 import numpy as np
@@ -121,10 +122,11 @@ def test_fault_t1_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(trained, 
     client.interrupt()
     with pytest.raises(PromptError, match=f"Cancelled in {TRAIN}"):
         client.wait(prompt_id, timeout=600)
-    done = max(steps())
-    assert 2 <= done < 1000
     said = [text for _, i, text in progress_texts(during(client.messages, prompt_id)) if i == second]
-    assert f"Stopped after step {done} of 5000" in said[-1] and "same name to go on" in said[-1]
+    stopped = re.search(r"Stopped after step (\d+) of 5000", said[-1])
+    assert stopped and "same name to go on" in said[-1]
+    done = int(stopped[1])
+    assert max(2, *steps()) <= done < 1000, "the host may not show every step"
     folder = server.base / "output" / "frame_memory_training" / "stopped"
     kept = sorted(p.name for p in folder.glob("step-*"))
     assert kept[-1] == f"step-{done:08d}.safetensors" and len(kept) <= 3
