@@ -1,8 +1,8 @@
 """The training graph on the real server: videos to a memory and a head, cancelled and gone on with, and then loaded."""
 
 import copy
-import sys
 import re
+import sys
 import time
 
 import numpy as np
