@@ -183,11 +183,14 @@ def _refuse_foreign(path: str, size: int, head: bytes, node: str) -> None:
             f"{path} is a GGUF file, which '{node}' does not read. Use a GGUF loader node: it reads FramePack files in "
             f"the native layout, which '{LOAD_MODEL}' can save."
         )
-    if head.lstrip()[:1] == b"<":
+    # The length of a header can begin as a pickle does (1408 bytes) or as a web page (15392); what follows it does not.
+    header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
+    if head.lstrip()[:1] == b"<" and not header:
         raise FileError(f"{path} is a web page, not a model: the download was refused or redirected. {again}")
     zip_file, pickled = head.startswith(b"PK\x03\x04"), head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"
-    if zip_file or pickled or not path.lower().endswith(SAFETENSORS):
-        what = "a PyTorch pickle (.ckpt, .pt, .bin)" if zip_file or pickled else "not a .safetensors file"
+    pickled = (zip_file or pickled) and not header
+    if pickled or not path.lower().endswith(SAFETENSORS):
+        what = "a PyTorch pickle (.ckpt, .pt, .bin)" if pickled else "not a .safetensors file"
         raise FileError(
             f"{path} is {what}. Such files can run programs when they are opened, so this one was not opened. "
             f"Choose its .safetensors version{f' from {page}' if page else ''} in '{node}'. Or convert it in a place "

@@ -134,6 +134,15 @@ def test_fault_33_and_40_files_that_are_no_safetensors_are_named_and_never_run(t
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("length", [0x280, 0x580, 0x3C20], ids=["pickle 2", "pickle 5", "web page"])
+def test_a_header_whose_length_begins_as_another_kind_of_file_is_read(tmp_path, length):
+    path, kept = tmp_path / "file.safetensors", {"a": torch.arange(3.0)}
+    save_file(kept, path, {"note": ""})
+    save_file(kept, path, {"note": "x" * (length - int.from_bytes(path.read_bytes()[:8], "little"))})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(tensor_file.read(str(path))["a"], kept["a"])
+
+
 def test_other_safetensors_files_are_named_and_refused(tmp_path, native):
     lora = {"transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128)}
     cases = ((lora, "'Load Video LoRA'"), (native, "'Load FramePack Model'"), ({"x": torch.zeros(2)}, "a head alone"))
