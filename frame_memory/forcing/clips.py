@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..model.transformer import without_padding
 from ..plan import PRESETS, Section, parse_schedule, plan_sections
 from .flow import Conditioning
 
@@ -73,9 +74,6 @@ def conditioning_of(entries: Sequence, name: str) -> Conditioning:
             f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{TRAIN}'."
         )
     text, more = entries[0]
-    mask = more.get("attention_mask")
-    if mask is not None:
-        text = text[:, : max(int(mask.reshape(-1, mask.shape[-1])[0].bool().sum()), 1)]
     pooled = more.get("pooled_output")
     if pooled is None:
         raise ForcingError(
@@ -83,6 +81,7 @@ def conditioning_of(entries: Sequence, name: str) -> Conditioning:
             f"'DualCLIPLoader' to hunyuan_video, and connect it to '{VIDEO_CLIPS}'."
         )
     vision = more.get("clip_vision_output")
+    text = without_padding(text, more.get("attention_mask"))
     return Conditioning(text, pooled, None if vision is None else vision.last_hidden_state)
 
 

@@ -190,6 +190,12 @@ def _valid_lengths(attention_mask: Tensor | None) -> list[int] | None:
     return None if all(n == attention_mask.shape[-1] for n in lengths) else lengths
 
 
+def without_padding(text_BLC: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The tokens `[1, L, C]` of the first prompt that the network is shown."""
+    lengths = _valid_lengths(attention_mask)
+    return text_BLC[:1] if lengths is None else text_BLC[:1, : lengths[0]]
+
+
 def _double(block, a: dict) -> dict:
     img, txt = block(img=a["img"], txt=a["txt"], vec=a["vec"], pe=a["pe"], attn_mask=a["attention_mask"],
                      modulation_dims_img=a["modulation_dims_img"], modulation_dims_txt=a["modulation_dims_txt"],
