@@ -11,16 +11,13 @@ from ..frame_memory.model import memory_file
 from ..frame_memory.model.memory import (
     LOAD_MEMORY,
     MEMORY_PACK,
-    FrameMemory,
     MemoryMismatch,
     attach,
     check_fits,
-    compute_dtype,
-    encoder_from_tensors,
+    encoder_of,
     new_encoder,
     with_features_of,
 )
-from ..frame_memory.model.semantic_pack import PackSpec
 from .shown import show
 from .sockets import FrameMemorySocket
 
@@ -31,6 +28,12 @@ def file_names() -> list[str]:
     """Files of models/frame_memory; none where the pack's folder is not registered (yet)."""
     known = memory_file.FOLDER in folder_paths.folder_names_and_paths
     return folder_paths.get_filename_list(memory_file.FOLDER) if known else []
+
+
+def state_of_file(name: str) -> str:
+    """What changes when a file of models/frame_memory is saved again; empty where there is none of that name."""
+    path = folder_paths.get_full_path(memory_file.FOLDER, name)
+    return "" if path is None else f"{os.path.getmtime(path)} {os.path.getsize(path)}"
 
 
 class FrameMemoryLoadEncoder(io.ComfyNode):
@@ -80,8 +83,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, encoder_name, **_):
         """A file that was trained on and saved again under its name is read again."""
-        path = None if encoder_name == NEW else folder_paths.get_full_path(memory_file.FOLDER, encoder_name)
-        return "" if path is None else f"{os.path.getmtime(path)} {os.path.getsize(path)}"
+        return state_of_file(encoder_name)
 
     @classmethod
     def execute(cls, encoder_name, model=None) -> io.NodeOutput:
@@ -94,27 +96,13 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
                 )
             memory = new_encoder(model)
         else:
-            memory = _from_file(encoder_name, model)
+            path = folder_paths.get_full_path_or_raise(memory_file.FOLDER, encoder_name)
+            memory = encoder_of(memory_file.read(path, LOAD_MEMORY), LOAD_MEMORY, model)
             if model is not None:
                 lines.append(check_fits(memory, model, LOAD_MEMORY))
         report = "\n".join([memory.describe(), *lines])
         show(cls, report)
         return io.NodeOutput(memory, report, ui=ui.PreviewText(report))
-
-
-def _from_file(name: str, model) -> FrameMemory:
-    file = memory_file.read(folder_paths.get_full_path_or_raise(memory_file.FOLDER, name), LOAD_MEMORY)
-    if not file.pack or file.spec is None:
-        raise MemoryMismatch(
-            f"{file.name} holds a Direct Forcing head and no memory. Load it with 'Load Direct Forcing Checkpoint', or "
-            f"choose another file in '{LOAD_MEMORY}'."
-        )
-    try:
-        spec = PackSpec.from_dict(file.spec)
-    except ValueError as error:
-        raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{LOAD_MEMORY}'.") from error
-    at = {} if model is None else {"dtype": compute_dtype(model), "load_device": model.load_device}
-    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **at)
 
 
 class FrameMemoryMemoryPack(io.ComfyNode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -12,9 +11,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..frame_memory.model import head, memory, memory_file
 from ..frame_memory.model.base_signature import Base
 from ..frame_memory.model.framepack import is_framepack
-from ..frame_memory.model.semantic_pack import PackSpec
 from ..frame_memory.model.sources import LOAD_MODEL
-from .memory import file_names
+from .memory import file_names, state_of_file
 from .shown import show
 from .sockets import FrameMemorySocket
 
@@ -88,8 +86,7 @@ class FrameMemoryLoadDirectForcing(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **_):
         """A file that was trained on and saved again under its name is read again."""
-        path = folder_paths.get_full_path(memory_file.FOLDER, file)
-        return "" if path is None else f"{os.path.getmtime(path)} {os.path.getsize(path)}"
+        return state_of_file(file)
 
     @classmethod
     def execute(cls, model, file, strength=1.0) -> io.NodeOutput:
@@ -103,23 +100,11 @@ class FrameMemoryLoadDirectForcing(io.ComfyNode):
         base = Base.of(model)
         fits = held.check_base(base, NODE)
         patched, patch = head.apply_head(model, held, strength)
-        kept = _memory(held, file, model) if held.pack else None
+        kept = memory.encoder_of(held, NODE, model) if held.pack else None
         report = "\n".join(_report(file, held, fits, strength, patch, kept))
         show(cls, report)
         missing = ExecutionBlocker(NO_MEMORY.format(file=file, node=memory.MEMORY_PACK))
         return io.NodeOutput(patched, kept or missing, report, ui=ui.PreviewText(report))
-
-
-def _memory(held: memory_file.MemoryFile, file: str, model) -> memory.FrameMemory:
-    """The file's memory, in the numbers and for the device of the MODEL."""
-    try:
-        spec = PackSpec.from_dict(held.spec or {})
-    except ValueError as error:
-        raise memory_file.MemoryFileError(f"'{file}': {error} Choose another file in '{NODE}'.") from error
-    dtype = memory.compute_dtype(model)
-    return memory.encoder_from_tensors(
-        held.pack, spec, label=file, base=held.base, dtype=dtype, load_device=model.load_device
-    )
 
 
 def _report(

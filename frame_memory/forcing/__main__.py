@@ -190,17 +190,9 @@ def _memory(path: Path | None, model):
     if path is None:
         return None
     from ..model import memory_file
-    from ..model.memory import compute_dtype, encoder_from_tensors
-    from ..model.semantic_pack import PackSpec
-    from .clips import ForcingError
+    from ..model.memory import encoder_of
 
-    file = memory_file.read(str(path))
-    if not file.pack or file.spec is None:
-        raise ForcingError(f"{path} holds a head and no memory. Choose a file of stage memory or lora.")
-    return encoder_from_tensors(
-        file.pack, PackSpec.from_dict(file.spec), label=file.name, base=file.base, dtype=compute_dtype(model),
-        load_device=model.load_device,
-    )  # fmt: skip
+    return encoder_of(memory_file.read(str(path)), "--memory", model)
 
 
 if __name__ == "__main__":

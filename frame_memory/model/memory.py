@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .base_signature import MODEL_PREFIX, Base
 from .framepack import MODEL_OPTION, is_framepack
+from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile
 from .semantic_pack import PackSpec, SemanticPack, initialise
 from .sources import LOAD_MODEL
+from .transformer import without_padding
 
 # Under this name the encoder hangs on a MODEL: a second one takes the place of the first.
 ATTACHED = "frame_memory"
-LOAD_MEMORY = "Load Memory Encoder"
 MEMORY_PACK = "MemoryPack Encoder"
 SHOWN = 8
 _NUMBERS = 64
@@ -120,6 +121,27 @@ def encoder_from_tensors(
     return _memory(pack, spec, label, trained, base, load_device or comfy.model_management.get_torch_device())
 
 
+def encoder_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory:
+    """The memory that a file holds, in the numbers and for the device of a MODEL where there is one.
+
+    node: display name of the node that the file was chosen in. Raises MemoryMismatch for a file without a memory, or
+    with one that this version cannot read.
+    """
+    if not file.pack or file.spec is None:
+        raise MemoryMismatch(
+            f"{file.name} holds a Direct Forcing head and no memory. Load it with '{LOAD_DIRECT_FORCING}', or choose "
+            f"another file in '{node}'."
+        )
+    try:
+        spec = PackSpec.from_dict(file.spec)
+    except ValueError as error:
+        raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{node}'.") from error
+    at = {}
+    if model_patcher is not None:
+        at = {"dtype": compute_dtype(model_patcher), "load_device": model_patcher.load_device}
+    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **at)
+
+
 def attach(model_patcher, memory: FrameMemory):
     """A clone of a MODEL that brings the encoder with it when it is loaded; the MODEL stays as it is."""
     clone = model_patcher.clone()
@@ -181,10 +203,8 @@ def with_features_of(memory: FrameMemory, conditioning: list, vision=None) -> tu
     """
     if not conditioning:
         raise MemoryMismatch(f"'conditioning' of '{MEMORY_PACK}' is empty. Feed it from 'CLIP Text Encode'.")
-    text, extra = conditioning[0][0][:1], conditioning[0][1]
-    mask = extra.get("attention_mask")
-    if mask is not None:  # tokens that are only padding must not become memory
-        text = text[:, mask.reshape(mask.shape[0], -1)[0].bool()]
+    text, extra = conditioning[0]
+    text = without_padding(text, extra.get("attention_mask"))
     vision = extra.get("clip_vision_output") if vision is None else vision
     tokens = None if vision is None else vision.last_hidden_state
     wrong = _wrong_width("conditioning", text, memory.spec.text, "DualCLIPLoader, type hunyuan_video")
