@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import comfy.lora
@@ -206,7 +207,8 @@ class TrainingRun:
         try:
             with trained.ready():
                 while trainer.done < self.request.steps:
-                    trainer.step(lambda generator: self._losses(trained, trainer.done, generator))
+                    rate = self.request.settings.rate * trainer.rate_share
+                    trainer.step(partial(self._losses, trained, trainer.done, rate))
                     if self.moment is not None:
                         self.faces.watch(replace(self.moment, step=trainer.done, losses=trainer.losses))
                     if trainer.done % self.request.save_every == 0:
@@ -245,7 +247,9 @@ class TrainingRun:
         if trainer.done != self.saved and (not self.workers.first or self.folder.save(trainer)):
             self.saved = trainer.done
 
-    def _losses(self, trained: Trained, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+    def _losses(
+        self, trained: Trained, step: int, rate: float, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, float]]:
         request, recipe = self.request, self.request.recipe
         least = 2 if request.parts == (MEMORY,) else 1
         count = clips_at(step, request.steps, request.clips, least)
@@ -256,8 +260,6 @@ class TrainingRun:
         draw = draw_video(video, count, recipe, generator)
         for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
             self.faces.interrupt()
-            settings = request.settings
-            rate = settings.rate * min((step + 1) / max(settings.warmup, 1), 1.0)
             self.moment = Moment(step, request.steps, draw.count, chosen.name, [], rate, clip.estimate)
             yield clip.loss, 1 / draw.count
 

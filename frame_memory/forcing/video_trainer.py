@@ -88,6 +88,11 @@ class VideoTrainer:
             made.append((adamw, s.rate))
         return made
 
+    @property
+    def rate_share(self) -> float:
+        """The share of the full rate that the next step has: less in the warm-up and after a loss of no number."""
+        return self.factor * min((self.done + 1) / max(self.settings.warmup, 1), 1.0)
+
     def step(self, losses: VideoLosses) -> Step:
         """One update on `settings.videos` videos. Raises TrainingStopped as `settings.bad_limit` says."""
         before = self.generator.get_state()
@@ -132,10 +137,9 @@ class VideoTrainer:
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         if norm > settings.clip:
             torch._foreach_mul_(grads, settings.clip / norm)
-        share = self.factor * min((self.done + 1) / max(settings.warmup, 1), 1.0)
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * self.rate_share
             optimiser.step()
         if self.average:
             keep = min(settings.average, (self.done + 1) / (self.done + 11))

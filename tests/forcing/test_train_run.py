@@ -201,6 +201,24 @@ def test_fault_t3_a_run_that_learned_nothing_leaves_no_result(tiny_file, tmp_pat
         run.run()
 
 
+def test_the_rate_that_is_told_after_a_loss_that_was_no_number_is_the_halved_one(tiny_file, tmp_path):
+    told: list[float] = []
+    run = run_of(tiny_file, tmp_path, 3, [])
+    whole = [video.samples.clone() for video in run.videos]
+
+    def watch(moment):
+        told.append(moment.rate)
+        for video, samples in zip(run.videos, whole, strict=True):
+            video.samples.copy_(samples)
+
+    run.faces = Faces(lambda _: None, watch)
+    for video in run.videos:
+        video.samples[:] = float("nan")
+    losses = run.run().losses
+    assert losses[0] != losses[0] and losses[1] == losses[1]
+    assert told == pytest.approx([FAST.rate, FAST.rate / 2, FAST.rate / 2 * 2 ** (1 / 20)])
+
+
 def test_a_memory_that_does_not_learn_is_read_in_the_numbers_that_sampling_reads_it_in(tiny_file, tmp_path):
     model = load(tiny_file)
     given = new_encoder(model)
@@ -311,3 +329,9 @@ def test_the_command_line_trains_from_the_same_files(tiny_file, tmp_path, capsys
     assert memory_file.read(str(made)).kind == memory_file.SEMANTIC_PACK
     assert main([*arguments, "--memory", str(tmp_path / "none.safetensors"), "--name", "x"]) == 1
     assert "There is no file at" in capsys.readouterr().err
+    model = load(tiny_file)
+    head_only = str(tmp_path / "head.safetensors")
+    memory_file.write(head_only, Base.of(model), head={n: weights_of(model)[n] for n in memory_file.HEAD})
+    assert main([*arguments, "--memory", head_only, "--name", "y"]) == 1
+    said = capsys.readouterr().err
+    assert "head.safetensors holds a Direct Forcing head and no memory" in said and "'--memory'" in said
