@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -17,8 +16,8 @@ from ..frame_memory.model.experts import loaded_expert
 from ..frame_memory.plan import canvas
 from ..frame_memory.video import canvas as drawing
 from ..frame_memory.video import ffgo_clips
-from ..frame_memory.video.clip_folder import check_folder, state_of_folder
 from .canvas_inputs import look, side
+from .input_folders import chosen_folder, state_of_chosen
 from .shown import show
 
 CATEGORY = "model/training"
@@ -111,21 +110,19 @@ class FrameMemoryFFGoDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder="", **_):
-        """Names, sizes and times of the files, so that a changed folder is read again."""
-        if folder not in folder_paths.get_input_subfolders():
-            return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at
-        return state_of_folder(Path(folder_paths.get_input_directory()) / folder)
+        """A folder that has changed is read again."""
+        return state_of_chosen(folder)
 
     @classmethod
     def execute(
         cls, folder, clip, vae, width, height, length, start_frame=0, layout=canvas.STACK, keep_background_aspect=False,
         enlarge_small=False, crop_to_content=False, canvas_colour="#ffffff",
     ) -> io.NodeOutput:  # fmt: skip
-        check_folder(folder, folder_paths.get_input_subfolders(), ffgo_clips.NODE)
+        root = chosen_folder(folder, ffgo_clips.NODE)
         ffgo_clips.check_request(vae, width, height, length)
         looks = drawing.CanvasLook(layout, keep_background_aspect, enlarge_small, crop_to_content, canvas_colour)
         reader = ffgo_clips.Reader(
-            Path(folder_paths.get_input_directory()) / folder, (width, height), length, start_frame, looks,
+            root, (width, height), length, start_frame, looks,
             comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
         bar = comfy.utils.ProgressBar(2 * len(reader.clips))

@@ -10,8 +10,8 @@ import folder_paths
 import node_helpers
 from comfy_api.latest import io, ui
 
-from ..frame_memory.video.clip_folder import check_folder, state_of_folder
 from ..frame_memory.video.video_clips import LONGEST_SECONDS, NODE, ClipMaker, Request
+from .input_folders import chosen_folder, state_of_chosen
 from .shown import show
 
 # In ComfyUI's output folder, beside the projects and not among them: encoding hours of video must survive a restart.
@@ -109,18 +109,15 @@ class FrameMemoryVideoClips(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder="", **_):
-        """Names, sizes and times of the files, so that a changed folder is read again."""
-        if folder not in folder_paths.get_input_subfolders():
-            return folder  # `execute` refuses it; nothing outside of ComfyUI's input folder is looked at
-        return state_of_folder(Path(folder_paths.get_input_directory()) / folder)
+        """A folder that has changed is read again."""
+        return state_of_chosen(folder)
 
     @classmethod
     def execute(
         cls, folder, clip, vae, size, longest=LONGEST_SECONDS, shortest=SECTION_SECONDS, clip_vision=None
     ) -> io.NodeOutput:
-        check_folder(folder, folder_paths.get_input_subfolders(), NODE)
         maker = ClipMaker(
-            Path(folder_paths.get_input_directory()) / folder, Path(folder_paths.get_output_directory()) / CACHE, vae,
+            chosen_folder(folder, NODE), Path(folder_paths.get_output_directory()) / CACHE, vae,
             Request.of(size, shortest, longest), comfy.model_management.throw_exception_if_processing_interrupted,
             lambda text: show(cls, text),
         )  # fmt: skip
