@@ -50,6 +50,11 @@ MOTION_LEFT = 0.5
 
 # What the guards advise, and what is no advice for a video that was made that way.
 ADVISES_INVERTED = "Use order 'inverted' (F0) or a schedule"
+# Of pictures that came from anywhere nobody knows that a model made them, and none of them can be re-rolled.
+STANDS_STILL = (
+    "If a model made it, usual causes are a LoRA that is too strong or belongs to another model, a prompt without an "
+    "action, guidance at 1, or TeaCache-like skipping set too high. Name a movement in the prompt."
+)
 
 # Name in the JSON, in a guard's measures, words for the report, unit, bound of the difference between the ends, and
 # whether that bound is a share.
@@ -189,6 +194,8 @@ class DriftMeter:
         found.warnings = [*frozen_warnings(sections), *self._drift_warnings(found)]
         if self.timing.order == "inverted":
             found.warnings = [text.replace(ADVISES_INVERTED, "Use a schedule") for text in found.warnings]
+        if not self.timing.named:
+            found.warnings = [text.replace(CAUSES["frozen"], STANDS_STILL) for text in found.warnings]
         if self.mask_BHW is not None and self.clip_vision is None:
             found.warnings.insert(
                 0,

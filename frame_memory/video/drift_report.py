@@ -16,6 +16,8 @@ PLOT_HEIGHT = 300
 # Least span of the plot's axes, levels of 255 or a share, so that what nobody sees is drawn flat.
 LEAST_SPAN = {"brightness": 16.0, "saturation": 16.0, "sharpness": 4.0, "motion": 16.0}
 LEAST_LIKENESS = 0.2
+# With fewer seconds than these every frame is drawn: means of seconds would not reach the ends, which are compared.
+FEW_SECONDS = 8
 PERCENT = f"{ENDS:.0%}".replace("%", " %")
 DIRECTIONS = {
     "forward": "from its first frame to its last",
@@ -143,16 +145,18 @@ def _rounded(value):
 
 
 def plot(found: Drift) -> Image.Image:
-    """The curves below each other, second by second in the order of making, the two ends shaded."""
+    """The curves below each other in the order of making, the two ends shaded; of short videos frame by frame."""
     timing, panels = found.timing, []
     seconds = (timing.frames - timing.given) / timing.fps
     ends = found.ends / timing.fps
     backwards = " (the video's end is at the left)" if timing.order == "inverted" else ""
     for name, points in found.per_second.items():
         likeness = name in LIKENESS
+        curve = found.curves[name]
+        if len(points) < FEW_SECONDS:
+            points = list(zip((curve.at / timing.fps).tolist(), curve.values.tolist()))
         values = [value for _, value in points]
         bottom, top = fitted(values, LEAST_LIKENESS if likeness else LEAST_SPAN[name])
-        curve = found.curves[name]
         digits = 3 if likeness else 1
         ends_words = "" if math.isnan(curve.difference) else f": {curve.first:.{digits}f} to {curve.last:.{digits}f}"
         unit = "cosine to the beginning" if likeness else "levels of 255"

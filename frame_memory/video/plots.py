@@ -20,6 +20,8 @@ TICKS = 5
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
 # Room above and below the highest and the lowest point of a curve whose axis is chosen for it, as a share of its span.
 MARGIN = 0.15
+# A curve of so few points gets a dot at each: a line through one point cannot be seen.
+FEW_POINTS, DOT = 12, 5
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: in
         points = [place(x, y) for x, y in zip(curve.x, curve.y)]
         if not points:
             continue
-        draw.line(points if len(points) > 1 else points * 2, colour, 3, joint="curve")
+        draw.line(points, colour, 3, joint="curve")
+        for x, y in points if len(points) <= FEW_POINTS else ():
+            draw.ellipse([x - DOT, y - DOT, x + DOT, y + DOT], colour)
         text = f"{curve.name}, at the end {curve.y[-1]:.0f} {panel.y_label}" if curve.note is None else curve.note
         draw.text((points[-1][0], points[-1][1] + 24), text, colour, small, anchor="rt")
 

@@ -107,7 +107,7 @@ def _place(share: float) -> str:
 
 
 def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, int, int] | None:
-    """'x,y,w,h' in pixels of the video; None for an empty text. Raises RecallError with the nearest box inside."""
+    """'x,y,w,h' in pixels of the video; None for an empty text. Raises RecallError with what fits."""
     if not text.strip():
         return None
     try:
@@ -117,12 +117,24 @@ def parse_box(text: str, width: int, height: int, name: str) -> tuple[int, int, 
             f"'{name}' of '{NODE}' is {text.strip()!r}; expected four numbers x,y,width,height in pixels, such as "
             f"'0,0,{width},{height}' for the whole picture."
         ) from None
-    left, top = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
-    inside = left, top, max(min(x + w, width) - left, 1), max(min(y + h, height) - top, 1)
+    given = f"'{name}' of '{NODE}' is {text.strip()!r}"
+    if w < 1 or h < 1:
+        raise RecallError(
+            f"{given}, a box without {'width' if w < 1 else 'height'}; expected x,y,width,height in pixels, such as "
+            f"'0,0,{width},{height}' for the whole picture."
+        )
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if left >= right or top >= bottom:  # of its size, moved as far as it takes
+        left, top = max(min(left, width - w), 0), max(min(top, height - h), 0)
+        raise RecallError(
+            f"{given}, which lies outside of the picture of {width}x{height}. The nearest box of that size is "
+            f"'{left},{top},{min(w, width)},{min(h, height)}'."
+        )
+    inside = left, top, right - left, bottom - top
     if (x, y, w, h) != inside:
         raise RecallError(
-            f"'{name}' of '{NODE}' is {text.strip()!r}, which does not lie in the picture of {width}x{height}. The "
-            f"nearest is '{','.join(map(str, inside))}'."
+            f"{given}, which goes beyond the picture of {width}x{height}. Its part inside is "
+            f"'{','.join(map(str, inside))}'."
         )
     return inside
 

@@ -140,8 +140,11 @@ def test_fault_16_frozen_sections_are_named_with_the_usual_causes():
     video[145:217] = video[145]
     found = metered(video, fps=30.0)
     assert [text for text in found.warnings if text.startswith("Sections 5 to 6 are frozen") and "LoRA" in text]
-    still = metered(np.repeat(picture()[None].astype(np.float32), 120, axis=0), fps=30.0)
-    assert still.warnings[0].startswith("All 3 sections are frozen") and "Name a movement" in still.warnings[0]
+    pictures = np.repeat(picture()[None].astype(np.float32), 120, axis=0)
+    still = metered(pictures, fps=30.0).warnings[0]
+    assert still.startswith("All 3 sections are frozen") and "If a model made it" in still and "re-roll" not in still
+    ours = metered(pictures, timing=Timing(120, 30.0, sections=((1, 1, 37), (2, 37, 73), (3, 73, 120)))).warnings[0]
+    assert "Name a movement in the prompt of this section, or re-roll it" in ours
 
 
 def test_inverted_order_is_judged_from_the_end():
@@ -261,6 +264,15 @@ def test_json_and_plot_say_the_same(tmp_path):
     assert right < left - 100
     flat = np.argwhere((np.asarray(plot(metered(moving(FRAMES))))[:300] == (31, 105, 180)).all(axis=-1))
     assert np.ptp(flat[:, 0]) < 10
+
+
+def test_a_short_clip_is_drawn_frame_by_frame_up_to_its_ends_and_one_point_as_a_dot():
+    def drawn(frames: int) -> np.ndarray:
+        return np.argwhere((np.asarray(plot(metered(moving(frames))))[:300] == (31, 105, 180)).all(axis=-1))[:, 1]
+
+    left, right = 90, 1160  # the panel's sides
+    assert drawn(20).min() < left + 10 and drawn(20).max() > right - (right - left) / 20 - 10
+    assert np.ptp(drawn(1)) >= 8
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])

@@ -93,17 +93,20 @@ def test_the_pair_is_drawn_with_its_times():
 
 
 @pytest.mark.parametrize(
-    ("text", "nearest"),
+    ("text", "said"),
     [
-        ("40,0,20,10", "'40,0,8,10'"),
-        ("-5,-5,10,10", "'0,0,5,5'"),
-        ("90,90,5,5", "'47,31,1,1'"),
-        ("0,0,0,5", "'0,0,1,5'"),
+        ("40,0,20,10", "goes beyond the picture of 48x32. Its part inside is '40,0,8,10'"),
+        ("-5,-5,10,10", "goes beyond the picture of 48x32. Its part inside is '0,0,5,5'"),
+        ("90,90,5,6", "lies outside of the picture of 48x32. The nearest box of that size is '43,26,5,6'"),
+        ("-60,0,50,10", "lies outside of the picture of 48x32. The nearest box of that size is '0,0,48,10'"),
+        ("1.5,2,0,10", "a box without width; expected x,y,width,height in pixels, such as '0,0,48,32'"),
+        ("1,2,4,-3", "a box without height"),
     ],
 )
-def test_boxes_outside_the_picture_are_refused_with_the_nearest(text, nearest):
-    with pytest.raises(RecallError, match=f"'first_box' of 'Memory Recall'.*nearest is {nearest}"):
+def test_boxes_that_are_not_in_the_picture_are_refused_with_what_fits(text, said):
+    with pytest.raises(RecallError) as refused:
         parse_box(text, WIDTH, HEIGHT, "first_box")
+    assert f"'first_box' of 'Memory Recall' is '{text}', " in str(refused.value) and said in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1 2 3 4", "nan,0,1,1"])
