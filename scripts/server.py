@@ -95,6 +95,7 @@ class Server:
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         if self.host.installed_by_us:
             environment["PYTHONNOUSERSITE"] = "1"
+            environment.pop(hosts.NO_BYTECODE, None)
         new_group: dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
         with open(self.log_file, "ab") as log:
             self._process = subprocess.Popen(

@@ -244,6 +244,15 @@ def test_pips_settings_reach_pip_but_not_those_that_would_put_packages_elsewhere
     assert got["PIP_INDEX_URL"] == "https://mirror.example/simple" and not {"PIP_TARGET", "PYTHONPATH"} & set(got)
 
 
+def test_our_installation_keeps_its_bytecode_and_anothers_is_not_written_into(monkeypatch, tmp_path):
+    """Compiled anew at each start, ComfyUI takes more than twice as long to begin."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in host.clean_environment()
+    for ours in (True, False):
+        got = host.environment(host.Host(tmp_path / "python", tmp_path, installed_by_us=ours))
+        assert ("PYTHONDONTWRITEBYTECODE" in got) == (not ours)
+
+
 def test_the_pack_is_mounted_once_and_taken_away_without_harm(tmp_path):
     pack = tmp_path / "pack"
     pack.mkdir()
