@@ -11,9 +11,9 @@ The tiny model has one network where Wan 2.2 has two experts; it plays both, eac
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -219,10 +219,13 @@ def work(job: Job) -> Done:
     return Done(seen, pair, seconds, drawn)
 
 
-def work_apart(job: Job) -> Done:
-    """The same in a process of its own, beside others."""
-    torch.set_num_threads(1)
-    return work(job)
+def all_done(do: Callable, jobs: Sequence, workers: int) -> Iterator:
+    """What `do` makes of each job, in their order; by several workers in processes of one thread each."""
+    if workers == 1:
+        yield from map(do, jobs)
+        return
+    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(do, jobs)
 
 
 def main() -> None:
@@ -244,21 +247,18 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     figures: list[tuple[str, str, float]] = []
     drawn, first = [], None
-    pool = multiprocessing.Pool(args.workers) if args.workers > 1 else contextlib.nullcontext()
-    with pool:
-        jobs = [job for arm in arms for job in arm]
-        done = pool.imap(work_apart, jobs) if pool else map(work, jobs)
-        for arm in arms:
-            made = [next(done) for _ in arm]
-            for count in range(1, MOST + 1):
-                label = f"{arm[0].label}, {count}"
-                line, values = row(label, [d.seen[count] for d in made])
-                print(line, flush=True)
-                figures.extend((label, name, value) for name, value in values.items())
-            if arm[0].recipe is not None:
-                first = first or made[0].pair
-                print(f"(training of each pair: {', '.join(f'{d.seconds:.0f} s' for d in made)})", flush=True)
-            drawn.append(made[0].drawn)
+    done = all_done(work, [job for arm in arms for job in arm], args.workers)
+    for arm in arms:
+        made = [next(done) for _ in arm]
+        for count in range(1, MOST + 1):
+            label = f"{arm[0].label}, {count}"
+            line, values = row(label, [d.seen[count] for d in made])
+            print(line, flush=True)
+            figures.extend((label, name, value) for name, value in values.items())
+        if arm[0].recipe is not None:
+            first = first or made[0].pair
+            print(f"(training of each pair: {', '.join(f'{d.seconds:.0f} s' for d in made)})", flush=True)
+        drawn.append(made[0].drawn)
     if args.ship and first:
         ship(first)
     if args.picture:
