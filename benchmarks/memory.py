@@ -257,13 +257,14 @@ def scratch(where: str | None):
         yield Path(name)
 
 
-def in_child(part: str, kept: str | None, *arguments: str) -> dict:
-    """Run one part in a process of its own and return what it measured; `kept` is a folder that may hold it already."""
+def in_child(part: str, kept: str | None, *arguments: str, module: str = "benchmarks.memory") -> dict:
+    """Run one part of a benchmark in a process of its own and return what it measured; `kept` is a folder that may hold
+    it already."""
     with scratch(None) as folder:
         result = Path(kept or folder) / f"{part}.json"
         if result.exists():
             return json.loads(result.read_text(encoding="utf-8"))
-        line = [sys.executable, "-m", "benchmarks.memory", "--child", part, "--result", str(result), *arguments]
+        line = [sys.executable, "-m", module, "--child", part, "--result", str(result), *arguments]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         subprocess.run(line, check=True, env=environment)
         return json.loads(result.read_text(encoding="utf-8"))

@@ -140,7 +140,7 @@ def run_on_gpu(clips: int = 2, **topology) -> dict[str, float]:
     )))  # fmt: skip
     video = TrainingVideo(torch.randn(1, 16, 1 + FRAMES * clips, HEIGHT, WIDTH, device="cuda"), cond, "random")
     trained = Trained(model, None, (HEAD_PART,), dtype=torch.bfloat16, device="cuda")
-    peaks = {"inference": _peak(lambda: _infer(trained, video))}
+    peaks = {"inference": gpu_peak(lambda: _infer(trained, video))}
     trainer = VideoTrainer(trained.parameters, VideoSettings(warmup=1))
     recipe = Recipe(DIRECT)
 
@@ -154,7 +154,7 @@ def run_on_gpu(clips: int = 2, **topology) -> dict[str, float]:
             trainer.step(losses)
 
     update()  # the optimiser's numbers appear in the first one
-    peaks["stage 2"] = _peak(update)
+    peaks["stage 2"] = gpu_peak(update)
     # The fp32 copies of the head lie in the GPU already; they are no part of inference.
     peaks["inference"] -= 4 * sum(p.numel() for p in trained.parameters.values())
     return {**peaks, "ratio": peaks["stage 2"] / peaks["inference"]}
@@ -168,7 +168,8 @@ def _infer(trained: Trained, video: TrainingVideo) -> None:
         predict_velocity(trained, x, x.new_ones(1), video.cond, context, {})
 
 
-def _peak(action) -> int:
+def gpu_peak(action) -> int:
+    """Bytes that torch held on the GPU at most during a call."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -12,12 +12,18 @@ On several GPUs each one takes a video of its own in every step, and their gradi
     python scripts/run.py -m accelerate.commands.launch --num_processes 4 -m frame_memory.forcing ARGUMENTS
 
 (the second needs the package accelerate, the first nothing more). Ctrl+C keeps a checkpoint; the same command goes on
-from it. What follows `--` goes to ComfyUI, for example `-- --lowvram`.
+from it. Several processes stop together, at the end of an update; a launcher ends those that take longer than its
+patience (30 s), and then the checkpoint is the last of --save-every. What follows `--` goes to ComfyUI, for example
+`-- --lowvram`.
+
+Both launchers were tried, with two processes on CPUs and a tiny model, not on several GPUs: accelerate 1.15 without
+GPUs needs `--multi_gpu` (with its own `--cpu` it starts one process), and the `--cpu` of this command.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -127,11 +133,13 @@ def _train(args: argparse.Namespace) -> int:
             args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
         )  # fmt: skip
         model = _model(args, family)
+        stop = _Stop(workers, _Lines(say) if workers.first else lambda moment: None)
         run = TrainingRun(
             model, _memory(args.memory, model), videos, request, args.output / args.name,
-            Faces(say, _Lines(say) if workers.first else lambda moment: None), workers,
+            Faces(say, stop.after_update, stop.between_clips), workers,
         )  # fmt: skip
-        outcome = run.run()
+        with stop:
+            outcome = run.run()
         if workers.first:
             if outcome.stopped:
                 say(outcome.stopped)
@@ -148,6 +156,36 @@ def _train(args: argparse.Namespace) -> int:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+class _Stop:
+    """Ctrl+C, heard between two clips, or by several processes together after an update, however often it is sent.
+
+    In the middle of an update it would leave half of one in the checkpoint; a launcher sends it once more to processes
+    that have heard it, while the checkpoint is written; and where one process stops alone the others wait for it.
+    """
+
+    def __init__(self, workers, watch):
+        self.workers, self.watch, self.asked, self.before = workers, watch, False, None
+
+    def __enter__(self) -> _Stop:
+        self.before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _hear(self, *_) -> None:
+        self.asked = True
+
+    def between_clips(self) -> None:
+        if self.asked and self.workers.count == 1:
+            raise KeyboardInterrupt
+
+    def after_update(self, moment) -> None:
+        self.watch(moment)
+        if self.workers.summed([float(self.asked)])[0]:
+            raise KeyboardInterrupt
 
 
 class _Lines:

@@ -223,7 +223,8 @@ class TrainingRun:
             if trainer.done and self.saved == trainer.done:
                 self.faces.say(
                     f"Stopped after step {trainer.done} of {self.request.steps}; its checkpoint is kept in "
-                    f"{self.folder.folder}. Run it again with the same name to go on from there."
+                    f"{self.folder.folder}. Run it again with the same name to go on from there; with steps at "
+                    f"{trainer.done}, for a result of what it has learned so far."
                 )
             raise
         self._save(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from frame_memory.forcing.training_run import (
     TrainingRun,
     without_head_patches,
 )  # fmt: skip
+from frame_memory.forcing.training_state import TrainingFolder
 from frame_memory.forcing.video_trainer import VideoSettings
 from frame_memory.model import checkpoint, head, memory_file
 from frame_memory.model.base_signature import Base
@@ -335,3 +337,35 @@ def test_the_command_line_trains_from_the_same_files(tiny_file, tmp_path, capsys
     assert main([*arguments, "--memory", head_only, "--name", "y"]) == 1
     said = capsys.readouterr().err
     assert "head.safetensors holds a Direct Forcing head and no memory" in said and "'--memory'" in said
+
+
+def test_fault_t1_ctrl_c_twice_keeps_the_whole_step_to_go_on_from(tiny_file, tmp_path, capsys, monkeypatch):
+    """Launchers send it once more while the checkpoint is written; and it may come in the middle of an update."""
+    from frame_memory.forcing import __main__ as command
+
+    def then_again(real):
+        return lambda self, *arguments: (signal.raise_signal(signal.SIGINT), real(self, *arguments))[1]
+
+    def in_step(optimiser, *arguments, **more):
+        made = real_step(optimiser, *arguments, **more)
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return made
+
+    steps: list[int] = []
+    real_step, before = torch.optim.AdamW.step, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["frame_memory.forcing"])
+    write_videos(tmp_path / "videos", videos(), "HunyuanVideo")
+    arguments = ["--model", str(tiny_file), "--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "out")]
+    arguments += ["--clips", "2", "--cpu", "--rate", "1e-3", "--warmup", "1", "--steps", "5", "--name"]
+    assert command.main([*arguments, "whole"]) == 0
+    with monkeypatch.context() as pressed:
+        pressed.setattr(torch.optim.AdamW, "step", in_step)
+        pressed.setattr(TrainingFolder, "save", then_again(TrainingFolder.save))
+        assert command.main([*arguments, "stopped"]) == 130
+    assert "Stopped after step 3 of 5" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+    assert command.main([*arguments, "stopped"]) == 0
+    assert "Going on from step 3 of 5" in capsys.readouterr().out
+    whole, stopped = (memory_file.read(str(tmp_path / "out" / f"{n}.safetensors")).head for n in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in memory_file.HEAD)

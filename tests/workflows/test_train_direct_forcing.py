@@ -2,7 +2,6 @@
 
 import copy
 import re
-import sys
 import time
 
 import numpy as np
@@ -12,33 +11,16 @@ from PIL import Image
 from frame_memory.model import memory_file, tensor_file
 from scripts.client import PromptError
 
-from .tiny import ENCODERS, REPO, during, one, progress_texts, shrink, ui_graph
-
-sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
-from video.odd_videos import write_video
+from .tiny import ENCODERS, REPO, during, one, progress_texts, shrink, training_videos, ui_graph
 
 GRAPH = REPO / "workflows" / "train_direct_forcing.json"
 TRAIN, CLIPS = "FrameMemoryTrainDirectForcing", "FrameMemoryVideoClips"
-FRAMES = 73  # two clips of 1.2 s and the first frame
-
-
-def film(path, colour: int) -> None:
-    """A square that walks over one colour, with a caption."""
-    pictures = np.full((FRAMES, 48, 64, 3), colour, np.uint8)
-    for t in range(FRAMES):
-        x = 40 - abs(t % 80 - 40)  # there and back: what leaps is taken for a cut
-        pictures[t, 10:30, x : x + 20] = (250, 240, 10)
-    write_video(path, [round(1000 * i / 30) for i in range(FRAMES)], size=(64, 48), frames=list(pictures))
-    path.with_suffix(".txt").write_text(f"A yellow square walks over grey {colour}.", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def prompt(server, api):
     """The graph on the self-test models: two steps a stage, at most two clips, no warm-up to speak of."""
-    folder = server.base / "input" / one(api(GRAPH), CLIPS)[1]["inputs"]["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, colour in enumerate((60, 120)):
-        film(folder / f"clip {i}.mp4", colour)
+    training_videos(server.base / "input" / one(api(GRAPH), CLIPS)[1]["inputs"]["folder"])
     small = shrink(api(GRAPH))
     one(small, CLIPS)[1]["inputs"].update(size=64)
     for node in small.values():

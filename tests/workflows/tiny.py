@@ -26,11 +26,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
 from first_frame import wan_files
+from video.odd_videos import write_video
 
 GRAPHS = sorted((REPO / "workflows").glob("*.json"))
 SELFTEST_GRAPHS = (
@@ -116,6 +118,19 @@ def save_direct_forcing(folder: Path) -> None:
     recipe = {"forcing": "Direct Forcing", "steps": 1}
     path = folder / DIRECT_FORCING
     memory_file.write(str(path), base, pack=pack.state_dict(), spec=spec.to_dict(), head=head, recipe=recipe)
+
+
+def training_videos(folder: Path, frames: int = 73) -> None:
+    """Two videos with captions: a square that walks over one colour. 73 frames are the first and two clips of 1.2 s."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, colour in enumerate((60, 120)):
+        pictures = np.full((frames, 48, 64, 3), colour, np.uint8)
+        for t in range(frames):
+            x = 40 - abs(t % 80 - 40)  # there and back: what leaps is taken for a cut
+            pictures[t, 10:30, x : x + 20] = (250, 240, 10)
+        path = folder / f"clip {i}.mp4"
+        write_video(path, [round(1000 * n / 30) for n in range(frames)], size=(64, 48), frames=list(pictures))
+        path.with_suffix(".txt").write_text(f"A yellow square walks over grey {colour}.", encoding="utf-8")
 
 
 def shrink_wan(prompt: dict, *, width: int = 96, height: int = 64, frames: int = 13) -> dict:
