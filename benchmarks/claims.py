@@ -14,7 +14,6 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from scipy import stats
 
 from . import record
-from .claims_rows import TABLES, VARIANTS, Budget, OutOfTime, Variant, Workshop, slug, toy
+from .claims_rows import ROWS, TABLES, VARIANTS, Budget, OutOfTime, Variant, Workshop, slug, toy
 from .claims_videos import Sampling, measured
 from .long_clips import LongClips, codec_of
 from .long_world import random_long_scene
@@ -65,9 +64,14 @@ def write_row(path: Path, identity: Mapping, figures: Mapping[str, Mapping[str, 
     os.replace(part, path)
 
 
-def fill_row(shop: Workshop, variant: Variant, seed: int, args, identity: Mapping, codec) -> None:
+def identity_of(variant: Variant, budget: Budget, args) -> dict:
+    """The settings that a row depends on."""
+    return {**budget.until(variant.leg), "scenes": args.scenes, "sample_steps": args.sample_steps}
+
+
+def fill_row(shop: Workshop, variant: Variant, seed: int, args, codec) -> None:
     """Train what the row needs, make its videos, measure them, keep the figures. Raises OutOfTime."""
-    path = row_path(args.work, variant, seed)
+    path, identity = row_path(args.work, variant, seed), identity_of(variant, shop.budget, args)
     figures = read_row(path, identity)
     wanted = [s for s in args.seconds if f"{s:g}" not in figures]
     if not wanted:
@@ -92,7 +96,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * float(np.std(kept, ddof=1)) / math.sqrt(len(kept))
 
 
-def tables(args, identity: Mapping) -> tuple[list[str], list[tuple[str, str, float]]]:
+def tables(args, budget: Budget) -> tuple[list[str], list[tuple[str, str, float]]]:
     """(lines to print, figures to record) of all rows that are there."""
     lines, figures = [], {}
     for title, names in TABLES.items():
@@ -101,7 +105,7 @@ def tables(args, identity: Mapping) -> tuple[list[str], list[tuple[str, str, flo
             lines += ["| variant | seeds | " + " | ".join(head for head, _ in MEASURES.values()) + " |"]
             lines += ["|" + "---|" * (len(MEASURES) + 2)]
             for name in names:
-                cells, found = _cells(VARIANTS[name], seconds, args, identity)
+                cells, found = _cells(VARIANTS[name], seconds, args, budget)
                 lines.append(
                     f"| {name} | {found} of {len(args.seeds)} | " + " | ".join(text for _, text, _ in cells) + " |"
                 )
@@ -115,7 +119,8 @@ def tables(args, identity: Mapping) -> tuple[list[str], list[tuple[str, str, flo
     return lines, [(case, measure, value) for (case, measure), value in figures.items()]
 
 
-def _cells(variant: Variant, seconds: float, args, identity: Mapping):
+def _cells(variant: Variant, seconds: float, args, budget: Budget):
+    identity = identity_of(variant, budget, args)
     rows = [read_row(row_path(args.work, variant, seed), identity).get(f"{seconds:g}") for seed in args.seeds]
     rows = [row for row in rows if row is not None]
     cells = []
@@ -135,13 +140,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=("memorypack",))
     parser.add_argument("--work", type=Path, default=Path("training/claims"), help="folder of rows and weights")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="fill only the rows of these variants")
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="fill only the rows of these variants")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 30.0, 60.0], help="lengths of the videos")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop before this, go on in the next call")
-    parser.add_argument("--steps", type=int, default=Budget.steps, help="of stage 1; the others follow from it")
-    parser.add_argument("--base-steps", type=int, help="of each base; twice the steps of stage 1")
-    parser.add_argument("--head-steps", type=int, help="of stage 2; a quarter of the steps of stage 1")
+    for name, what in (
+        ("base", "each base"), ("memory", "a memory alone"), ("", "memory and network"), ("head", "stage 2"),
+    ):  # fmt: skip
+        field = f"{name}_steps".strip("_")
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Budget, field), help=f"of {what}")
     parser.add_argument("--batch", type=int, default=Budget.batch)
     parser.add_argument("--clips", type=int, default=Budget.clips, help="scenes to train on")
     parser.add_argument("--scenes", type=int, default=8, help="scenes to measure on")
@@ -159,12 +166,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     began = time.monotonic()
-    base_steps, head_steps = args.base_steps or 2 * args.steps, args.head_steps or max(args.steps // 4, 1)
-    budget = Budget(args.steps, base_steps, head_steps, args.batch, args.clips)
+    budget = Budget(args.base_steps, args.memory_steps, args.steps, args.head_steps, args.batch, args.clips)
     budget = toy(budget) if args.toy else budget
-    identity = {**asdict(budget), "scenes": args.scenes, "sample_steps": args.sample_steps}
     rng = np.random.default_rng(SCENE_SEED)
-    args.made_scenes = [random_long_scene(rng, shown=False) for _ in range(args.scenes)]
+    args.made_scenes = [random_long_scene(rng, shown=False, named=False) for _ in range(args.scenes)]
     if not args.print:
         codec = codec_of(args.work)
         clips = LongClips.make(args.work, codec, budget.clips, seed=1)
@@ -172,11 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shop = Workshop(args.work, clips, budget, args.device, deadline, lambda text: print(text, flush=True))
         try:
             for seed in args.seeds:
-                for name in args.only or VARIANTS:
-                    fill_row(shop, VARIANTS[name], seed, args, identity, codec)
+                for name in args.only or ROWS:
+                    fill_row(shop, VARIANTS[name], seed, args, codec)
         except OutOfTime:
             print(f"The {args.minutes:g} minutes are over. The same command goes on from here.")
-    lines, figures = tables(args, identity)
+    lines, figures = tables(args, budget)
     print("\n".join(lines))
     if args.record:
         record.append(f"benchmarks.claims memorypack --steps {args.steps} --seeds {len(args.seeds)}", figures)

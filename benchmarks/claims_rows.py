@@ -1,7 +1,7 @@
 """The variants of the paper's three tables, trained at small scale: one row a variant and seed, each cached on disk.
 
-One base of each kind is trained first, from the self-test models; all rows begin from it. Every row trains as many
-steps on the same videos. Source: reference/memorypack.md sections 3.2, 3.3 and 6.
+One base of each kind is trained first, from the self-test models; all rows begin from it, and are trained on the same
+videos, the network by as many steps in each. Source: reference/memorypack.md sections 3.2, 3.3 and 6.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +26,11 @@ from frame_memory.forcing.video_trainer import MUON, VideoSettings, VideoTrainer
 from frame_memory.model import checkpoint, tensor_file
 from frame_memory.model.context import gather_context
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
-from frame_memory.plan import PRESETS, plan_sections
+from frame_memory.plan import PRESETS, Section, plan_sections
 
 from .clips import ORDERS
-from .long_clips import LongClips
+from .long_clips import WORLD, LongClips
+from .long_world import LongScene, away, visit
 from .quality import FILES, MODELS
 from .train_selftest import build
 
@@ -41,12 +43,16 @@ class OutOfTime(Exception):
     """The minutes given are over; what was finished is on disk."""
 
 
+BASE, ALONE, WHOLE, HEADS = range(4)  # what is trained in turn: the base, a memory for it, both together, the head
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A row of the paper's tables. after: the variant of the same seed that it goes on from, "" for the base.
+    """A row of the paper's tables, or what a row goes on from.
 
     kind: F0 or F1. forcing: "" for a row that trains nothing. parts: what learns (frame_memory/forcing/stages.py).
-    memory: options of its PackSpec, None without a memory.
+    memory: options of its PackSpec, None without a memory. after: the variant of the same seed that it goes on from, ""
+    for the base.
     """
 
     name: str
@@ -56,20 +62,33 @@ class Variant:
     memory: Mapping | None = None
     after: str = ""
 
+    @property
+    def leg(self) -> int:
+        """The last of the legs of its training."""
+        if not self.forcing:
+            return BASE
+        return {(MEMORY,): ALONE, (HEAD_PART,): HEADS}.get(self.parts, WHOLE)
 
-STAGE_ONE = {"forcing": TEACHER, "parts": (MEMORY, ALL)}
+
+def _with_memory(name: str, **options) -> tuple[Variant, Variant]:
+    """Stage 1 in two legs. A memory that says nothing yet is a disturbance, and a network that learns beside it learns
+    first of all to look away from it: so the memory learns alone until it is of use."""
+    alone = Variant(f"{name}, memory alone", forcing=TEACHER, parts=(MEMORY,), memory=options)
+    return alone, Variant(name, forcing=TEACHER, parts=(MEMORY, ALL), memory=options, after=alone.name)
+
+
 VARIANTS = {
     v.name: v
     for v in (
         Variant("F0", kind="F0"),
         Variant("F1"),
         Variant("F1 tuned", forcing=TEACHER, parts=(ALL,)),
-        Variant("MemoryPack", memory={}, **STAGE_ONE),
-        Variant("zero-psi", memory={"zero_psi": True}, **STAGE_ONE),
+        *_with_memory("MemoryPack"),
+        *_with_memory("zero-psi", zero_psi=True),
         Variant("student forcing", forcing=STUDENT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
         Variant("Direct Forcing (all)", forcing=DIRECT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
-        Variant("Squeeze B", memory={"squeeze": "B"}, **STAGE_ONE),
-        Variant("Squeeze C", memory={"squeeze": "C"}, **STAGE_ONE),
+        *_with_memory("Squeeze B", squeeze="B"),
+        *_with_memory("Squeeze C", squeeze="C"),
     )
 }
 # What the paper's tables 1, 2 and 3 compare. Squeeze A is MemoryPack itself.
@@ -80,29 +99,52 @@ TABLES = {
     ),
     "3. Squeeze": ("MemoryPack", "Squeeze B", "Squeeze C"),
 }  # fmt: skip
+ROWS = tuple(name for name in VARIANTS if any(name in names for names in TABLES.values()))
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much is trained; plain numbers that are written beside each result.
 
-    steps: of stage 1; base_steps, head_steps: of the bases and of stage 2. batch: scenes a step. clips: scenes in all.
-    sections: length of the training videos. counted: clips of a video whose loss counts in one step of stage 1. most:
-    clips of a video at the end of stage 2's curriculum. unroll: clips that gradients reach back through psi.
+    base_steps, memory_steps, steps, head_steps: of the four legs. batch: scenes a step. clips: scenes in all. sections:
+    length of the training videos. returns: share of the steps, but for the head's, on a section in which the visitor
+    comes back; it does so in one of seven. counted: clips of a video whose loss counts in one step of stage 1. unroll:
+    clips that gradients reach back through psi. most: clips of a video at the end of stage 2's curriculum. rate: of
+    AdamW; matrix_rate: of Muon.
     """
 
-    steps: int = 1500
     base_steps: int = 3000
-    head_steps: int = 400
+    memory_steps: int = 1000
+    steps: int = 400
+    head_steps: int = 100
     batch: int = 8
-    clips: int = 400
-    sections: int = 50
-    counted: int = 2
+    clips: int = 800
+    sections: int = 40
+    returns: float = 0.6
+    rate: float = 4e-4
+    matrix_rate: float = 1.5e-3
+    counted: int = 1
+    unroll: int = 6
+    gate: float = 0.5
     most: int = 16
-    unroll: int = 8
-    rate: float = 5e-4
-    matrix_rate: float = 1e-3
     head_rate: float = 1e-3
+
+    def until(self, leg: int) -> dict[str, float | str]:
+        """What weights depend on that were trained up to a leg; so other settings of the rest leave them valid."""
+        later = [name for number in range(leg + 1, HEADS + 1) for name in FIRST_USED[number]]
+        return {"world": WORLD, **{name: value for name, value in asdict(self).items() if name not in later}}
+
+    def steps_of(self, leg: int) -> int:
+        """Steps of a leg."""
+        return (self.base_steps, self.memory_steps, self.steps, self.head_steps)[leg]
+
+
+# Settings by the first leg that uses them; all others are the base's.
+FIRST_USED = {
+    ALONE: ("memory_steps", "counted", "unroll", "gate"),
+    WHOLE: ("steps",),
+    HEADS: ("head_steps", "most", "head_rate"),
+}
 
 
 @dataclass
@@ -124,7 +166,7 @@ class Workshop:
     def base(self, kind: str) -> dict[str, Tensor]:
         """The weights of the shared base, trained here where they are not yet."""
         path = self.folder / f"base-{kind}.safetensors"
-        identity = {"base": kind, **asdict(self.budget), "steps": self.budget.base_steps}
+        identity = {"base": kind, **self.budget.until(BASE)}
         if not path.exists():
             network = fresh(kind)
             trained = Trained(network.to(self.device), None, (ALL,), device=self.device)
@@ -134,16 +176,15 @@ class Workshop:
 
     def network(self, variant: Variant, seed: int) -> tuple[nn.Module, SemanticPack | None]:
         """A variant's network and memory, trained here where they are not yet. Raises OutOfTime."""
-        if not variant.forcing:
+        if variant.leg == BASE:
             return self._assembled(variant, self.base(variant.kind))
         path = self.folder / f"{slug(variant.name)}-s{seed}.safetensors"
         before = VARIANTS[variant.after] if variant.after else None
-        identity = {"variant": variant.name, **asdict(self.budget)}
+        identity = {"variant": variant.name, **self.budget.until(variant.leg)}
         if not path.exists():
             network, pack = self.network(before, seed) if before else self._assembled(variant, self.base(variant.kind))
-            head = variant.parts == (HEAD_PART,)
             trained = Trained(network, pack, variant.parts, device=self.device)
-            steps = self.budget.head_steps if head else self.budget.steps
+            steps = self.budget.steps_of(variant.leg)
             losses = forcing_losses(trained, self.clips, variant, self.budget, steps, self.device)
             self._train(path.stem, trained, losses, steps, identity, seed=seed + 1)
         return self._assembled(variant, read_weights(path, identity))
@@ -159,7 +200,7 @@ class Workshop:
         if held:
             pack.load_state_dict(held)
         else:
-            initialise(pack, network)
+            initialise(pack, network).gate.data.fill_(self.budget.gate)
         return network, pack.requires_grad_(False).to(self.device)
 
     def _train(self, name: str, trained: Trained, losses_at, steps: int, identity: Mapping, seed: int) -> None:
@@ -167,7 +208,7 @@ class Workshop:
         head = trained.parts == (HEAD_PART,)
         settings = VideoSettings(
             rate=self.budget.head_rate if head else self.budget.rate, matrix_rate=self.budget.matrix_rate, warmup=20,
-            average=0.99, seed=seed, optimiser=MUON,
+            average=0.995, seed=seed, optimiser=MUON,
         )  # fmt: skip
         trainer = VideoTrainer(trained.parameters, settings)
         states = TrainingFolder(self.folder / "states" / name, identity, self.say, keep=1)
@@ -223,9 +264,9 @@ def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, d
     """Flow matching on one random section of a random plan, as FramePack is trained."""
 
     def losses(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
-        sections = int(torch.randint(1, budget.sections + 1, (), generator=generator))
-        plan = plan_sections(PRESETS[ORDERS[kind]], sections=sections)
-        section = plan.sections[int(torch.randint(len(plan.sections), (), generator=generator))]
+        count = int(torch.randint(1, budget.sections + 1, (), generator=generator))
+        plan = plan_sections(PRESETS[ORDERS[kind]], sections=count)
+        section = _chosen(plan.sections, returns_in(plan.sections), budget.returns, generator)
         index = torch.randint(len(clips.captions), (budget.batch,), generator=generator).sort().values.numpy()
         video = clips.video(index, plan.total_frames).to(device)
         context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
@@ -239,11 +280,14 @@ def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, d
 
 def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget: Budget, steps: int, device: str):
     """By the number of a step: its losses. Stage 1 begins anywhere in a video, stage 2 at its start, clip by clip."""
-    head = variant.parts == (HEAD_PART,)
+    head = variant.leg == HEADS
     recipe = Recipe(
         forcing=variant.forcing, sampling=LOGIT_NORMAL if head else UNIFORM, shift=0.0 if head else SHIFT,
         unroll=budget.unroll, random_start=not head, drop_memory=0.0 if head else 0.1, rollout_shift=4.0,
     )  # fmt: skip
+
+    every = plan_sections(PRESETS[ORDERS[variant.kind]], sections=budget.sections).sections
+    due = returns_in(every)
 
     def at(step: int):
         count = clips_at(step, steps, budget.most) if head else budget.counted
@@ -253,12 +297,31 @@ def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget:
             index = torch.randint(len(clips.captions), (budget.batch,), generator=generator).sort().values.numpy()
             video = clips.video(index, 1 + 9 * sections).to(device)
             draw = draw_video(video, count, recipe, generator)
+            if not head:
+                draw = replace(draw, first=_chosen(every[: sections + 1 - count], due, budget.returns, generator).index)
             for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
                 yield clip.loss, 1 / draw.count
 
         return losses
 
     return at
+
+
+def returns_in(sections: Sequence[Section]) -> list[Section]:
+    """Sections that begin with the visitor away and end with it in the picture, after an earlier visit."""
+    scene, due = LongScene(), []
+    for section in sections:
+        ends = np.array([4 * section.start - 4, 4 * section.stop - 4])
+        gone = away(scene, ends)
+        if gone[0] and not gone[1] and visit(scene, ends)[1]:
+            due.append(section)
+    return due
+
+
+def _chosen(sections: Sequence[Section], due: Sequence[Section], share: float, generator: torch.Generator) -> Section:
+    """One of the sections by chance; in `share` of the cases one of those that are due, where there are any."""
+    among = due if due and float(torch.rand((), generator=generator)) < share else sections
+    return among[int(torch.randint(len(among), (), generator=generator))]
 
 
 def slug(name: str) -> str:
@@ -268,4 +331,4 @@ def slug(name: str) -> str:
 
 def toy(budget: Budget) -> Budget:
     """The smallest budget that runs everything, for a test."""
-    return replace(budget, batch=1, clips=2, sections=2, most=2, counted=1, unroll=1)
+    return replace(budget, batch=1, clips=2, sections=2, most=2, unroll=1)

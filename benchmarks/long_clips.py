@@ -7,7 +7,7 @@ Shape legend: N scenes, B batch, C latent channels, T latent frames, H W latent 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .clips import cached_columns, clip_jobs, fit_codec
 from .codec import LinearCodec
 from .long_world import PERIOD, LongScene, random_long_scene, render
 
-WORLD = "long1"  # changes with what `random_long_scene` and `render` give, so that another world's are never read
+WORLD = "long3"  # changes with what `random_long_scene` and `render` give, so that another world's are never read
 FRAMES_A_LATENT = 4
 TURN = PERIOD // FRAMES_A_LATENT
 
@@ -35,7 +35,8 @@ def codec_of(folder: Path) -> LinearCodec:
     if not path.exists():
         codec = fit_codec()
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({"mean": codec.mean, "encoder": codec.encoder, "decoder": codec.decoder}, path)
+        parts = {"mean": codec.mean, "encoder": codec.encoder, "decoder": codec.decoder}
+        safetensors.torch.save_file({name: part.contiguous() for name, part in parts.items()}, path)
     return LinearCodec(**safetensors.torch.load_file(path))
 
 
@@ -51,9 +52,9 @@ def latents_of(turn: Tensor, frames: int) -> Tensor:
     return turn[:, torch.where(index == 0, index, 1 + (index - 1) % TURN)]
 
 
-def conditioning(scenes: Sequence[LongScene], pictures_BHWC: Tensor) -> Conditioning:
+def conditioning(captions: Iterable[str], pictures_BHWC: Tensor) -> Conditioning:
     """Prompts and what the vision encoder sees of the first pictures, of a batch of scenes."""
-    text, pooled = zip(*(text_features(scene.caption) for scene in scenes), strict=True)
+    text, pooled = zip(*map(text_features, captions), strict=True)
     return Conditioning(torch.cat(text), torch.cat(pooled), vision_features(pictures_BHWC))
 
 
@@ -61,7 +62,7 @@ def asked_for(scenes: Sequence[LongScene], codec: LinearCodec) -> tuple[Tensor, 
     """What videos of scenes are made from: start latents `[B, C, 1, H, W]` and conditioning."""
     pictures = torch.from_numpy(np.concatenate([render(scene, np.arange(1)) for scene in scenes]))
     start = torch.stack([codec.encode(picture[None]) for picture in pictures])
-    return start, conditioning(scenes, pictures)
+    return start, conditioning((scene.caption for scene in scenes), pictures)
 
 
 def _make(job: tuple[int, LinearCodec]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -92,7 +93,5 @@ class LongClips:
         """A batch of videos of `frames` latent frames."""
         turns = torch.from_numpy(self.turns[index].astype(np.float32))
         latents = torch.stack([latents_of(turn, frames) for turn in turns])
-        text, pooled = zip(*(text_features(self.captions[i]) for i in index), strict=True)
         pictures = torch.from_numpy(self.pictures[index].astype(np.float32))
-        cond = Conditioning(torch.cat(text), torch.cat(pooled), vision_features(pictures))
-        return TrainingVideo(latents, cond, "long world")
+        return TrainingVideo(latents, conditioning((self.captions[i] for i in index), pictures), "long world")

@@ -3,7 +3,9 @@
 FramePack shows a window the 19 latent frames before it (2.5 s) and the first picture. Here the visitor is out of sight
 for 32 latent frames and more at a time, and what it looks like need not be in the first picture nor in the caption:
 then nothing but a memory of the whole video can bring the same one back. It walks in and out, or the camera pans to it
-and away. All of it repeats every 8 seconds, so when and where it must be is known for every frame.
+and away. All of it repeats every 8 seconds, so when and where it must be is known for every frame. When it comes can
+be seen: the ground is the darker the farther off the visitor is. So what a video lacks without a memory is who comes
+and along which line, and not the time; a video that stood still for 4 seconds could not know that.
 
 Shape legend: T frames, H W pixels, 3 colour channels. Images are float32, 0..1. Positions are pixels (x right, y down),
 times are frames at 30 a second. Moves are whole pixels a frame and 4 pixels a latent frame, so small networks meet few
@@ -40,7 +42,9 @@ INSIDE, OUTSIDE = 40, -80
 PERIOD = 2 * (INSIDE - OUTSIDE)  # frames from one visit to the next; the visitor moves a pixel a frame
 # Frame of a visit in which it stands deepest in the picture, counted from where its centre is at -REACH.
 EDGE = -int(REACH)
-SHARE_SHOWN, SHARE_CAMERA = 0.25, 0.3
+SHARE_SHOWN, SHARE_CAMERA, SHARE_NAMED = 0.25, 0.3, 0.5
+# Light on the ground while the visitor is at its farthest, and at its nearest.
+DUSK, DAY = 0.25, 1.0
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ class LongScene:
         return f"{what} {self.side} and leaves and comes back over {ground} ground"
 
 
-def random_long_scene(rng: np.random.Generator, *, shown: bool | None = None, named: bool = False) -> LongScene:
-    """Draw a scene. shown: None for a quarter of the scenes with the visitor in their first picture."""
+def random_long_scene(rng: np.random.Generator, *, shown: bool | None = None, named: bool | None = None) -> LongScene:
+    """Draw a scene. shown: None for a quarter of the scenes with the visitor in their first picture. named: None for
+    half of them with its colour and shape in their caption."""
     low = TIDY_RADIUS + 1
     camera = rng.random() < SHARE_CAMERA
     spots = int((SIZE - 2 * low) // TIDY_STEP)
-    in_picture = bool(rng.random() < SHARE_SHOWN)
+    in_picture, in_words = bool(rng.random() < SHARE_SHOWN), bool(rng.random() < SHARE_NAMED)
     return LongScene(
         colour=str(rng.choice(list(SPRITE_COLOURS))),
         shape=str(rng.choice(SHAPES)),
@@ -92,7 +97,7 @@ def random_long_scene(rng: np.random.Generator, *, shown: bool | None = None, na
         phase=float(8 * rng.integers(GROUND_PERIOD // 8)),
         across=low + TIDY_STEP * int(rng.integers(spots + 1)),
         shown=in_picture if shown is None else shown,
-        named=named,
+        named=in_words if named is None else named,
     )
 
 
@@ -124,15 +129,23 @@ def wholly_there(scene: LongScene, frames: np.ndarray) -> np.ndarray:
     return depth(scene, frames) >= REACH
 
 
+def daylight(scene: LongScene, frames: np.ndarray) -> np.ndarray:
+    """Light on the ground, `[T]`; it says how far off the visitor is."""
+    return DUSK + (DAY - DUSK) * (depth(scene, frames) - OUTSIDE) / (INSIDE - OUTSIDE)
+
+
 def visit(scene: LongScene, frames: np.ndarray) -> np.ndarray:
     """Number of the visit that each frame belongs to, from 0, `[T]`; an absence belongs to the visit before it."""
     return (clock(scene, frames) // PERIOD).astype(int)
 
 
 def ground(scene: LongScene, frames: np.ndarray) -> np.ndarray:
-    """The ground alone, `[T, H, W, 3]`. With CAMERA it moves with the visitor, which stands on it."""
+    """The ground alone, in its light, `[T, H, W, 3]`. With CAMERA it moves with the visitor, which stands on it."""
+    return _unlit(scene, np.asarray(frames)) * daylight(scene, frames).astype(np.float32)[:, None, None, None]
+
+
+def _unlit(scene: LongScene, frames: np.ndarray) -> np.ndarray:
     still = Scene(ground=scene.ground, ground_colour=scene.ground_colour, phase=scene.phase, tidy=True)
-    frames = np.asarray(frames)
     if scene.how != CAMERA:
         return np.broadcast_to(background(still, frames[:1]), (len(frames), SIZE, SIZE, 3))
     moved = centres(scene, frames)[:, 0]

@@ -6,9 +6,14 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, L 
 tokens, D hidden size, A heads, F rotary frequencies. Latents are in model space.
 
 Source: reference/memorypack.md section 2.2; what the paper leaves open is chosen there (CHOICE) and here.
-Two things differ from that table on purpose. psi must not change from one sampling step to the next, and core's text
+Three things differ from that table on purpose. psi must not change from one sampling step to the next, and core's text
 refiner reads the noise level: so the pack has a text projection of its own that begins as the refiner's first linear
-layer, and a copy of the image projection. And a gate of exactly 0 leaves the tokens out (`SemanticPack.tokens`).
+layer, and a copy of the image projection. A gate of exactly 0 leaves the tokens out (`SemanticPack.tokens`). And
+Squeeze begins by carrying the memory on, where the table's zero output matrix begins by forgetting all but the last
+clip: what FramePack itself cannot see lies several clips back, so that matrix's gradient would be a product of as many
+zeros. Measured on the long world by a linear reading of fresh memories (6 colours, chance 17 %): the colour of a
+visitor that left three clips ago is right in 22 % of the scenes with the zero matrix, in 77 % with this one. It takes
+a norm behind the embedder, whose numbers are some 20 times larger than what attention adds and would drown it.
 """
 
 from __future__ import annotations
@@ -38,6 +43,9 @@ _BEGINNINGS = {
 }
 # Spread of the matrices that no layer of the base gives a beginning.
 _SPREAD = 0.02
+# What Squeeze adds at first to a clip's tokens: the memory so far, so many times as strong as they are. Of a clip's
+# share in psi, 2 / sqrt(1 + 2^2) = 0.9 is then left after each further clip.
+_CARRY = 2.0
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,7 @@ class SemanticPack(nn.Module):
         kernel = KERNEL_OF_RATE[RATE]
         self.spec, self.dtype = spec, dtype or torch.get_default_dtype()
         self.embed = operations.Conv3d(spec.in_channels, spec.hidden, kernel, stride=kernel, dtype=dtype, device=device)
+        self.norm_embed = operations.LayerNorm(spec.hidden, eps=1e-6, dtype=dtype, device=device)
         self.text_in = operations.Linear(spec.text, spec.hidden, dtype=dtype, device=device)
         self.image_in = ImageProjection(spec.vision, spec.hidden, **made)
         self.memorize = nn.ModuleList(MemorizeBlock(spec, **made) for _ in range(spec.blocks))
@@ -211,7 +220,7 @@ class SemanticPack(nn.Module):
         """Memorize: a clip's tokens `[B, ceil(T/4) ceil(H/8) ceil(W/8), D]`, attention inside the clip only."""
         volume = self.embed(pad_end(clip_BCTHW.to(self.dtype), KERNEL_OF_RATE[RATE]))
         pe = self._positions(volume.shape[2:], volume.device)
-        tokens = volume.flatten(2).transpose(1, 2)
+        tokens = self.norm_embed(volume.flatten(2).transpose(1, 2))
         for block in self.memorize:
             tokens = block(tokens, pe)
         return tokens
@@ -263,7 +272,8 @@ def initialise(
 
     transformer: the FramePackTransformer it is made for; None leaves the embedders random (for tests). originals: its
     weights by name where patches have replaced them. The last linear layer of every residual branch and the gate are
-    zero, so that at first psi_n is the embedding of clip n-1.
+    zero, but for Squeeze's attention, which hands on what it reads: so at first psi_n is the embedding of clip n-1,
+    normalised, and `_CARRY` times a mean of the normalised psi_n-1.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(pack.named_parameters()):
@@ -274,6 +284,8 @@ def initialise(
             parameter.zero_()
         else:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SPREAD)
+    nn.init.eye_(pack.squeeze.attention.value.weight)
+    nn.init.eye_(pack.squeeze.attention.out.weight).mul_(_CARRY)
     if transformer is not None:
         for source, target in _BEGINNINGS.items():
             for name in ("weight", "bias"):

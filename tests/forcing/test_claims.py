@@ -1,8 +1,8 @@
 """The claims harness: what stage 2 needs, videos of many scenes at once, and the tables from rows on disk."""
 
+import dataclasses
 import json
 import math
-from dataclasses import asdict
 
 import comfy.model_patcher
 import comfy.ops
@@ -20,12 +20,12 @@ from frame_memory.forcing.clips import TrainingVideo
 from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
 from frame_memory.forcing.flow import Conditioning
 from frame_memory.forcing.forcings import LOSSES
-from frame_memory.forcing.stages import HEAD_PART, Trained
+from frame_memory.forcing.stages import ALL, HEAD_PART, Trained
 from frame_memory.model import framepack, memory, tensor_file
 from frame_memory.model.selftest import text_features, vision_features
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
 from frame_memory.model.transformer import FramePackTransformer
-from frame_memory.plan import PRESETS, parse_schedule, sigma_schedule
+from frame_memory.plan import PRESETS, parse_schedule, plan_sections, sigma_schedule
 from frame_memory.sampling.long_video import sample_long_video
 from frame_memory.sampling.unipc import framepack_unipc
 
@@ -151,40 +151,61 @@ def test_intervals_are_students():
 
 def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_path):
     args = claims.parse(["memorypack", "--work", str(tmp_path), "--seeds", "0", "1", "--seconds", "10"])
-    identity = {"steps": 2}
+    f1, budget = claims_rows.VARIANTS["F1"], claims_rows.Budget()
+    identity = claims.identity_of(f1, budget, args)
     figures = dict.fromkeys(claims.MEASURES, 0.5) | {"recall": math.nan}
     for seed, value in ((0, 0.25), (1, 0.75)):
-        path = claims.row_path(tmp_path, claims_rows.VARIANTS["F1"], seed)
+        path = claims.row_path(tmp_path, f1, seed)
         claims.write_row(path, identity, {"10": {**figures, "presence": value}})
     assert json.loads(path.read_text(encoding="utf-8"))["figures"]["10"]["recall"] is None
-    lines, recorded = claims.tables(args, identity)
-    (f1,) = [line for line in lines if line.startswith("| F1 |")]
-    assert f1.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
+    lines, recorded = claims.tables(args, budget)
+    (row,) = [line for line in lines if line.startswith("| F1 |")]
+    assert row.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
     assert any(line.startswith("| Squeeze B | 0 of 2 | missing |") for line in lines)
     assert ("F1, 10 s", "seeds", 2) in recorded and ("F1, 10 s", "presence", 0.5) in recorded
     assert not any(case.startswith("Squeeze") for case, _, _ in recorded)
-    with pytest.raises(SystemExit, match="other settings .steps."):
-        claims.read_row(path, {"steps": 3})
+    with pytest.raises(SystemExit, match="other settings .sample_steps."):
+        claims.read_row(path, {**identity, "sample_steps": 3})
+    assert claims.identity_of(f1, claims_rows.Budget(steps=2, head_steps=1), args) == identity  # it trains neither
 
 
 def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
     """A trial with few steps in the same folder must not become the base of the real table."""
     few = claims_rows.Budget(steps=2, base_steps=2)
-    identity = {"base": "F1", **asdict(few), "steps": few.base_steps}
+    identity = {"base": "F1", **few.until(0)}
     tensor_file.write(
         str(tmp_path / "base-F1.safetensors"), {"model.x": torch.zeros(1)}, {"identity": json.dumps(identity)}
     )
-    assert set(claims_rows.Workshop(tmp_path, None, few).base("F1")) == {"model.x"}
-    with pytest.raises(SystemExit, match="other settings .base_steps, steps.*another --work"):
-        claims_rows.Workshop(tmp_path, None, claims_rows.Budget()).base("F1")
+    for same in (few, dataclasses.replace(few, steps=3, head_steps=7)):
+        assert set(claims_rows.Workshop(tmp_path, None, same).base("F1")) == {"model.x"}
+    with pytest.raises(SystemExit, match="other settings .base_steps..*another --work"):
+        claims_rows.Workshop(tmp_path, None, dataclasses.replace(few, base_steps=3)).base("F1")
 
 
-def test_every_variant_of_the_papers_tables_is_one_of_ours():
-    names = [name for table in claims_rows.TABLES.values() for name in table]
-    assert set(names) == set(claims_rows.VARIANTS)
+def test_what_each_leg_depends_on():
+    """Every setting counts from the leg on that first uses it."""
+    budget = claims_rows.Budget()
+    base, alone, whole, heads = (set(budget.until(leg)) for leg in range(4))
+    assert base < alone < whole < heads == {"world", *dataclasses.asdict(budget)}
+    assert {"base_steps", "batch", "returns"} < base
+    assert alone - base == {"memory_steps", "counted", "unroll", "gate"} and whole - alone == {"steps"}
+
+
+def test_the_visitor_comes_back_in_the_sections_that_training_prefers():
+    """By hand: it comes at frames 240, 480, 720 and so on, and section n of F1 shows frames 36 n + 1 to 36 n + 36."""
+    for count, expected in ((40, [6, 13, 20, 26, 33]), (6, [])):
+        sections = plan_sections(PRESETS["F1 forward"], sections=count).sections
+        assert [section.index for section in claims_rows.returns_in(sections)] == expected
+
+
+def test_every_row_of_the_papers_tables_is_one_of_ours_and_goes_on_from_its_like():
+    assert set(claims_rows.ROWS) == {name for table in claims_rows.TABLES.values() for name in table}
     for variant in claims_rows.VARIANTS.values():
-        after = claims_rows.VARIANTS.get(variant.after)
-        assert after is None or (after.memory == variant.memory and variant.parts == (HEAD_PART,))
+        before = claims_rows.VARIANTS.get(variant.after)
+        assert before is None or (before.memory == variant.memory and before.leg == variant.leg - 1)
+    # The network learns by the same number of steps in all rows that train it on the truth.
+    trained = [v for v in claims_rows.VARIANTS.values() if ALL in v.parts]
+    assert len(trained) == 5 and {v.leg for v in trained} == {claims_rows.WHOLE}
 
 
 def test_a_call_that_runs_out_of_time_stops_and_says_so(tmp_path, capsys, monkeypatch):

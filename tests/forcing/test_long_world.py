@@ -43,7 +43,7 @@ def test_truth_says_what_the_picture_shows(scene):
 def test_framepack_sees_nothing_of_the_visitor_when_it_is_due_back():
     """In F1's own plan: every section in which it comes back has no frame of it in its context, the image apart."""
     sections = plan_sections(PRESETS["F1 forward"], sections=50).sections
-    for scene in scenes(8, shown=False):
+    for scene in scenes(8, shown=False, named=False):
         gone = away(scene, np.arange(4 * sections[-1].stop))
 
         def latent_gone(i, gone=gone):
@@ -62,14 +62,16 @@ def test_framepack_sees_nothing_of_the_visitor_when_it_is_due_back():
         assert gone[0] and scene.colour not in scene.caption and scene.shape not in scene.caption
 
 
-def test_a_scene_repeats_every_eight_seconds_and_the_camera_carries_the_ground_with_it():
+def test_a_scene_repeats_every_eight_seconds_and_the_camera_carries_the_ground_with_it_into_the_night():
     for scene in (LongScene(), LongScene(how=CAMERA, side="right", ground="stripes"), *scenes(4)):
         first = render(scene, np.arange(0, PERIOD, 7))
         assert np.array_equal(first, render(scene, np.arange(0, PERIOD, 7) + 5 * PERIOD))
-    video = render(LongScene(how=CAMERA), np.arange(130, 150))  # all ground: the visitor is out of sight
+    frames = np.arange(130, 150)  # all ground: the visitor is out of sight, and night is falling since frame 56
+    light = 1 - 0.75 * (frames - 56) / 120
+    video = render(LongScene(how=CAMERA), frames) / light[:, None, None, None]
     assert np.abs(video[1:, :, :-1] - video[:-1, :, 1:]).max() < 1e-5 and np.abs(video[1:] - video[:-1]).max() > 0.01
-    still = render(LongScene(), np.arange(130, 150))
-    assert np.array_equal(still[0], still[-1])
+    still = render(LongScene(), frames) / light[:, None, None, None]
+    assert np.abs(still[0] - still[-1]).max() < 1e-5
     with pytest.raises(ValueError, match="not to the top"):
         LongScene(how=CAMERA, side="top")
 

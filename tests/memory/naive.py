@@ -85,6 +85,7 @@ def embedded(sd: dict, clip_CTHW: Tensor) -> tuple[Tensor, list[tuple[int, int, 
 
 def clip_tokens(sd: dict, spec, clip_CTHW: Tensor) -> Tensor:
     x, places = embedded(sd, clip_CTHW)
+    x = layer_norm(sd, "norm_embed", x)
     for n in range(spec.blocks):
         at = f"memorize.{n}"
         normed = layer_norm(sd, f"{at}.norm_attention", x)

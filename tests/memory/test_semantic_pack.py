@@ -108,15 +108,36 @@ def test_fault_20_a_first_memory_of_a_short_clip_is_read_as_it_is():
     assert torch.allclose(psi[0].double(), expected, **NEAR)
 
 
-def test_a_fresh_memory_is_the_embedding_of_the_last_clip_and_its_gate_is_closed():
+def test_a_fresh_memory_is_the_last_clip_and_what_was_before_it_and_its_gate_is_closed():
+    """psi_n = m_n + 2 mean(psi_n-1), each normalised: no matrix but the embedders' has a say yet."""
     pack = initialise(random_pack())
+    for attention in (pack.squeeze.attention,):  # what is asked decides nothing, so the mean is a plain one
+        torch.nn.init.zeros_(attention.query.weight)
     text, vision = features()
     shown = clips([9, 9, 9])
     *_, psi = stepwise(pack, text, vision, shown)
-    expected, _ = naive.embedded(pack.state_dict(), shown[-1][0])
-    assert torch.allclose(psi[0].double(), expected, atol=1e-5)
+    sd = pack.state_dict()
+    expected = naive.anchor(sd, pack.spec, text[0], vision[0])
+    for clip in shown:
+        m, before = (whitened(x) for x in (naive.embedded(sd, clip[0])[0], expected))
+        expected = m + 2 * before.mean(0)
+    assert torch.allclose(psi[0].double(), expected, atol=1e-4)
     with torch.no_grad():
         assert pack.tokens(psi) is None
+
+
+def whitened(x_MD):
+    centred = x_MD - x_MD.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_a_fresh_memory_still_holds_the_first_of_ten_clips():
+    """Two videos that differ in their first clip only; the reference's zero matrix would have made them one."""
+    pack = initialise(random_pack())
+    text, vision = features()
+    shown, other = clips([9] * 10), clips([9], seed=99)
+    (*_, mine), (*_, theirs) = (list(stepwise(pack, text, vision, [first, *shown[1:]])) for first in (shown[0], *other))
+    assert float((mine - theirs).norm() / mine.norm()) > 0.02
 
 
 class Packed(torch.nn.Linear):
