@@ -25,7 +25,7 @@ from frame_memory.forcing.training_state import TrainingFolder
 from frame_memory.forcing.video_trainer import MUON, VideoSettings, VideoTrainer
 from frame_memory.model import checkpoint, tensor_file
 from frame_memory.model.context import gather_context
-from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise, open_gate
 from frame_memory.plan import PRESETS, Section, plan_sections
 
 from .clips import ORDERS
@@ -125,7 +125,6 @@ class Budget:
     matrix_rate: float = 1.5e-3
     counted: int = 1
     unroll: int = 6
-    gate: float = 0.5
     most: int = 16
     head_rate: float = 1e-3
 
@@ -141,7 +140,7 @@ class Budget:
 
 # Settings by the first leg that uses them; all others are the base's.
 FIRST_USED = {
-    ALONE: ("memory_steps", "counted", "unroll", "gate"),
+    ALONE: ("memory_steps", "counted", "unroll"),
     WHOLE: ("steps",),
     HEADS: ("head_steps", "most", "head_rate"),
 }
@@ -200,7 +199,7 @@ class Workshop:
         if held:
             pack.load_state_dict(held)
         else:
-            initialise(pack, network).gate.data.fill_(self.budget.gate)
+            open_gate(initialise(pack, network))
         return network, pack.requires_grad_(False).to(self.device)
 
     def _train(self, name: str, trained: Trained, losses_at, steps: int, identity: Mapping, seed: int) -> None:

@@ -138,7 +138,7 @@ class Trainer:
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
-    """Whether Muon trains a parameter: a matrix inside the blocks, or of the memory's layers, that does not modulate."""
+    """Whether Muon trains a parameter: a matrix of the blocks or of the memory's layers that does not modulate."""
     inside = any(part in name for part in ("blocks.", "memorize.", "squeeze."))
     return inside and p.ndim == 2 and not any(part in name for part in ("_mod.", "modulation."))
 

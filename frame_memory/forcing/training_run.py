@@ -24,7 +24,7 @@ from ..model.framepack import MODEL_OPTION
 from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
 from ..model.memory_file import HEAD
-from ..model.semantic_pack import SemanticPack
+from ..model.semantic_pack import SemanticPack, open_gate
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
 from .forcings import LOSSES
@@ -222,9 +222,9 @@ class TrainingRun:
                 raise comfy.model_management.OOM_EXCEPTION(f"{self._too_large(trainer.done)} ({error})") from error
             if trainer.done and self.saved == trainer.done:
                 self.faces.say(
-                    f"Stopped after step {trainer.done} of {self.request.steps}; its checkpoint is kept in "
-                    f"{self.folder.folder}. Run it again with the same name to go on from there; with steps at "
-                    f"{trainer.done}, for a result of what it has learned so far."
+                    f"Stopped after step {trainer.done} of {self.request.steps}. Run it again with the same name to go "
+                    f"on from there; with steps at {trainer.done}, for a result of what it has learned so far. Its "
+                    f"checkpoint is kept in {self.folder.folder}."
                 )
             raise
         self._save(trainer)
@@ -332,7 +332,8 @@ def patched_weight(patcher, key: str, patches: list) -> Tensor:
 
 
 def own_pack(memory: FrameMemory, device, learns: bool) -> SemanticPack:
-    """A copy of a memory's network on the device: fp32 where it learns, else in the numbers that sampling reads it in.
+    """A copy of a memory's network on the device: fp32 and with its gate open where it learns, else in the numbers that
+    sampling reads it in.
 
     The memory itself is not changed.
     """
@@ -341,4 +342,6 @@ def own_pack(memory: FrameMemory, device, learns: bool) -> SemanticPack:
     with torch.no_grad():
         for name, parameter in pack.named_parameters():
             parameter.copy_(memory.pack.get_parameter(name))
+    if learns:
+        open_gate(pack)
     return pack

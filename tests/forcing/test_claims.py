@@ -188,7 +188,7 @@ def test_what_each_leg_depends_on():
     base, alone, whole, heads = (set(budget.until(leg)) for leg in range(4))
     assert base < alone < whole < heads == {"world", *dataclasses.asdict(budget)}
     assert {"base_steps", "batch", "returns"} < base
-    assert alone - base == {"memory_steps", "counted", "unroll", "gate"} and whole - alone == {"steps"}
+    assert alone - base == {"memory_steps", "counted", "unroll"} and whole - alone == {"steps"}
 
 
 def test_the_visitor_comes_back_in_the_sections_that_training_prefers():

@@ -78,7 +78,7 @@ def test_a_training_is_run_cancelled_and_gone_on_with_by_mouse(opened, server, t
     editor.screenshot(tmp_path / "1 running.png", fit=False)
 
     press(editor, CANCEL)
-    stopped = read(editor, r"Stopped after step (\d+) of 5000; its checkpoint is kept")
+    stopped = read(editor, r"Stopped after step (\d+) of 5000. Run it again with the same name")
     editor.screenshot(tmp_path / "2 cancelled.png", fit=False)
     done, folder = int(stopped[1]), server.base / "output" / "frame_memory_training" / NAME
     kept = tensor_file.read(str(folder / f"step-{done:08d}.safetensors"))["losses"].tolist()

@@ -109,6 +109,9 @@ def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_pat
     fresh = new_encoder(model).pack.state_dict()
     changed = [n for n, v in result.memory.pack.state_dict().items() if not torch.equal(v, fresh[n])]
     assert "gate" in changed and result.memory.fingerprint != run.memory.fingerprint
+    # A fresh gate is closed, and nothing behind it would learn: training opens its own copy.
+    assert float(run.memory.pack.gate) == 0 and float(result.memory.pack.gate) == pytest.approx(0.5, abs=0.01)
+    assert {"embed.weight", "squeeze.attention.value.weight", "text_in.weight"} <= set(changed)
     patched, _ = comfy.sd.load_lora_for_models(model, None, checkpoint.tensor_file.read(str(result.lora)), 1.0, 0.0)
     blocks = [k for k in patched.patches if "_blocks." in k]
     layers = {k.rsplit(".", 1)[0] for k in outcome.trained.parameters if k.startswith("lora.")}
@@ -228,7 +231,9 @@ def test_a_memory_that_does_not_learn_is_read_in_the_numbers_that_sampling_reads
     for stage, dtype in ((STAGE_HEAD, torch.bfloat16), (STAGE_MEMORY, torch.float32)):
         trained = TrainingRun(model, half, videos(), request(stage), tmp_path / "run")._trained()
         assert trained.pack.dtype == dtype == trained.pack.gate.dtype
-        assert all(torch.equal(v, half.pack.state_dict()[k].to(dtype)) for k, v in trained.pack.state_dict().items())
+        begun = {"gate"} if stage == STAGE_MEMORY else set()  # a closed gate is opened to learn
+        for name, value in trained.pack.state_dict().items():
+            assert torch.equal(value, half.pack.state_dict()[name].to(dtype)) != (name in begun), name
 
 
 def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
