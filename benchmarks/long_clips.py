@@ -47,9 +47,9 @@ def one_turn(scene: LongScene, codec: LinearCodec) -> Tensor:
 
 
 def latents_of(turn: Tensor, frames: int) -> Tensor:
-    """A video of any number of latent frames `[C, T, H, W]` out of one turn."""
+    """Videos of any number of latent frames `[..., C, T, H, W]` out of one turn each."""
     index = torch.arange(frames)
-    return turn[:, torch.where(index == 0, index, 1 + (index - 1) % TURN)]
+    return turn[..., torch.where(index == 0, index, 1 + (index - 1) % TURN), :, :]
 
 
 def conditioning(captions: Iterable[str], pictures_BHWC: Tensor) -> Conditioning:
@@ -92,6 +92,6 @@ class LongClips:
     def video(self, index: np.ndarray, frames: int) -> TrainingVideo:
         """A batch of videos of `frames` latent frames."""
         turns = torch.from_numpy(self.turns[index].astype(np.float32))
-        latents = torch.stack([latents_of(turn, frames) for turn in turns])
+        latents = latents_of(turns, frames)
         pictures = torch.from_numpy(self.pictures[index].astype(np.float32))
         return TrainingVideo(latents, conditioning((self.captions[i] for i in index), pictures), "long world")
