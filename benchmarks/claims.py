@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines, figures = tables(args, budget)
     print("\n".join(lines))
     if args.record:
-        record.append(f"benchmarks.claims memorypack --steps {args.steps} --seeds {len(args.seeds)}", figures)
+        record.append(f"benchmarks.claims {' '.join(sys.argv[1:] if argv is None else argv)}", figures)
 
 
 if __name__ == "__main__":
