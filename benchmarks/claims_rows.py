@@ -1,7 +1,9 @@
 """The variants of the paper's three tables, trained at small scale: one row a variant and seed, each cached on disk.
 
 One base of each kind is trained first, from the self-test models; all rows begin from it, and are trained on the same
-videos, the network by as many steps in each. Source: reference/memorypack.md sections 3.2, 3.3 and 6.
+videos. In stage 1 either the network learns or a memory before the frozen network, by as many steps. Both at once was
+tried: a memory that says nothing yet is a disturbance, and the network first learns to look away from it.
+Source: reference/memorypack.md sections 3.2, 3.3 and 6.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class OutOfTime(Exception):
     """The minutes given are over; what was finished is on disk."""
 
 
-BASE, ALONE, WHOLE, HEADS = range(4)  # what is trained in turn: the base, a memory for it, both together, the head
+BASE, STAGE_1, STAGE_2 = range(3)  # the legs of a training: the base, then a memory (or the base again), then the head
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,11 @@ class Variant:
         """The last of the legs of its training."""
         if not self.forcing:
             return BASE
-        return {(MEMORY,): ALONE, (HEAD_PART,): HEADS}.get(self.parts, WHOLE)
+        return STAGE_2 if self.parts == (HEAD_PART,) else STAGE_1
 
 
-def _with_memory(name: str, **options) -> tuple[Variant, Variant]:
-    """Stage 1 in two legs. A memory that says nothing yet is a disturbance, and a network that learns beside it learns
-    first of all to look away from it: so the memory learns alone until it is of use."""
-    alone = Variant(f"{name}, memory alone", forcing=TEACHER, parts=(MEMORY,), memory=options)
-    return alone, Variant(name, forcing=TEACHER, parts=(MEMORY, ALL), memory=options, after=alone.name)
+def _with_memory(name: str, **options) -> Variant:
+    return Variant(name, forcing=TEACHER, parts=(MEMORY,), memory=options)
 
 
 VARIANTS = {
@@ -83,12 +82,12 @@ VARIANTS = {
         Variant("F0", kind="F0"),
         Variant("F1"),
         Variant("F1 tuned", forcing=TEACHER, parts=(ALL,)),
-        *_with_memory("MemoryPack"),
-        *_with_memory("zero-psi", zero_psi=True),
+        _with_memory("MemoryPack"),
+        _with_memory("zero-psi", zero_psi=True),
         Variant("student forcing", forcing=STUDENT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
         Variant("Direct Forcing (all)", forcing=DIRECT, parts=(HEAD_PART,), memory={}, after="MemoryPack"),
-        *_with_memory("Squeeze B", squeeze="B"),
-        *_with_memory("Squeeze C", squeeze="C"),
+        _with_memory("Squeeze B", squeeze="B"),
+        _with_memory("Squeeze C", squeeze="C"),
     )
 }
 # What the paper's tables 1, 2 and 3 compare. Squeeze A is MemoryPack itself.
@@ -99,23 +98,21 @@ TABLES = {
     ),
     "3. Squeeze": ("MemoryPack", "Squeeze B", "Squeeze C"),
 }  # fmt: skip
-ROWS = tuple(name for name in VARIANTS if any(name in names for names in TABLES.values()))
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much is trained; plain numbers that are written beside each result.
 
-    base_steps, memory_steps, steps, head_steps: of the four legs. batch: scenes a step. clips: scenes in all. sections:
+    base_steps, steps, head_steps: of the three legs. batch: scenes a step. clips: scenes in all. sections:
     length of the training videos. returns: share of the steps, but for the head's, on a section in which the visitor
     comes back; it does so in one of seven. counted: clips of a video whose loss counts in one step of stage 1. unroll:
     clips that gradients reach back through psi. most: clips of a video at the end of stage 2's curriculum. rate: of
     AdamW; matrix_rate: of Muon.
     """
 
-    base_steps: int = 3000
-    memory_steps: int = 1000
-    steps: int = 400
+    base_steps: int = 5000
+    steps: int = 1000
     head_steps: int = 100
     batch: int = 8
     clips: int = 800
@@ -130,19 +127,18 @@ class Budget:
 
     def until(self, leg: int) -> dict[str, float | str]:
         """What weights depend on that were trained up to a leg; so other settings of the rest leave them valid."""
-        later = [name for number in range(leg + 1, HEADS + 1) for name in FIRST_USED[number]]
+        later = [name for number in range(leg + 1, STAGE_2 + 1) for name in FIRST_USED[number]]
         return {"world": WORLD, **{name: value for name, value in asdict(self).items() if name not in later}}
 
     def steps_of(self, leg: int) -> int:
         """Steps of a leg."""
-        return (self.base_steps, self.memory_steps, self.steps, self.head_steps)[leg]
+        return (self.base_steps, self.steps, self.head_steps)[leg]
 
 
 # Settings by the first leg that uses them; all others are the base's.
 FIRST_USED = {
-    ALONE: ("memory_steps", "counted", "unroll"),
-    WHOLE: ("steps",),
-    HEADS: ("head_steps", "most", "head_rate"),
+    STAGE_1: ("steps", "counted", "unroll"),
+    STAGE_2: ("head_steps", "most", "head_rate"),
 }
 
 
@@ -279,7 +275,7 @@ def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, d
 
 def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget: Budget, steps: int, device: str):
     """By the number of a step: its losses. Stage 1 begins anywhere in a video, stage 2 at its start, clip by clip."""
-    head = variant.leg == HEADS
+    head = variant.leg == STAGE_2
     recipe = Recipe(
         forcing=variant.forcing, sampling=LOGIT_NORMAL if head else UNIFORM, shift=0.0 if head else SHIFT,
         unroll=budget.unroll, random_start=not head, drop_memory=0.0 if head else 0.1, rollout_shift=4.0,

@@ -66,7 +66,7 @@ def main() -> None:
     codec = codec_of(args.work)
     rng = np.random.default_rng(1)
     scenes = [random_long_scene(rng, named=False) for _ in range(args.scenes)]
-    turns, cond = torch.stack([one_turn(scene, codec) for scene in scenes]), asked_for(scenes, codec)[1]
+    turns, cond = torch.stack([one_turn(scene, codec) for scene in scenes]), asked_for(scenes)
     colours = torch.tensor([list(SPRITE_COLOURS).index(scene.colour) for scene in scenes])
     network = fresh("F1")
     figures = []

@@ -58,11 +58,10 @@ def conditioning(captions: Iterable[str], pictures_BHWC: Tensor) -> Conditioning
     return Conditioning(torch.cat(text), torch.cat(pooled), vision_features(pictures_BHWC))
 
 
-def asked_for(scenes: Sequence[LongScene], codec: LinearCodec) -> tuple[Tensor, Conditioning]:
-    """What videos of scenes are made from: start latents `[B, C, 1, H, W]` and conditioning."""
+def asked_for(scenes: Sequence[LongScene]) -> Conditioning:
+    """The conditioning that videos of scenes are made with."""
     pictures = torch.from_numpy(np.concatenate([render(scene, np.arange(1)) for scene in scenes]))
-    start = torch.stack([codec.encode(picture[None]) for picture in pictures])
-    return start, conditioning((scene.caption for scene in scenes), pictures)
+    return conditioning((scene.caption for scene in scenes), pictures)
 
 
 def _make(job: tuple[int, LinearCodec]) -> tuple[np.ndarray, np.ndarray, str]:

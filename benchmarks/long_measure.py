@@ -1,5 +1,9 @@
 """Measures a long video of the world against its truth: does the same visitor come back, where and when it must?
 
+A video may begin with frames that were given to it, as one that goes on from another does. They say who the visitor
+of the first visit is. Means are over what was made behind them; drift is how far the end is from the beginning, which
+are the given frames.
+
 Shape legend: T frames, H W pixels, 3 colour channels; images are float, 0..1.
 """
 
@@ -30,7 +34,7 @@ class LongMeasures:
     where it must be, where it is seen when it must be there. background: PSNR in dB of all that is no sprite. motion:
     mean absolute change over a latent frame, as a share of the true video's (dynamic degree; 1 is right, 0 is still).
     identity: 1 where the visitor is seen and is the one seen first, 0 where it must be there and is not, or another is.
-    first: colour and shape of the first visit. recall: see `_recall`.
+    first: colour and shape of the first visit. recall: see `_recall`. given: frames in front that were not made.
     """
 
     colour: np.ndarray
@@ -42,13 +46,14 @@ class LongMeasures:
     identity: np.ndarray
     first: tuple[int, int] | None
     recall: float
+    given: int
 
     def row(self, backwards: bool) -> dict[str, float]:
-        """Means over the video, and each one's drift. backwards: the end was made first (FramePack F0)."""
+        """Means over what was made, and the video's drift. backwards: the end was made first (FramePack F0)."""
         out = {"recall": self.recall}
         for name in ("identity", "presence", "distance", "background", "motion"):
             values = getattr(self, name)
-            out[name] = _mean(values)
+            out[name] = _mean(values[self.given :])
             out[f"drift of {name}"] = drift(values, backwards)
         return out
 
@@ -60,8 +65,8 @@ def drift(values: np.ndarray, backwards: bool) -> float:
     return abs(_mean(made[:part]) - _mean(made[-part:]))
 
 
-def measure_long(video_THWC: np.ndarray, scene: LongScene) -> LongMeasures:
-    """Measure a video of a scene from its first frame on."""
+def measure_long(video_THWC: np.ndarray, scene: LongScene, given: int = 0) -> LongMeasures:
+    """Measure a video of a scene from its first frame on. given: frames in front that were not made."""
     video = np.asarray(video_THWC, dtype=np.float32)
     frames = np.arange(len(video))
     mask, nearest = sprite_pixels(video, scene)
@@ -92,6 +97,7 @@ def measure_long(video_THWC: np.ndarray, scene: LongScene) -> LongMeasures:
         identity=identity,
         first=first,
         recall=_recall(seen, identity, scene, frames),
+        given=given,
     )  # fmt: skip
 
 

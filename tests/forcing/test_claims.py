@@ -13,8 +13,9 @@ import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
 from benchmarks import claims, claims_rows, stage_two
-from benchmarks.claims_videos import Sampling, generate
-from benchmarks.long_clips import latents_of
+from benchmarks.claims_videos import GIVEN, Sampling, generate
+from benchmarks.long_clips import FRAMES_A_LATENT, latents_of
+from benchmarks.long_world import away, random_long_scene, visit, wholly_there
 from benchmarks.train_selftest import TOPOLOGY
 from frame_memory.forcing.clips import TrainingVideo
 from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
@@ -23,7 +24,7 @@ from frame_memory.forcing.forcings import LOSSES
 from frame_memory.forcing.stages import ALL, HEAD_PART, Trained
 from frame_memory.model import framepack, memory, tensor_file
 from frame_memory.model.selftest import text_features, vision_features
-from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
+from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise, open_gate
 from frame_memory.model.transformer import FramePackTransformer
 from frame_memory.plan import PRESETS, parse_schedule, plan_sections, sigma_schedule
 from frame_memory.sampling.long_video import sample_long_video
@@ -130,9 +131,34 @@ def test_videos_of_many_scenes_are_those_of_the_packs_own_section_loop(network, 
         loop = base.process_latent_in(done.latent["samples"])
     ours = generate(network, pack, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
     assert ours.shape == loop.shape and (ours - loop).abs().max() < 1e-4 * loop.abs().max()
+    assert torch.equal(generate(network, pack, ours[:, :, :10], cond, "F1", 2, Sampling(3, 4.0), seed=7), ours)
     if remembers:
         plain = generate(network, None, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
         assert torch.equal(plain[:, :, :10], ours[:, :, :10]) and (plain - ours).abs().max() > 2e-3
+
+
+def test_a_given_first_visit_is_folded_into_the_memory_and_F0_sees_nothing_of_it(network):
+    cond, true = conditioning(), torch.randn(1, 16, 10, 8, 8, generator=torch.Generator().manual_seed(6))
+    other = torch.cat([true[:, :, :1], -true[:, :, 1:]], dim=2)
+    pack = initialise(SemanticPack(PackSpec.of(network), operations=torch.nn), network).requires_grad_(False)
+    open_gate(pack)
+
+    def psi_seen(given):
+        """What the memory's tokens are worth: a video whose window sees the same, behind another first section."""
+        three = torch.cat([given, true[:, :, 1:], true[:, :, 1:], true[:, :, 1:4]], dim=2)
+        return generate(network, pack, three, cond, "F1", 4, Sampling(1, 4.0), seed=1)[:, :, 28:]
+
+    assert (psi_seen(true) - psi_seen(other)).abs().max() > 1e-4
+    inverted = [generate(network, None, given, cond, "F0", 3, Sampling(1, 4.0), seed=1) for given in (true, other)]
+    assert torch.equal(inverted[0][:, :, 10:], inverted[1][:, :, 10:])
+    assert torch.equal(inverted[1][:, :, :10], other)
+
+
+def test_the_first_visit_is_over_where_the_given_frames_end():
+    for scene in (random_long_scene(np.random.default_rng(i), shown=False, named=False) for i in range(20)):
+        frames, given = np.arange(240), 1 + FRAMES_A_LATENT * GIVEN
+        assert wholly_there(scene, frames[:given]).sum() > 40 and not wholly_there(scene, frames[given:]).any()
+        assert away(scene, frames[given + FRAMES_A_LATENT :]).all() and not visit(scene, frames).any()
 
 
 def test_one_turn_of_a_scene_makes_a_video_of_any_length():
@@ -185,10 +211,10 @@ def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
 def test_what_each_leg_depends_on():
     """Every setting counts from the leg on that first uses it."""
     budget = claims_rows.Budget()
-    base, alone, whole, heads = (set(budget.until(leg)) for leg in range(4))
-    assert base < alone < whole < heads == {"world", *dataclasses.asdict(budget)}
+    base, first, second = (set(budget.until(leg)) for leg in range(3))
+    assert base < first < second == {"world", *dataclasses.asdict(budget)}
     assert {"base_steps", "batch", "returns"} < base
-    assert alone - base == {"memory_steps", "counted", "unroll"} and whole - alone == {"steps"}
+    assert first - base == {"steps", "counted", "unroll"}
 
 
 def test_the_visitor_comes_back_in_the_sections_that_training_prefers():
@@ -199,13 +225,12 @@ def test_the_visitor_comes_back_in_the_sections_that_training_prefers():
 
 
 def test_every_row_of_the_papers_tables_is_one_of_ours_and_goes_on_from_its_like():
-    assert set(claims_rows.ROWS) == {name for table in claims_rows.TABLES.values() for name in table}
+    assert set(claims_rows.VARIANTS) == {name for table in claims_rows.TABLES.values() for name in table}
     for variant in claims_rows.VARIANTS.values():
         before = claims_rows.VARIANTS.get(variant.after)
         assert before is None or (before.memory == variant.memory and before.leg == variant.leg - 1)
-    # The network learns by the same number of steps in all rows that train it on the truth.
-    trained = [v for v in claims_rows.VARIANTS.values() if ALL in v.parts]
-    assert len(trained) == 5 and {v.leg for v in trained} == {claims_rows.WHOLE}
+        assert (before is not None) == (variant.leg == claims_rows.STAGE_2)
+        assert (ALL in variant.parts) == (variant.name == "F1 tuned")
 
 
 def test_a_call_that_runs_out_of_time_stops_and_says_so(tmp_path, capsys, monkeypatch):

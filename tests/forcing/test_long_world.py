@@ -113,6 +113,19 @@ def test_each_fault_shows_in_its_own_measure(scene):
     assert row["background"] < 70 and row["drift of background"] > 10
 
 
+def test_only_what_is_made_behind_given_frames_is_judged_and_the_given_visitor_is_the_right_one(scene):
+    frames = np.arange(330)
+    truth = render(scene, frames)
+    right = measure_long(truth, scene, 109).row(False)
+    assert right["recall"] == right["identity"] == 1 and right["drift of identity"] == 0
+    other = np.concatenate([truth[:109], render(dataclasses.replace(scene, colour="blue"), frames[109:])])
+    wrong = measure_long(other, scene, 109).row(False)
+    assert wrong["recall"] == wrong["identity"] == 0 and wrong["presence"] == wrong["drift of identity"] == 1
+    bad = truth.copy()
+    bad[60:109] = 0
+    assert measure_long(bad, scene, 109).row(False)["background"] == right["background"]
+
+
 def test_drift_compares_the_ends_in_the_order_of_their_making():
     values = np.arange(100.0)
     assert DRIFT_SHARE == 0.15 and drift(values, False) == pytest.approx(92 - 7) == drift(values, True)
