@@ -30,14 +30,16 @@ from frame_memory.model.context import gather_context
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise, open_gate
 from frame_memory.plan import PRESETS, Section, plan_sections
 
-from .clips import ORDERS
-from .long_clips import WORLD, LongClips
+from .clips import ORDERS, ClipSet
+from .long_clips import WORLD, LongClips, codec_of
 from .long_world import LongScene, away, visit
-from .quality import FILES, MODELS
-from .train_selftest import build
+from .quality import AUTOENCODER, FILES, MODELS
+from .train_selftest import SectionLoss, build, picture_encoder
 
 SHIFT = 6.0  # of the base's noise levels, as the self-test models were trained
 SAVE_SECONDS = 120
+# How the self-test models themselves were finished: noise on the history, and own estimates in it.
+DISTURB, OWN = 0.1, 0.25
 MODEL, PACK = "model.", "pack."
 
 
@@ -104,16 +106,19 @@ TABLES = {
 class Budget:
     """How much is trained; plain numbers that are written beside each result.
 
-    base_steps, steps, head_steps: of the three legs. batch: scenes a step. clips: scenes in all. sections:
-    length of the training videos. returns: share of the steps, but for the head's, on a section in which the visitor
-    comes back; it does so in one of seven. counted: clips of a video whose loss counts in one step of stage 1. unroll:
-    clips that gradients reach back through psi. most: clips of a video at the end of stage 2's curriculum. rate: of
-    AdamW; matrix_rate: of Muon.
+    base_steps, steps, head_steps: of the three legs. short_from, short: from this share of the base's steps on, this
+    share of them is on the self-test models' own videos, which they would forget otherwise. batch: scenes a step.
+    clips: scenes in all. sections: length of the training videos. returns: share of the steps, but for the head's, on
+    a section in which the visitor comes back; it does so in one of seven. counted: clips of a video whose loss counts
+    in one step of stage 1. unroll: clips that gradients reach back through psi. most: clips of a video at the end of
+    stage 2's curriculum. rate: of AdamW; matrix_rate: of Muon.
     """
 
     base_steps: int = 5000
     steps: int = 1000
     head_steps: int = 100
+    short_from: float = 0.5
+    short: float = 0.5
     batch: int = 8
     clips: int = 800
     sections: int = 40
@@ -165,8 +170,9 @@ class Workshop:
         if not path.exists():
             network = fresh(kind)
             trained = Trained(network.to(self.device), None, (ALL,), device=self.device)
-            losses = base_losses(trained, self.clips, kind, self.budget, self.device)
-            self._train(f"base-{kind}", trained, lambda step: losses, self.budget.base_steps, identity, seed=0)
+            short = ClipSet.make(self.folder, codec_of(self.folder), self.budget.clips, seed=1)
+            losses = base_losses(trained, self.clips, short, kind, self.budget, self.device)
+            self._train(f"base-{kind}", trained, losses, self.budget.base_steps, identity, seed=0)
         return read_weights(path, identity)
 
     def network(self, variant: Variant, seed: int) -> tuple[nn.Module, SemanticPack | None]:
@@ -255,8 +261,17 @@ def fresh(kind: str) -> nn.Module:
     return network
 
 
-def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, device: str):
-    """Flow matching on one random section of a random plan, as FramePack is trained."""
+def base_losses(trained: Trained, clips: LongClips, short: ClipSet, kind: str, budget: Budget, device: str):
+    """By the number of a step: flow matching on one random section of a random plan, as FramePack is trained."""
+    encode = picture_encoder(MODELS / "vae" / AUTOENCODER)
+    more = {"disturb": DISTURB, "own": OWN, "encode": encode, "device": device}
+    own_world = SectionLoss(trained, {kind: short}, budget.batch, **more)
+
+    def mixed(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+        if float(torch.rand((), generator=generator)) < budget.short:
+            yield own_world(generator), 1.0
+        else:
+            yield from losses(generator)
 
     def losses(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
         count = int(torch.randint(1, budget.sections + 1, (), generator=generator))
@@ -270,7 +285,7 @@ def base_losses(trained: Trained, clips: LongClips, kind: str, budget: Budget, d
         sigma = shifted_sigmas(budget.batch, SHIFT, generator).to(device)
         yield flow_loss(trained, x, noise, sigma, video.cond, context, trained.forced.options), 1.0
 
-    return losses
+    return lambda step: losses if step < budget.short_from * budget.base_steps else mixed
 
 
 def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget: Budget, steps: int, device: str):

@@ -224,6 +224,28 @@ def test_the_visitor_comes_back_in_the_sections_that_training_prefers():
         assert [section.index for section in claims_rows.returns_in(sections)] == expected
 
 
+def test_the_second_half_of_a_base_is_on_the_self_test_models_own_videos_too(network):
+    """By the set that is empty: to draw of it is an error."""
+    rng = np.random.default_rng(0)
+    picture, caption = rng.random((1, 64, 64, 3)), ["a visitor comes in from the left"]
+    long = claims_rows.LongClips(rng.standard_normal((1, 16, 61, 8, 8)), picture, caption)
+    short = claims_rows.ClipSet(rng.standard_normal((1, 16, 73, 8, 8)), picture, caption)
+    no_long, no_short = (dataclasses.replace(clips, captions=[]) for clips in (long, short))
+    budget = claims_rows.Budget(base_steps=10, batch=1, sections=3, short_from=0.5, short=1.0)
+    trained = Trained(network, None, (ALL,))
+
+    def loss(long, short, step):
+        losses = claims_rows.base_losses(trained, long, short, "F1", budget, "cpu")
+        (value, share), = losses(step)(torch.Generator().manual_seed(step))  # fmt: skip
+        return float(value.detach()) * share
+
+    with trained.ready():
+        assert loss(long, no_short, 4) > 0 and loss(no_long, short, 5) > 0
+        for clips, step in (((no_long, short), 4), ((long, no_short), 5)):
+            with pytest.raises(RuntimeError, match="random_ expects 'from' to be less than 'to'"):
+                loss(*clips, step)
+
+
 def test_every_row_of_the_papers_tables_is_one_of_ours_and_goes_on_from_its_like():
     assert set(claims_rows.VARIANTS) == {name for table in claims_rows.TABLES.values() for name in table}
     for variant in claims_rows.VARIANTS.values():
