@@ -165,11 +165,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def budget_of(args: argparse.Namespace) -> Budget:
+    """How much is trained by this command."""
+    given = {name: getattr(args, name) for name in ("base_steps", "steps", "head_steps", "batch", "clips")}
+    return toy(Budget(**given)) if args.toy else Budget(**given)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     began = time.monotonic()
-    budget = Budget(args.base_steps, args.steps, args.head_steps, args.batch, args.clips)
-    budget = toy(budget) if args.toy else budget
+    budget = budget_of(args)
     rng = np.random.default_rng(SCENE_SEED)
     args.made_scenes = [random_long_scene(rng, shown=False, named=False) for _ in range(args.scenes)]
     if not args.print:

@@ -208,6 +208,12 @@ def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
         claims_rows.Workshop(tmp_path, None, dataclasses.replace(few, base_steps=3)).base("F1")
 
 
+def test_a_command_without_settings_trains_as_the_budget_says():
+    assert claims.budget_of(claims.parse(["memorypack"])) == claims_rows.Budget()
+    few = claims.budget_of(claims.parse(["memorypack", "--steps", "7", "--clips", "3"]))
+    assert few == claims_rows.Budget(steps=7, clips=3)
+
+
 def test_what_each_leg_depends_on():
     """Every setting counts from the leg on that first uses it."""
     budget = claims_rows.Budget()
