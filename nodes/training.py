@@ -15,14 +15,14 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..frame_memory.forcing import training_run as training
-from ..frame_memory.forcing.clips import TRAIN, VIDEO_CLIPS, ForcingError, stored_videos
+from ..frame_memory.forcing.clips import TRAIN, VIDEO_CLIPS, ForcingError, check_families, stored_videos
 from ..frame_memory.forcing.draws import FORCINGS
 from ..frame_memory.forcing.prepared import write_videos
 from ..frame_memory.forcing.results import Result, write_result
 from ..frame_memory.forcing.video_trainer import VideoSettings
 from ..frame_memory.journal.files import JournalError, safe_name
 from ..frame_memory.model import head, memory_file
-from ..frame_memory.model.framepack import MODEL_OPTION
+from ..frame_memory.model.framepack import MODEL_OPTION, latent_families
 from ..frame_memory.model.memory import MEMORY_PACK
 from ..frame_memory.sampling.identity import patches_of
 from ..frame_memory.sampling.time_left import TimeLeft
@@ -208,7 +208,7 @@ class FrameMemoryTrainDirectForcing(io.ComfyNode):
         try:
             outcome = run.run()
         finally:
-            _keep_curve(folder, watch.losses, asked["steps"])
+            _keep_curve(folder, watch.losses, asked["steps"], say)
         memories, loras = (Path(folder_paths.get_folder_paths(kind)[0]) for kind in (memory_file.FOLDER, "loras"))
         result = write_result(run, outcome, name, memories, loras, say)
         report = "\n".join([*_report(run, outcome, result), *said])
@@ -304,13 +304,19 @@ def curve(losses: list[float], steps: int):
     return plots.draw_panels([plots.Panel(title, "step", "", lines, (), top, max(bottom, 0.0))])
 
 
-def _keep_curve(folder: Path, losses: list[float], steps: int) -> None:
+def _keep_curve(folder: Path, losses: list[float], steps: int, say) -> None:
+    """The picture beside the checkpoints; a run is not lost where it cannot be written."""
     if losses and folder.is_dir():
-        curve(losses, steps).save(folder / "loss.png", optimize=True)
+        try:
+            curve(losses, steps).save(folder / "loss.png", optimize=True)
+        except OSError as error:
+            say(f"Warning: the loss curve could not be written: {error}.")
 
 
 def _prepared(node, model, videos, folder: Path) -> io.NodeOutput:
-    paths = write_videos(folder / "videos", videos, model.model_options.get(MODEL_OPTION, {}).get("base", ""))
+    family = model.model_options.get(MODEL_OPTION, {}).get("base", "")
+    check_families(videos, latent_families(model))
+    paths = write_videos(folder / "videos", videos, family)
     report = (
         f"{len(paths)} videos with their captions are in {folder / 'videos'}. Train on them with\n"
         "python scripts/run.py -m frame_memory.forcing --help"

@@ -230,7 +230,7 @@ def _memory(path: Path | None, model):
     from ..model import memory_file
     from ..model.memory import encoder_of
 
-    return encoder_of(memory_file.read(str(path)), "--memory", model)
+    return encoder_of(memory_file.read(str(path), "--memory"), "--memory", model)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model.transformer import without_padding
 from ..plan import PRESETS, Section, parse_schedule, plan_sections
+from ..plan.mark import read_mark
 from .flow import Conditioning
 
 SCHEDULE = "F1 forward"
@@ -89,13 +90,14 @@ def conditioning_of(entries: Sequence, name: str) -> Conditioning:
 class StoredVideo:
     """A video as it is kept: samples `[1, C, 1 + 9k, H, W]` in VAE space, which may lie in a file until they are used.
 
-    clips: how many whole clips follow the start frame.
+    clips: how many whole clips follow the start frame. family: of the VAE's latents, empty where nobody says.
     """
 
     samples: Tensor = field(repr=False)
     cond: Conditioning = field(repr=False)
     name: str
     clips: int
+    family: str = ""
 
     def open(self, process_in: Callable[[Tensor], Tensor], device) -> TrainingVideo:
         """Its numbers, ready to train on. process_in: VAE space to model space."""
@@ -132,5 +134,20 @@ def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVid
                 f"{name} has {samples.shape[2]} latent frames; expected at least {1 + window} (one clip). Leave short "
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
-        made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole))
+        mark = read_mark(latent)
+        family = "" if mark is None else mark.base or mark.latent_format
+        made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole, family))
     return made
+
+
+def check_families(videos: Sequence[StoredVideo], families: Sequence[str]) -> None:
+    """Raise ForcingError for latents of another VAE than the model's (fault 22); the same shape is not enough.
+
+    families: of latents that the MODEL can read (`latent_families`). A video that says none is passed over.
+    """
+    for video in videos:
+        if video.family and video.family not in families:
+            raise ForcingError(
+                f"{video.name} was encoded by a {video.family} VAE, and the MODEL works on {families[0]} latents: same "
+                f"shape, other meaning. Change the file in the 'Load VAE' behind '{VIDEO_CLIPS}' to the model's VAE."
+            )

@@ -127,7 +127,8 @@ def _clips(
     sections, device = clip_sections(draw.first + draw.count), video.latents.device
     seen = video.latents.clone()
     memory = None
-    if forced.pack is not None:
+    # Sampling is F1's own, the image's place included, behind a gate that is closed.
+    if forced.pack is not None and (forced.pack_learns or bool(forced.pack.gate)):
         memory = Recurrence(forced.pack, video.cond, recipe.unroll if forced.pack_learns else 0)
         for section in sections[: draw.first]:
             memory.fold(video.latents[:, :, section.start : section.stop])

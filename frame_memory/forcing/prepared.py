@@ -34,7 +34,13 @@ def write_videos(folder: Path, videos: Sequence[StoredVideo], family: str) -> li
         tensor_file.write(str(path), plain, {"format": FORMAT, "name": video.name, "base": family})
         paths.append(path)
     for old in set(folder.glob("video-*.safetensors")) - set(paths):
-        old.unlink()
+        try:
+            old.unlink()
+        except OSError as error:
+            raise tensor_file.FileError(
+                f"{old} is of an earlier set and cannot be deleted: {error}. Stop what reads it, or choose another "
+                f"name in '{TRAIN}'."
+            ) from error
     return paths
 
 
@@ -73,4 +79,5 @@ def _read(path: Path) -> tuple[StoredVideo, str]:
         raise tensor_file.FileError(f"{path} holds numbers that are not finite.")
     clips = (samples.shape[2] - 1) // clip_frames()
     name = metadata.get("name", path.stem)
-    return StoredVideo(samples, Conditioning(text, pooled, vision), name, clips), metadata["base"]
+    family = metadata["base"]
+    return StoredVideo(samples, Conditioning(text, pooled, vision), name, clips, family), family

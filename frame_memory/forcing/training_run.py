@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..model.base_signature import MODEL_PREFIX, Base
-from ..model.framepack import MODEL_OPTION
+from ..model.framepack import MODEL_OPTION, latent_families
 from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
-from ..model.memory_file import HEAD
+from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING
 from ..model.semantic_pack import SemanticPack, open_gate
-from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo
+from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, check_families
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
 from .forcings import LOSSES
 from .stages import HEAD_PART, LORA, MEMORY, Trained
@@ -147,6 +147,11 @@ class TrainingRun:
         self.moment: Moment | None = None
         self.saved = 0  # the step of the newest whole checkpoint
         self._check_videos()
+        if self.patcher.patches.keys() != patcher.patches.keys():
+            self.faces.say(
+                "The MODEL has a LoRA or a head on its output layer already. Training goes on from there, and its "
+                f"result holds it: do not put it on once more beside '{LOAD_DIRECT_FORCING}' with that result."
+            )
 
     def identity(self) -> dict:
         """What a checkpoint must share with the run that goes on from it."""
@@ -170,6 +175,7 @@ class TrainingRun:
                     f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
                     f"Use the HunyuanVideo VAE in '{VIDEO_CLIPS}'."
                 )
+        check_families(self.videos, latent_families(self.original))
         longest = max(video.clips for video in self.videos)
         if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
             raise ForcingError(

@@ -12,6 +12,7 @@ import comfy.supported_models
 import torch
 from comfy import model_base
 
+from ..plan.mark import SELFTEST_BASE
 from .packing import ContextLayout
 from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
 
@@ -123,6 +124,15 @@ def is_framepack(model_patcher) -> bool:
 def has_context_weights(model) -> bool:
     """The same of a base model without its patcher."""
     return hasattr(getattr(model, "diffusion_model", None), "clean_x_embedder")
+
+
+def latent_families(model_patcher) -> tuple[str, ...]:
+    """Families of latents that a MODEL can read: the one that 'Load FramePack Model' noted.
+
+    A model from a stock or GGUF loader only says its latent format, which the self-test models share.
+    """
+    said = model_patcher.model_options.get(MODEL_OPTION, {}).get("base", "")
+    return (said,) if said else (type(model_patcher.model.latent_format).__name__, SELFTEST_BASE)
 
 
 def unscaled_blank(model: model_base.BaseModel, shape: tuple[int, ...]) -> torch.Tensor:

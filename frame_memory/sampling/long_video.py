@@ -15,7 +15,7 @@ import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
 
-from ..model.framepack import MODEL_OPTION, is_framepack
+from ..model.framepack import MODEL_OPTION, is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..plan import (
     LongVideoPlan,
@@ -32,7 +32,7 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.errors import SAMPLER
-from ..plan.mark import DEFAULT_FPS, KEY, SELFTEST_BASE, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
@@ -90,12 +90,9 @@ def check_model(guider, schedule: Schedule) -> list[str]:
 def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
     """The family of latents that the model and all inputs share; raises PlanError where one differs (fault 22).
 
-    latents: by socket. A model from a stock or GGUF loader only says its latent format; that is the family then, or
-    the self-test's, which has the same format: whichever the first input says.
+    latents: by socket. Where the model may read several families, it is whichever the first input says.
     """
-    form = type(guider.model_patcher.model.latent_format).__name__
-    said = guider.model_patcher.model_options.get(MODEL_OPTION, {}).get("base", "")
-    allowed = (said,) if said else (form, SELFTEST_BASE)
+    allowed = latent_families(guider.model_patcher)
     for name, latent in latents.items():
         mark = None if latent is None else read_mark(latent)
         base = "" if mark is None else mark.base or mark.latent_format

@@ -95,6 +95,8 @@ class ClipCache:
                 raise ValueError(f"latents of shape {tuple(samples_BCTHW.shape)}, expected {frames} frames")
             if about.get("crc32") != _checksum(samples_BCTHW):
                 raise ValueError("its numbers are not the ones that were written")
+            if not is_finite(samples_BCTHW):
+                raise ValueError("it holds NaN or infinite numbers")
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = str(error).split(". ")[0].replace(f"{path}", "it")
             self.damaged[path.name] = reason or type(error).__name__
@@ -135,6 +137,11 @@ class ClipCache:
             if part is not None:
                 part.unlink(missing_ok=True)
         return True
+
+
+def is_finite(samples_BCTHW: Tensor) -> bool:
+    """Whether all numbers are; looked at frame by frame, since latents of a minute are large."""
+    return all(bool(torch.isfinite(frame_BCHW).all()) for frame_BCHW in samples_BCTHW.unbind(2))
 
 
 def _checksum(samples_BCTHW: Tensor) -> str:

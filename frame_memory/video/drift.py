@@ -213,11 +213,18 @@ class DriftMeter:
         return found
 
     def _alike(self, seen: Mapping[int, Tensor]) -> dict[int, float]:
-        """Cosine of each look to the mean of those at the beginning of the making."""
-        ordered = [seen[f] for f in self.making if f in seen]
-        early = sum(f in seen for f in self.making[: self.ends])
-        mean_D = torch.stack(ordered[: max(early, 1)]).mean(dim=0)
-        return {f: float(torch.cosine_similarity(feature_D, mean_D, dim=0)) for f, feature_D in seen.items()}
+        """Mean cosine of each look to those at the beginning of the making.
+
+        Itself left out: else a look of the beginning would be nearer to it than any other of the same scene.
+        """
+        ordered = [f for f in self.making if f in seen]
+        early = ordered[: max(sum(f in seen for f in self.making[: self.ends]), 1)]
+        cosines_TE = torch.stack([*seen.values()]) @ torch.stack([seen[f] for f in early]).T
+        found = {}
+        for f, cosines_E in zip(seen, cosines_TE):
+            others = [float(cosine) for other, cosine in zip(early, cosines_E) if other != f]
+            found[f] = statistics.fmean(others) if others else 1.0
+        return found
 
     def _curve(self, row: Mapping[int, float]) -> Curve:
         places = [(place, row[f]) for place, f in enumerate(self.making) if f in row]

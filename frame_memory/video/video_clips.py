@@ -23,7 +23,7 @@ from torch import Tensor
 from ..plan.errors import PlanError, refusal
 from ..plan.frames import pixel_frames
 from ..plan.mark import DEFAULT_FPS, KEY
-from .clip_cache import ClipCache, content_of, key_of
+from .clip_cache import ClipCache, content_of, is_finite, key_of
 from .clip_folder import VIDEOS, DatasetError, caption_beside, files_in, none_left, videos_of
 from .history import bucket_size, encode_stream, latent_frames_of, read_video
 from .shots import Stretch, find_stretches
@@ -165,7 +165,7 @@ class ClipMaker:
                     clip = MadeClip(video, part, self._latent(video, part, fingerprint))
                     self.used.append(clip)
                     yield clip
-            except (HistoryError, OSError) as error:
+            except (DatasetError, HistoryError, OSError) as error:
                 self._skip(video.path, error)
         self._check(self.used)
 
@@ -217,6 +217,11 @@ class ClipMaker:
             self.say(f"{video.name}: encoding {begin:.1f} to {begin + part.seconds:.1f} s")
             chunks = self._pictures(video, range(part.first, part.first + part.frames))
             made_BCTHW = encode_stream(self.vae, chunks, part.latent_frames, interrupt=self.interrupt)
+            if not is_finite(made_BCTHW):
+                raise DatasetError(
+                    f"the VAE made NaN or infinite numbers of {begin:.1f} to {begin + part.seconds:.1f} s of it. Start "
+                    "ComfyUI with --fp32-vae or --bf16-vae, or take the video out of the folder"
+                )
             samples_BCTHW = self.cache.keep(path, made_BCTHW, {"video": video.name, "base": self.base})
         # A key of ours beside the tensor, as Anti-Drift Sampler's LATENTs have it; unknown names in it are ignored.
         return {"samples": samples_BCTHW, KEY: {"base": self.base, "fps": float(FPS), "given": 1, "source": video.name}}

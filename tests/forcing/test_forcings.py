@@ -168,6 +168,23 @@ def test_a_clip_without_its_memory_is_f1(model, pack):
     assert 0.06 < sum(map(sum, kept)) / 1600 < 0.14
 
 
+@torch.no_grad()
+def test_a_memory_whose_gate_is_closed_and_does_not_learn_is_none(model):
+    """As when sampling: no tokens, and the image where F1 has it, also where its true place is farther away."""
+    video, closed = small.video(4), small.memory(model, gate=0.0)
+    recipe, draw = drawn(DIRECT, video, count=4)
+    plain, behind = Recording(model), Recording(model)
+    ours(DIRECT, Forced(plain), video, draw, recipe)
+    ours(DIRECT, Forced(behind, closed), video, draw, recipe)
+    assert [c["memory_tokens"] for c in behind.calls] == [None] * 4
+    assert [c["context_layout"] for c in behind.calls] == [c["context_layout"] for c in plain.calls]
+    learning = Recording(model)
+    with torch.enable_grad():
+        closed.requires_grad_(True)
+        ours(DIRECT, Forced(learning, closed, True), video, draw, recipe)
+    assert learning.calls[3]["memory_tokens"] is not None, "or it could never open"
+
+
 def test_a_random_start_reads_the_clips_before_it(model, pack):
     video = small.video(5)
     recipe = Recipe(forcing=TEACHER, random_start=True, drop_memory=0.0)
@@ -179,6 +196,10 @@ def test_a_random_start_reads_the_clips_before_it(model, pack):
         made = ours(TEACHER, Forced(network, pack), video, draw, recipe)
     assert [c.clip for c in made] == [3, 4]
     assert torch.equal(network.calls[0]["context_latents"][3], video.latents[:, :, 27:28])
+    psi = pack.anchor(video.cond.text, video.cond.vision)
+    for i, call in enumerate([None] * 3 + network.calls):
+        assert call is None or torch.allclose(call["memory_tokens"], torch.tanh(pack.gate) * psi, atol=1e-6)
+        psi = pack.update(psi, video.latents[:, :, 1 + 9 * i : 10 + 9 * i], first=i == 0)
 
 
 def test_psi_keeps_a_graph_of_the_newest_clips_only(model, pack):

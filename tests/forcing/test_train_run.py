@@ -243,7 +243,9 @@ def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
     base = weights_of(model)[key].float()
     patched = model.clone()
     patched.add_patches({"diffusion_model." + key: ("diff", (torch.full_like(base, 0.5),))}, 0.5)
-    run = TrainingRun(patched, None, videos(), request(STAGE_HEAD, 1), tmp_path / "run", Faces(lambda _: None))
+    said: list[str] = []
+    run = TrainingRun(patched, None, videos(), request(STAGE_HEAD, 1), tmp_path / "run", Faces(said.append))
+    assert len(said) == 1 and "do not put it on once more beside 'Load Direct Forcing Checkpoint'" in said[0]
     run._load()
     trained = run._trained()
     assert torch.allclose(trained.masters[key], base + 0.25, atol=1e-6)
@@ -303,6 +305,21 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("loader", ["Load FramePack Model", "stock"])
+def test_fault_22_latents_of_another_vae_of_the_same_shape_are_refused(tiny_file, tmp_path, loader):
+    model, cond = load(tiny_file), [[torch.randn(1, 5, 64), {"pooled_output": torch.randn(1, 768)}]]
+    if loader == "stock":
+        model.model_options = {k: v for k, v in model.model_options.items() if k != MODEL_OPTION}
+
+    def run(**mark):
+        latent = {"samples": torch.randn(1, 16, 19, 4, 6), **({"frame_memory": mark} if mark else {})}
+        return TrainingRun(model, None, stored_videos([latent], [cond]), request(STAGE_HEAD), tmp_path)
+
+    with pytest.raises(ForcingError, match=r"video 1 of 1 was .* Wan21 VAE, .* works on HunyuanVideo.*'Load VAE'"):
+        run(base="Wan21", fps=30.0)
+    assert run(base="HunyuanVideo").videos[0].family == "HunyuanVideo" and not run().videos[0].family
+
+
 def test_videos_for_the_command_line_come_back_as_they_were(tmp_path):
     g = torch.Generator().manual_seed(0)
     latents = [{"samples": torch.randn(1, 16, 1 + 9 * k, 4, 6, generator=g)} for k in (1, 3, 2)]
@@ -335,7 +352,8 @@ def test_the_command_line_trains_from_the_same_files(tiny_file, tmp_path, capsys
     made = tmp_path / "out" / "cli.safetensors"
     assert memory_file.read(str(made)).kind == memory_file.SEMANTIC_PACK
     assert main([*arguments, "--memory", str(tmp_path / "none.safetensors"), "--name", "x"]) == 1
-    assert "There is no file at" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "There is no file at" in said and "'--memory'" in said and "Load " not in said
     model = load(tiny_file)
     head_only = str(tmp_path / "head.safetensors")
     memory_file.write(head_only, Base.of(model), head={n: weights_of(model)[n] for n in memory_file.HEAD})

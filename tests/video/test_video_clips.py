@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from frame_memory.plan.errors import PlanError
 from frame_memory.video import video_clips
+from frame_memory.video.clip_cache import ClipCache
 from frame_memory.video.clip_folder import DatasetError
 from frame_memory.video.history import read_video
 from frame_memory.video.shots import find_stretches
@@ -201,6 +202,31 @@ def test_fault_t2_a_corrupt_cached_latent_is_named_counted_and_made_anew(made, f
     assert "Damaged in there, and made anew: 2." in report and f"- {broken.name}: " in report
     third = maker(folder, own, tiny_vae)
     assert len(list(third.clips())) == 3 and not third.cache.damaged and third.cache.written == 0
+
+
+def test_a_video_of_which_the_vae_makes_nan_is_named_and_never_kept(folder, tmp_path, tiny_vae, monkeypatch):
+    """An fp16 VAE overflows on some pictures; each update on such a clip would be lost."""
+    encode = tiny_vae.encode
+
+    def overflows(pixels):
+        made = encode(pixels)
+        return made * float("nan") if float(pixels[0].mean()) == first_mean else made
+
+    clips = maker(folder, tmp_path / "cache", tiny_vae)
+    first = next(clips.clips())
+    first_mean = float(first.first_picture()[0].mean())
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    path.unlink()
+    monkeypatch.setattr(tiny_vae, "encode", overflows)
+    again = maker(folder, tmp_path / "cache", tiny_vae)
+    assert [c.video.name for c in again.clips()] == ["b 10.mp4", "b 10.mp4"]
+    assert "NaN or infinite numbers of 0.0 to 2.4 s" in again.why["b 2.mp4"] and "--fp32-vae" in again.why["b 2.mp4"]
+    assert "Skipped b 2.mp4: " in again.report() and not path.exists()
+    # One that is there from before, with a checksum of its own, is made anew.
+    ClipCache(tmp_path / "cache").keep(path, first.latent["samples"] * float("nan"), {})
+    monkeypatch.setattr(tiny_vae, "encode", encode)
+    healed = maker(folder, tmp_path / "cache", tiny_vae)
+    assert len(list(healed.clips())) == 3 and list(healed.cache.damaged) == [path.name]
 
 
 def test_fault_t4_empty_folders_and_folders_with_nothing_usable(folder, tmp_path, tiny_vae):

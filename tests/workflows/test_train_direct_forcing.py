@@ -120,6 +120,16 @@ def test_fault_t1_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(trained, 
     assert after[:-1] == before and (server.base / "models" / "frame_memory" / "stopped.safetensors").is_file()
 
 
+def test_a_loss_curve_that_cannot_be_written_costs_no_result(trained, server, prompt):
+    small = copy.deepcopy(prompt)
+    node_id = stages(small)[1]
+    small[node_id]["inputs"].update(name="curve", steps=1)
+    (server.base / "output" / "frame_memory_training" / "curve" / "loss.png").mkdir(parents=True)
+    report = server.client.queue(small, timeout=600).outputs[node_id]["text"][0]
+    assert "1 of 1 steps" in report and "Warning: the loss curve could not be written" in report
+    assert (server.base / "models" / "frame_memory" / "curve.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
