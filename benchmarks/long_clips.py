@@ -24,7 +24,7 @@ from .clips import cached_columns, clip_jobs, fit_codec
 from .codec import LinearCodec
 from .long_world import PERIOD, LongScene, random_long_scene, render
 
-WORLD = "long3"  # changes with what `random_long_scene` and `render` give, so that another world's are never read
+WORLD = "long4"  # changes with what `random_long_scene` and `render` give, so that another world's are never read
 FRAMES_A_LATENT = 4
 TURN = PERIOD // FRAMES_A_LATENT
 

@@ -34,7 +34,8 @@ class LongMeasures:
     where it must be, where it is seen when it must be there. background: PSNR in dB of all that is no sprite. motion:
     mean absolute change over a latent frame, as a share of the true video's (dynamic degree; 1 is right, 0 is still).
     identity: 1 where the visitor is seen and is the one seen first, 0 where it must be there and is not, or another is.
-    first: colour and shape of the first visit. recall: see `_recall`. given: frames in front that were not made.
+    first: colour and shape of the first visit. recall: see `_recall`; colour_recall: the same for the colour alone.
+    given: frames in front that were not made.
     """
 
     colour: np.ndarray
@@ -46,11 +47,12 @@ class LongMeasures:
     identity: np.ndarray
     first: tuple[int, int] | None
     recall: float
+    colour_recall: float
     given: int
 
     def row(self, backwards: bool) -> dict[str, float]:
         """Means over what was made, and the video's drift. backwards: the end was made first (FramePack F0)."""
-        out = {"recall": self.recall}
+        out = {"recall": self.recall, "colour recall": self.colour_recall}
         for name in ("identity", "presence", "distance", "background", "motion"):
             values = getattr(self, name)
             out[name] = _mean(values[self.given :])
@@ -84,11 +86,10 @@ def measure_long(video_THWC: np.ndarray, scene: LongScene, given: int = 0) -> Lo
         if there[t]:
             distance[t] = np.hypot(*(_middle(spot) - truth[t]))
     first = _first_seen(colour, shape)
-    right = np.full(len(video), np.nan)
-    if first is not None:
-        same = (colour == first[0]) & ((shape == first[1]) | (shape < 0))
-        right = np.where(seen, same, np.nan).astype(float)
-    identity = np.where(there, np.nan_to_num(right, nan=0.0), right)
+    nobody = np.zeros(len(video), dtype=bool)
+    same_colour = colour == first[0] if first is not None else nobody
+    same = same_colour & ((shape == first[1]) | (shape < 0)) if first is not None else nobody
+    identity = _kept(same, seen, there, first is not None)
     presence = np.where(there, seen, np.where(gone, count < 0.1 * area, np.nan)).astype(float)
     return LongMeasures(
         colour, shape, presence, distance,
@@ -97,8 +98,18 @@ def measure_long(video_THWC: np.ndarray, scene: LongScene, given: int = 0) -> Lo
         identity=identity,
         first=first,
         recall=_recall(seen, identity, scene, frames),
+        colour_recall=_recall(seen, _kept(same_colour, seen, there, first is not None), scene, frames),
         given=given,
     )  # fmt: skip
+
+
+def _kept(same: np.ndarray, seen: np.ndarray, there: np.ndarray, known: bool) -> np.ndarray:
+    """1 where the visitor is seen and `same`, 0 where it is another or must be there and is not seen, else NaN.
+
+    known: whether there was a first visit to compare with; without one only its absence counts.
+    """
+    judged = np.where(seen & known, same, np.nan).astype(float)
+    return np.where(there, np.nan_to_num(judged, nan=0.0), judged)
 
 
 def _first_seen(colour: np.ndarray, shape: np.ndarray) -> tuple[int, int] | None:

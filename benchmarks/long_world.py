@@ -4,8 +4,9 @@ FramePack shows a window the 19 latent frames before it (2.5 s) and the first pi
 for 32 latent frames and more at a time, and what it looks like need not be in the first picture nor in the caption:
 then nothing but a memory of the whole video can bring the same one back. It walks in and out, or the camera pans to it
 and away. All of it repeats every 8 seconds, so when and where it must be is known for every frame. When it comes can
-be seen: the ground is the darker the farther off the visitor is. So what a video lacks without a memory is who comes
-and along which line, and not the time; a video that stood still for 4 seconds could not know that.
+be seen: the ground is the darker the farther off the visitor is. Where is always the same: along the middle. So what a
+video lacks without a memory is who comes, and nothing else; a video that stood still for 4 seconds could not know the
+time, and small networks that cannot know the line draw pieces of a visitor on all of them.
 
 Shape legend: T frames, H W pixels, 3 colour channels. Images are float32, 0..1. Positions are pixels (x right, y down),
 times are frames at 30 a second. Moves are whole pixels a frame and 4 pixels a latent frame, so small networks meet few
@@ -26,7 +27,6 @@ from .world import (
     SIZE,
     SPRITE_COLOURS,
     TIDY_RADIUS,
-    TIDY_STEP,
     Scene,
     background,
     shape_mask,
@@ -52,8 +52,8 @@ class LongScene:
     """One long video's whole truth.
 
     how: WALKS (the ground is still) or CAMERA (the ground moves along; sides left and right only). across: pixels on
-    the axis it does not move on. shown: it stands in the first picture, else it is out of sight there and comes in at
-    once. named: the caption says its colour and shape.
+    the axis it does not move on; random scenes have the middle. shown: it stands in the first picture, else it is out
+    of sight there and comes in at once. named: the caption says its colour and shape.
     """
 
     colour: str = "red"
@@ -63,7 +63,7 @@ class LongScene:
     ground: str = "hills"
     ground_colour: str = "navy"
     phase: float = 0.0
-    across: float = 32.0
+    across: float = SIZE / 2
     shown: bool = False
     named: bool = False
 
@@ -83,9 +83,7 @@ class LongScene:
 def random_long_scene(rng: np.random.Generator, *, shown: bool | None = None, named: bool | None = None) -> LongScene:
     """Draw a scene. shown: None for a quarter of the scenes with the visitor in their first picture. named: None for
     half of them with its colour and shape in their caption."""
-    low = TIDY_RADIUS + 1
     camera = rng.random() < SHARE_CAMERA
-    spots = int((SIZE - 2 * low) // TIDY_STEP)
     in_picture, in_words = bool(rng.random() < SHARE_SHOWN), bool(rng.random() < SHARE_NAMED)
     return LongScene(
         colour=str(rng.choice(list(SPRITE_COLOURS))),
@@ -95,7 +93,6 @@ def random_long_scene(rng: np.random.Generator, *, shown: bool | None = None, na
         ground=str(rng.choice(GROUNDS[:2] if camera else GROUNDS)),
         ground_colour=str(rng.choice(list(GROUND_COLOURS))),
         phase=float(8 * rng.integers(GROUND_PERIOD // 8)),
-        across=low + TIDY_STEP * int(rng.integers(spots + 1)),
         shown=in_picture if shown is None else shown,
         named=in_words if named is None else named,
     )

@@ -186,7 +186,7 @@ def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_
     assert json.loads(path.read_text(encoding="utf-8"))["figures"]["10"]["recall"] is None
     lines, recorded = claims.tables(args, budget)
     (row,) = [line for line in lines if line.startswith("| F1 |")]
-    assert row.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
+    assert row.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
     assert any(line.startswith("| Squeeze B | 0 of 2 | missing |") for line in lines)
     assert ("F1, 10 s", "seeds", 2) in recorded and ("F1, 10 s", "presence", 0.5) in recorded
     assert not any(case.startswith("Squeeze") for case, _, _ in recorded)

@@ -98,6 +98,7 @@ def test_each_fault_shows_in_its_own_measure(scene):
     back = 150  # the visitor is out of sight from 112 to 241
     for change in ({"colour": "blue"}, {"shape": "square"}):
         other = np.concatenate([truth[:back], render(dataclasses.replace(scene, **change), frames[back:])])
+        assert shown(other).colour_recall == (shown(other).recall if "colour" in change else 1)
         assert shown(other).recall < 0.4 < 0.95 < shown(other).presence[~np.isnan(shown(other).presence)].mean()
     empty = np.concatenate([truth[:back], np.repeat(truth[back:back + 1], 150, axis=0)])  # fmt: skip
     assert shown(empty).recall == 0 and np.nanmean(shown(empty).presence[back:]) < 0.9
