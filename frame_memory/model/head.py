@@ -57,8 +57,7 @@ def apply_head(patcher, file: MemoryFile, strength: float) -> tuple[object, Head
         elif base is None:
             raise MemoryFileError(
                 f"This MODEL keeps {name} in a packed format, so the head of {file.name} cannot take its place. Load a "
-                f"file that keeps the output layer in full in '{LOAD_MODEL}' (bf16 or fp8), or save the head as a "
-                "difference."
+                f"file that keeps the output layer in full in '{LOAD_MODEL}' (bf16 or fp8)."
             )
         else:
             difference = given.float() - base
