@@ -123,7 +123,8 @@ def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVid
         )
     made = []
     for number, (latent, entries) in enumerate(zip(latents, positive, strict=True), 1):
-        samples, name = latent["samples"], f"video {number} of {len(latents)}"
+        samples, mark = latent["samples"], read_mark(latent)
+        name = f"video {number} of {len(latents)}" + (f" ({mark.source})" if mark and mark.source else "")
         if samples.ndim != 5 or samples.shape[0] != 1:
             raise ForcingError(
                 f"{name} has the shape {tuple(samples.shape)}; expected one video [1, channels, frames, height, width]."
@@ -134,7 +135,6 @@ def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVid
                 f"{name} has {samples.shape[2]} latent frames; expected at least {1 + window} (one clip). Leave short "
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
-        mark = read_mark(latent)
         family = "" if mark is None else mark.base or mark.latent_format
         made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole, family))
     return made

@@ -30,7 +30,8 @@ class MarkError(ValueError):
 class LatentMark:
     """What the sampler said about a LATENT. Empty strings, None and 0 given frames mean: not said.
 
-    given: latent frames in front of the first section. project: name of the project that holds the sections.
+    given: latent frames in front of the first section. project: name of the project that holds the sections. source:
+    name of the video file that it was encoded from.
     """
 
     latent_format: str = ""
@@ -40,6 +41,7 @@ class LatentMark:
     fps: Fraction | None = None
     given: int = 0
     project: str = ""
+    source: str = ""
 
 
 def as_fps(value: float | int | Fraction) -> Fraction:
@@ -80,6 +82,7 @@ def read_mark(samples: Mapping) -> LatentMark | None:
         fps=None if fps is None else as_fps(fps),
         given=given if isinstance(given := raw.get("given", 0), int) and given > 0 else 0,
         project=str(raw.get("project") or ""),
+        source=str(raw.get("source") or ""),
     )
 
 

@@ -315,8 +315,8 @@ def test_fault_22_latents_of_another_vae_of_the_same_shape_are_refused(tiny_file
         latent = {"samples": torch.randn(1, 16, 19, 4, 6), **({"frame_memory": mark} if mark else {})}
         return TrainingRun(model, None, stored_videos([latent], [cond]), request(STAGE_HEAD), tmp_path)
 
-    with pytest.raises(ForcingError, match=r"video 1 of 1 was .* Wan21 VAE, .* works on HunyuanVideo.*'Load VAE'"):
-        run(base="Wan21", fps=30.0)
+    with pytest.raises(ForcingError, match=r"video 1 of 1 \(a.mp4\) was .* Wan21 VAE, .* works on Hunyuan.*'Load VAE'"):
+        run(base="Wan21", fps=30.0, source="a.mp4")
     assert run(base="HunyuanVideo").videos[0].family == "HunyuanVideo" and not run().videos[0].family
 
 
