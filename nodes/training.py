@@ -316,7 +316,7 @@ def curve(losses: list[float], steps: int):
     bottom, top = plots.fitted([loss for _, loss in good], 0.01)
     lines = [
         plots.Curve("loss", *zip(*good, strict=True), note=""),
-        plots.Curve("mean", *zip(*mean, strict=True), note=f"mean of {SMOOTH}: {mean[-1][1]:.4f}"),
+        plots.Curve("mean", *zip(*mean, strict=True), note=f"mean of {min(SMOOTH, len(mean))}: {mean[-1][1]:.4f}"),
     ]
     title = f"Loss (mean squared error), step {len(losses)} of {max(steps, len(losses))}"
     return plots.draw_panels([plots.Panel(title, "step", "", lines, (), top, max(bottom, 0.0))])
