@@ -112,7 +112,7 @@ def _what_changed(its: Mapping, now: Mapping, other: list[str]) -> str:
     if plain:
         said = "; ".join(f"{n}: {its.get(n)!r}, now {now.get(n)!r}" for n in plain)
         reasons.append(f"with other settings ({said})")
-    back = [*(["connect the memory that it began with"] if "memory" in other else []),
+    back = [*(["connect the memory that it began with, if its file is still there,"] if "memory" in other else []),
             *(["set them back"] if plain else [])]  # fmt: skip
     anew = " and begin anew with this memory" if "memory" in other and now.get("memory") else " to begin anew"
     return (
