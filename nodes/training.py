@@ -284,10 +284,11 @@ class Watch:
 
     def _words(self, moment: training.Moment) -> str:
         mean = smooth(moment.losses)[-1:]
+        left = self.left.words() if self.left and moment.step < moment.steps else ""
         loss = f"loss {mean[0][1]:.4f} (mean of {min(SMOOTH, len(moment.losses))})" if mean else "no loss yet"
         return "\n".join([
             f"step {moment.step} of {moment.steps} · {moment.clips} clip{'s' * (moment.clips > 1)} of {moment.video}",
-            " · ".join(filter(None, [loss, f"rate {moment.rate:.1e}", self.left.words() if self.left else ""])),
+            " · ".join(filter(None, [loss, f"rate {moment.rate:.1e}", left])),
             "Cancel keeps a checkpoint; queue again with the same name to go on.",
         ])  # fmt: skip
 

@@ -19,8 +19,8 @@ class TimeLeft:
             self.seconds = (now - self.first[1]) / (done - self.first[0]) * (self.total - done)
 
     def words(self) -> str:
-        """For the node; empty while nothing is known, and at the end."""
-        return "" if not self.seconds else f"about {duration(self.seconds)} left"
+        """For the node; empty while nothing is known."""
+        return "" if self.seconds is None else f"about {duration(self.seconds)} left"
 
 
 def duration(seconds: float) -> str:
