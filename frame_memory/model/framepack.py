@@ -24,6 +24,8 @@ MEMORY_KEY = "memory_tokens"
 _PATCH = 4
 # In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
 MODEL_OPTION = "frame_memory"
+# There, only where the file says another kind than the one that was chosen: who says which, as words.
+CONTRADICTED = "kind_contradicted"
 
 
 class AloneConstant(comfy.conds.CONDConstant):
