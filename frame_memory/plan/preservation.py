@@ -147,13 +147,13 @@ def low_size(rate: Rate, frames: int, height: int, width: int) -> tuple[int, int
 
 def latent_frames(seconds: float | Fraction, fps: float | Fraction, time_factor: int = 4) -> int:
     """Latent frames of whole groups of `time_factor` pixel frames, as the paper counts: 120 for 20 s at 24 fps."""
-    return math.floor(Fraction(seconds) * Fraction(fps) / time_factor)
+    return math.floor(_exact(seconds) * _exact(fps) / time_factor)
 
 
 def tokens_a_second(rate: Rate, height: int, width: int, fps: float | Fraction, time_factor: int = 4) -> Fraction:
     """Tokens that a second of a long history really has: whole blocks only. time_factor: pixel frames a latent one."""
     grid = token_grid(rate, 0, rate.time, height, width)
-    return Fraction(fps) / time_factor / rate.time * grid.tokens
+    return _exact(fps) / time_factor / rate.time * grid.tokens
 
 
 def nominal_tokens_a_second(
@@ -165,7 +165,7 @@ def nominal_tokens_a_second(
 
 def full_tokens_a_second(height: int, width: int, fps: float | Fraction, time_factor: int = 4) -> Fraction:
     """Tokens a second of the DiT itself: 6240 for 60x104 at 16 fps."""
-    return Fraction(fps) / time_factor * (height // PATCH) * (width // PATCH)
+    return _exact(fps) / time_factor * (height // PATCH) * (width // PATCH)
 
 
 def token_bytes(tokens: int, hidden: int, features: int = 0, itemsize: int = 2) -> int:
@@ -237,18 +237,20 @@ def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tup
             expected = f"a positive multiple of {step}"
             raise PlanError(refusal(f"a chunk of {length} latent frames", expected, near, PRESERVATION))
     fine, thin = ([token_count(RATES[r], n, height, width) for n in lengths] for r in (budget.rate, THIN))
-    old = max(len(lengths) - budget.recent, 0)
-    total, thinned, dropped = sum(fine), 0, 0
-    while budget.past == "thin" and total > budget.tokens and thinned < old:
-        total += thin[thinned] - fine[thinned]
-        thinned += 1
-    while total > budget.tokens and dropped < old:
-        total -= thin[dropped] if dropped < thinned else fine[dropped]
-        dropped += 1
-    if total > budget.tokens:
-        given = f"a budget of {budget.tokens} tokens"
-        expected = f"room for the {len(lengths) - old} newest chunks at {budget.rate}"
-        raise PlanError(refusal(given, expected, str(total), PRESERVATION))
+    # Chunks are added one by one, as in a run: what a long recent one has pushed out would else return behind it.
+    total, thinned, dropped = 0, 0, 0
+    for count, tokens in enumerate(fine, 1):
+        total, old = total + tokens, max(count - budget.recent, 0)
+        while budget.past == "thin" and total > budget.tokens and thinned < old:
+            total += thin[thinned] - fine[thinned]
+            thinned += 1
+        while total > budget.tokens and dropped < old:
+            total -= thin[dropped] if dropped < thinned else fine[dropped]
+            dropped += 1
+        if total > budget.tokens:
+            given = f"a budget of {budget.tokens} tokens"
+            expected = f"room for {count - old} new chunks at {budget.rate}"
+            raise PlanError(refusal(given, expected, str(total), PRESERVATION))
     thin_left = max(thinned - dropped, 0)
     return (None,) * dropped + (THIN,) * thin_left + (budget.rate,) * (len(lengths) - dropped - thin_left)
 
@@ -258,6 +260,11 @@ def kept_spans(lengths: Sequence[int], budget: Budget, height: int, width: int) 
     stops = list(accumulate(lengths))
     named = zip([0, *stops], stops, kept(lengths, budget, height, width), strict=False)
     return tuple((start, stop, rate) for start, stop, rate in named if rate is not None)
+
+
+def _exact(number: float | Fraction) -> Fraction:
+    """As people mean it: 1.2 is 6/5, where a float is a little less and 1.2 s at 30 fps would lack a frame."""
+    return Fraction(number).limit_denominator(10**6)
 
 
 def _midpoints(size: int, step: int) -> tuple[int, ...]:
