@@ -10,7 +10,7 @@ Source: pfp reference 2.1 to 2.4 (TinyHistory, arXiv 2512.23851); there is no pu
 table is that reference's. In three things we differ from it, on purpose.
 
 - A strided convolution is padded by one frame on the left and not by two. An output then sees frames 2i-1 to 2i+1,
-  which holds its own block; with two it sees 2i-2 to 2i, and the newest frame of every chunk reaches no token at all.
+  which holds its own block; with two it sees 2i-2 to 2i, and the branch never looks at the newest frame of a chunk.
 - The low branch has a frozen copy of the DiT's patch embedding, in fp32 as core keeps Wan's: 0.33 M numbers of a base
   of 14 B. The encoder runs once a segment and then never needs the base, which may stay where it is.
 - The projection to D is a linear layer over tokens, the same sums as a 1x1x1 convolution.
