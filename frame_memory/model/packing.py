@@ -118,7 +118,12 @@ def pooled_rope(table: Tensor, rate: int | str, frames: int) -> Tensor:
 
 
 def packed_rope(
-    pe_embedder: Callable[[Tensor], Tensor], layout: ContextLayout, frames: tuple[int, ...], grid_h: int, grid_w: int, device
+    pe_embedder: Callable[[Tensor], Tensor],
+    layout: ContextLayout,
+    frames: tuple[int, ...],
+    grid_h: int,
+    grid_w: int,
+    device,
 ) -> Tensor:
     """Rotary table `[1, 1, N, F, 2, 2]` of the packed sequence: context groups in order, then the window.
 

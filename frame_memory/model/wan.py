@@ -35,16 +35,16 @@ import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
-from .framepack import AloneConstant
+from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
 from .packing import KERNEL_OF_RATE, CleanEmbedder, ContextLayout, packed_rope
 from .semantic_pack import unpacked
 
 # Of the wrappers and of the additional model.
 KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
-TOKENS, POSITIONS = "frame_memory_tokens", "frame_memory_positions"
+TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
 _MASK = 4
 _PATCH = (1, 2, 2)
 
@@ -149,14 +149,7 @@ def conditions(base_model, context: Mapping | None = None, tokens: Tensor | None
         latents = [base_model.process_latent_in(latent) for latent in context["latents"]]
         out[CONTEXT] = comfy.conds.CONDList(latents)
         out[LAYOUT] = AloneConstant(context["layout"])
-    if tokens is not None and tokens.shape[1]:
-        places = torch.as_tensor(positions, dtype=torch.long).reshape(-1, 3)
-        if len(places) != tokens.shape[1]:
-            raise ValueError(f"There are {tokens.shape[1]} memory tokens and {len(places)} positions for them.")
-        out[TOKENS] = comfy.conds.CONDRegular(tokens)
-        # Whole numbers: core casts others to the model's, and bf16 cannot count beyond 256.
-        out[POSITIONS] = AloneConstant(places)
-    return out
+    return {**out, **token_conditions(tokens, positions)}
 
 
 class _Wrapper:

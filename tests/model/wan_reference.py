@@ -13,6 +13,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+# Text features are not told by a file's tensors; core takes them from here.
+METADATA = {"config": '{"transformer": {"text_dim": 24}}'}
 HEAD = 128  # core counts heads as width / 128
 # in_dim, out_dim, whether CLIP-vision features are read.
 FAMILIES = {
@@ -67,9 +69,8 @@ def checkpoint(family: str, layers: int = 2, dim: int = 128, text: int = 24, see
 
 def load(family: str, dtype=torch.float32, **options):
     """A MODEL by core's own detection and loader."""
-    metadata = {"config": '{"transformer": {"text_dim": 24}}'}
     return comfy.sd.load_diffusion_model_state_dict(
-        checkpoint(family, **options), model_options={"dtype": dtype}, metadata=metadata
+        checkpoint(family, **options), model_options={"dtype": dtype}, metadata=METADATA
     )
 
 
@@ -155,7 +156,9 @@ def block(sd: dict, name: str, x: Tensor, rows: list[Tensor], table: Tensor, tex
     cross = f"{name}.cross_attn"
     seen = layer_norm(x) * sd[f"{name}.norm3.weight"].double() + sd[f"{name}.norm3.bias"].double()
     query = rms_norm(sd, f"{cross}.norm_q", linear(sd, f"{cross}.q", seen))
-    mixed = attend(query, rms_norm(sd, f"{cross}.norm_k", linear(sd, f"{cross}.k", text)), linear(sd, f"{cross}.v", text))
+    mixed = attend(
+        query, rms_norm(sd, f"{cross}.norm_k", linear(sd, f"{cross}.k", text)), linear(sd, f"{cross}.v", text)
+    )
     if image is not None:
         key = rms_norm(sd, f"{cross}.norm_k_img", linear(sd, f"{cross}.k_img", image))
         mixed = mixed + attend(query, key, linear(sd, f"{cross}.v_img", image))
