@@ -160,13 +160,14 @@ class _Wrapper:
 
     def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
                  **kwargs):  # fmt: skip
-        given = [kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS)]
+        latents, layout, tokens, positions = (kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS))
         options = {} if transformer_options is None else transformer_options
-        if any(value is not None for value in given):
+        if layout is not None or tokens is not None:
             network = executor.class_obj
             _check_network(network, type(network).__name__)
             _check_alone(network, time_dim_concat, kwargs)
-            options = self.front(network, x, timestep, *given, options).options(options, len(network.blocks))
+            front = self.front(network, x, timestep, latents, layout, tokens, positions, options)
+            options = front.options(options, len(network.blocks))
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
     def front(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _Front:
@@ -183,7 +184,7 @@ class _Wrapper:
             frames = tuple(latent.shape[2] for latent in latents)
             for latent, (rate, _) in zip(latents, layout.groups, strict=True):
                 clean = _as_given(network, pad_to_patch_size(latent.to(x), _PATCH))
-                parts.append(self.patchifiers(clean, rate))
+                parts.append(self.patchifiers(clean, rate))  # pyright: ignore[reportOptionalCall]
             table = packed_rope(place, layout, frames, *grid, x.device)[0, 0]
             own = x.shape[2] * math.prod(grid)
             phases.append(table[: len(table) - own])
