@@ -10,6 +10,7 @@ the tail kinds follow the paper's rule for larger kernels (pool first, then the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,9 @@ class ImageProjection(nn.Module):
         return self.down(F.silu(self.up(x_BND)))
 
 
-def grid_rope(pe_embedder: nn.Module, positions: tuple[int, ...], height: int, width: int, device) -> Tensor:
+def grid_rope(
+    pe_embedder: Callable[[Tensor], Tensor], positions: tuple[int, ...], height: int, width: int, device
+) -> Tensor:
     """Rotary table `[T, height, width, F, 2, 2]` of full-rate tokens at the given time positions."""
     ids = torch.zeros((len(positions), height, width, 3), device=device)
     ids[..., 0] = torch.tensor(positions, device=device, dtype=torch.float32).reshape(-1, 1, 1)
@@ -115,7 +118,12 @@ def pooled_rope(table: Tensor, rate: int | str, frames: int) -> Tensor:
 
 
 def packed_rope(
-    pe_embedder: nn.Module, layout: ContextLayout, frames: tuple[int, ...], grid_h: int, grid_w: int, device
+    pe_embedder: Callable[[Tensor], Tensor],
+    layout: ContextLayout,
+    frames: tuple[int, ...],
+    grid_h: int,
+    grid_w: int,
+    device,
 ) -> Tensor:
     """Rotary table `[1, 1, N, F, 2, 2]` of the packed sequence: context groups in order, then the window.
 

@@ -292,7 +292,7 @@ def initialise(
         for source, target in _BEGINNINGS.items():
             for name in ("weight", "bias"):
                 value = originals.get(f"{source}.{name}", transformer.get_parameter(f"{source}.{name}"))
-                pack.get_parameter(f"{target}.{name}").copy_(_numbers(transformer.get_submodule(source), value))
+                pack.get_parameter(f"{target}.{name}").copy_(unpacked(transformer.get_submodule(source), value))
     return pack
 
 
@@ -304,7 +304,7 @@ def open_gate(pack: SemanticPack) -> None:
         pack.gate.fill_(_OPEN)
 
 
-def _numbers(module, value: Tensor) -> Tensor:
+def unpacked(module, value: Tensor) -> Tensor:
     """Weights unpacked: core's quantised ones say how, layers of GGUF loaders have a method for it."""
     value = value.detach()
     if hasattr(value, "_qdata"):
