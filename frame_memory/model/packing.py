@@ -10,7 +10,7 @@ the tail kinds follow the paper's rule for larger kernels (pool first, then the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,22 @@ class ContextLayout:
 
     positions: tuple[int, ...]
     groups: tuple[tuple[int | str, tuple[int, ...]], ...]
+
+    def check(self, latents: Sequence[Tensor], window_BCTHW: Tensor) -> None:
+        """Raise ValueError unless these context tensors `[B, C, T_g, H, W]` and this window are the ones laid out."""
+        frames, size = window_BCTHW.shape[2], tuple(window_BCTHW.shape[-2:])
+        if len(latents) != len(self.groups) or len(self.positions) != frames:
+            raise ValueError(
+                f"The frame context does not fit the window: {len(latents)} context tensors for {len(self.groups)} "
+                f"groups, {len(self.positions)} positions for {frames} latent frames. Check 'window' in 'Frame Context "
+                "Packer'."
+            )
+        for latent in latents:
+            if tuple(latent.shape[-2:]) != size:
+                raise ValueError(
+                    f"A context frame is {tuple(latent.shape[-2:])} latent pixels but the window is {size}. Start, end "
+                    "and history must come from 'FramePack Image' nodes of one size."
+                )
 
 
 def pad_end(x: Tensor, multiple: tuple[int, ...]) -> Tensor:

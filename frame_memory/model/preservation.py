@@ -24,7 +24,7 @@ addition are two). The same history at 2x2x2 takes 1.2 T in chunks and 3.3 T in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..plan.errors import refusal
 from ..plan.preservation import PATCH, PRESERVATION, Rate, chunks, low_size, parse_rate, token_grid
+from .specs import from_plain
 
 # Strides in time, height and width of the convolutions, by rate (pfp reference 2.3).
 STRIDES_OF_RATE: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -113,13 +114,7 @@ class PreservationSpec:
     @classmethod
     def from_dict(cls, data: Mapping) -> PreservationSpec:
         """Back from `to_dict`. Raises ValueError for names that this version does not know, or missing ones."""
-        known = {f.name for f in fields(cls)}
-        if not set(data) <= known:
-            raise ValueError(f"A memory of a newer version: {', '.join(sorted(set(data) - known))} is not known here.")
-        try:
-            return cls(**{**data, "patch": tuple(data["patch"]), "channels": tuple(data["channels"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The description of the memory is not complete: {error}") from error
+        return from_plain(cls, data, "patch", "channels")
 
 
 class Encoded(NamedTuple):

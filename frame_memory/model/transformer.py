@@ -65,7 +65,12 @@ class FramePackTransformer(HunyuanVideo):
         other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        self._check_context(x, context_latents, context_layout)
+        if context_layout is None or not context_latents:
+            raise ValueError(
+                "A FramePack model was sampled without a frame context, so it has no history to look at. "
+                "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
+            )
+        context_layout.check(context_latents, x)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
             per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
@@ -174,25 +179,6 @@ class FramePackTransformer(HunyuanVideo):
             img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
             _add_control(img, control.get("output"), i, window_tokens)
         return img[:, start:]
-
-    def _check_context(self, x, context_latents, layout) -> None:
-        if layout is None or not context_latents:
-            raise ValueError(
-                "A FramePack model was sampled without a frame context, so it has no history to look at. "
-                "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
-            )
-        if len(context_latents) != len(layout.groups) or len(layout.positions) != x.shape[2]:
-            raise ValueError(
-                f"The frame context does not fit the window: {len(context_latents)} context tensors for "
-                f"{len(layout.groups)} groups, {len(layout.positions)} positions for {x.shape[2]} latent frames. "
-                "Check 'window' in 'Frame Context Packer'."
-            )
-        for c in context_latents:
-            if c.shape[-2:] != x.shape[-2:]:
-                raise ValueError(
-                    f"A context frame is {tuple(c.shape[-2:])} latent pixels but the window is {tuple(x.shape[-2:])}. "
-                    "Start, end and history must come from 'FramePack Image' nodes of one size."
-                )
 
 
 def refuse_foreign(**given: tuple[object, str]) -> None:

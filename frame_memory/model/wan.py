@@ -38,8 +38,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
-from .packing import KERNEL_OF_RATE, CleanEmbedder, ContextLayout, packed_rope
-from .semantic_pack import unpacked
+from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
+from .stored_weights import unpacked
 
 # Of the wrappers and of the additional model.
 KEY = "frame_memory_wan"
@@ -180,7 +180,9 @@ class _Wrapper:
             phases.append(place(positions.to(x.device, torch.float32)[None])[0, 0])
         if layout is not None:
             latents = latents or []
-            self._check_context(x, latents, layout)
+            if latents and self.patchifiers is None:
+                raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
+            layout.check(latents, x)
             frames = tuple(latent.shape[2] for latent in latents)
             for latent, (rate, _) in zip(latents, layout.groups, strict=True):
                 clean = _as_given(network, pad_to_patch_size(latent.to(x), _PATCH))
@@ -192,22 +194,6 @@ class _Wrapper:
         empty = x.new_empty((x.shape[0], 0, network.dim))
         front = torch.cat([empty, *(part.to(x).expand(x.shape[0], -1, -1) for part in parts)], dim=1)
         return _Front(front, torch.cat(phases)[None, :, None], window, _clean_row(network, timestep, x.dtype))
-
-    def _check_context(self, x: Tensor, latents: list[Tensor], layout: ContextLayout) -> None:
-        if latents and self.patchifiers is None:
-            raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
-        if len(latents) != len(layout.groups) or len(layout.positions) != x.shape[2]:
-            raise ValueError(
-                f"The frame context does not fit the window: {len(latents)} context tensors for "
-                f"{len(layout.groups)} groups, {len(layout.positions)} positions for {x.shape[2]} latent frames. "
-                "Check 'window' in 'Frame Context Packer'."
-            )
-        for latent in latents:
-            if latent.shape[-2:] != x.shape[-2:]:
-                raise ValueError(
-                    f"A context frame is {tuple(latent.shape[-2:])} latent pixels but the window is "
-                    f"{tuple(x.shape[-2:])}. Start, end and history must be of one size."
-                )
 
 
 @dataclass
