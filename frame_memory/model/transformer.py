@@ -65,12 +65,7 @@ class FramePackTransformer(HunyuanVideo):
         other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        if context_layout is None or not context_latents:
-            raise ValueError(
-                "A FramePack model was sampled without a frame context, so it has no history to look at. "
-                "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
-            )
-        context_layout.check(context_latents, x)
+        _needed(context_latents, context_layout).check(context_latents, x)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
             per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
@@ -179,6 +174,16 @@ class FramePackTransformer(HunyuanVideo):
             img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
             _add_control(img, control.get("output"), i, window_tokens)
         return img[:, start:]
+
+
+def _needed(context_latents, context_layout: ContextLayout | None) -> ContextLayout:
+    """The layout, which a model of history cannot do without."""
+    if context_layout is None or not context_latents:
+        raise ValueError(
+            "A FramePack model was sampled without a frame context, so it has no history to look at. "
+            "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
+        )
+    return context_layout
 
 
 def refuse_foreign(**given: tuple[object, str]) -> None:

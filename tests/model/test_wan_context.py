@@ -252,5 +252,3 @@ def test_what_does_not_fit_is_refused(change, said):
     patcher = reference.load("2.1 T2V")
     with pytest.raises(ValueError, match=said):
         run(patcher, wan.patchifiers_of(patcher), inputs("2.1 T2V"), **{**history("2.1 T2V"), **change})
-    with pytest.raises(ValueError, match="no patchifiers"):
-        wan._Wrapper(None)._check_context(inputs("2.1 T2V")["x"], latents("2.1 T2V"), LAYOUT)
