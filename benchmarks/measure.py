@@ -57,8 +57,12 @@ def sprite_pixels(video_THWC: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.
     grounds = np.array(GROUND_COLOURS[scene.ground_colour], dtype=np.float32)
     grounds = np.concatenate([grounds, grounds.mean(0, keepdims=True)])
     palette = np.concatenate([sprites, grounds])
-    distance = np.stack([np.square(video_THWC - colour).sum(-1) for colour in palette], axis=-1)
-    nearest = distance.argmin(-1)
+    planes = [np.ascontiguousarray(video_THWC[..., channel]) for channel in range(3)]
+    nearest, least = np.zeros(video_THWC.shape[:-1], dtype=np.intp), np.full(video_THWC.shape[:-1], np.inf)
+    for index, colour in enumerate(palette):
+        distance = sum(np.square(plane - value) for plane, value in zip(planes, colour, strict=True))
+        nearest[distance < least] = index
+        least = np.minimum(least, distance)
     return nearest < len(sprites), nearest
 
 
