@@ -30,7 +30,7 @@ def _pictures() -> list[io.Input]:
     ]
 
 
-def _fps() -> io.Input:
+def _fps(others: str) -> io.Input:
     return io.Float.Input(
         "fps",
         default=30.0,
@@ -39,7 +39,7 @@ def _fps() -> io.Input:
         step=0.001,
         optional=True,
         advanced=True,
-        tooltip="Frames per second of 'images'. A video, a latent or a project says its own.",
+        tooltip=f"Frames per second of 'images'. {others} its own.",
     )
 
 
@@ -111,7 +111,7 @@ class FrameMemoryDriftMeter(io.ComfyNode):
                         "or images; a latent of Anti-Drift Sampler and a project say so themselves."
                     ),
                 ),
-                _fps(),
+                _fps("A video, a latent or a project says"),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="The curves, in seconds of making; both ends shaded."),
@@ -209,7 +209,7 @@ class FrameMemoryRecall(io.ComfyNode):
                 *_stretch("return", 8.4, 9.6, "the return"),
                 _vision(),
                 *_areas(),
-                _fps(),
+                _fps("A video says"),
             ],
             outputs=[
                 io.Float.Output(display_name="similarity", tooltip="0 to 1; what it stands on is in the report."),
@@ -236,7 +236,7 @@ class FrameMemoryRecall(io.ComfyNode):
             clip_vision,
             comfy.model_management.throw_exception_if_processing_interrupted,
         )
-        report = f"{footage.words}\n{found.describe()}"
+        report = f"{found.describe()}\n{footage.words}"
         show(cls, report)
         shown = ui.PreviewImage(found.picture_BHWC, cls=cls)
         return io.NodeOutput(found.similarity, found.picture_BHWC, report, ui=shown)

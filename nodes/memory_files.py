@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -133,21 +134,25 @@ def _report(
         )
     lines.append(f"Memory: {kept.describe()}" if kept else "Memory: none in the file.")
     if held.recipe:
-        lines.append("Recipe: " + ", ".join(f"{k} {_plain(v)}" for k, v in held.recipe.items()))
+        lines.append(_recipe(held.recipe))
     lines.append(f"Licence: {held.licence or 'the file does not say'}")
     return lines
 
 
 def _contents(held: memory_file.MemoryFile) -> str:
-    form = "as a whole" if held.head_form == memory_file.REPLACEMENT else "as a difference"
-    parts = ([f"a Direct Forcing head, {form}"] if held.head else []) + (["a SemanticPack memory"] if held.pack else [])
+    form = "whole" if held.head_form == memory_file.REPLACEMENT else "as a difference"
+    parts = [f"a Direct Forcing head ({form})"] * bool(held.head) + ["a SemanticPack memory"] * bool(held.pack)
     return " and ".join(parts)
 
 
-def _plain(value) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _recipe(recipe: Mapping) -> str:
+    """How it was trained, for an artist; what a resume or a twin needs besides stays in the file."""
+    said = {k: v for k, v in recipe.items() if not isinstance(v, (Mapping, list))}
+    settings = recipe.get("settings")
+    if isinstance(settings, Mapping) and "rate" in settings:
+        said["rate"] = settings["rate"]
+    words = (f"{k.replace('_', ' ')} {f'{v:g}' if isinstance(v, float) else v}" for k, v in said.items())
+    return f"Recipe: {', '.join(words)}"
 
 
 NODES = [FrameMemoryLoadDirectForcing]

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
-from ..frame_memory.model.framepack import MODEL_OPTION
+from ..frame_memory.model.framepack import CONTRADICTED, MODEL_OPTION
 from ..frame_memory.model.sources import LOAD_LORA
 from ..frame_memory.sampling.prompts import lost_spaces
 from .shown import show
@@ -113,8 +113,13 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
         model = checkpoint.load_framepack(path, dict(DTYPES[weight_dtype]))
         _, metadata = tensor_file.read_header(info.shards[0])
         base = metadata.get("frame_memory.base", HUNYUAN)
-        model.model_options = {**model.model_options, MODEL_OPTION: {"kind": known, "base": base}}
-        lines = [
+        said = {"kind": known, "base": base}
+        contradicted = f"the file's {info.kind_from} says {info.kind}" if info.kind not in (None, known) else ""
+        if contradicted:
+            said[CONTRADICTED] = contradicted
+        model.model_options = {**model.model_options, MODEL_OPTION: said}
+        lines = [*_kind_warning(model_name, known, info, contradicted)]
+        lines += [
             f"{model_name}: FramePack {known}, {_kind_source(kind, info)}",
             f"{info.layout} layout, {info.tensors} tensors in {len(info.shards)} file(s), {info.bytes / 2**30:.2f} GiB",
             "numbers: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in info.dtypes),
@@ -131,12 +136,19 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
 
 
 def _kind_source(kind: str, info) -> str:
-    """Who says which kind it is, and whether the file says otherwise."""
-    source = f"the file's {info.kind_from}"
-    if kind not in KINDS:
-        return f"as {source} says"
-    contradicted = info.kind is not None and info.kind != KINDS[kind]
-    return "as the widget says" + (f" ({source} says {info.kind}!)" if contradicted else "")
+    """Who says which kind it is."""
+    return "as the widget says" if kind in KINDS else f"as the file's {info.kind_from} says"
+
+
+def _kind_warning(model_name: str, known: str, info, contradicted: str) -> list[str]:
+    if not contradicted:
+        return []
+    text = (
+        f"Warning: 'kind' is {known}, and {contradicted}. The wrong kind makes a plausible but wrong video. Set 'kind' "
+        f"to '{AUTO}', unless you know better."
+    )
+    logging.warning("%s: %s", model_name, text.removeprefix("Warning: "))
+    return [text]
 
 
 def _save_converted(path: str, info, kind: str) -> str:

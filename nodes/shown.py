@@ -28,6 +28,11 @@ def show(node, text: str) -> None:
         server.send_progress_text(re.sub(r"(?<=\S) {2,}", " | ", text), node.hidden.unique_id)
 
 
+def warnings_first(lines: list[str]) -> str:
+    """Lines as one text, warnings in front: a video on the node leaves room for few lines."""
+    return "\n".join(sorted(lines, key=lambda line: not line.startswith("Warning: ")))
+
+
 class Announced:
     """Takes a sentence that an artist should see at once: on the node, in the log, and kept for the report."""
 

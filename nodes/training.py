@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -35,6 +36,9 @@ RUNS = "frame_memory_training"
 PREPARE = "write for the command line"
 AS_STAGE = "as the stage"
 SMOOTH = 20
+WARNING = "Warning"
+# The paper's learning rate, and the one above which the report warns.
+PAPER_RATE, HIGH_RATE = 1e-5, 1e-3
 # Seconds between two texts or pictures on the node.
 SAY_EVERY = 2.0
 
@@ -62,7 +66,7 @@ def _inputs() -> list[io.Input]:
             default="direct_forcing",
             tooltip=(
                 "Name of the run and of its result in models/frame_memory. The same name goes on with a run that was "
-                "stopped; another begins anew."
+                "stopped; another begins anew. Each stage needs its own; so does stage 2 where stage 1 was trained on."
             ),
         ),
         io.Int.Input(
@@ -84,7 +88,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "learning_rate",
-            default=1e-5,
+            default=PAPER_RATE,
             min=1e-8,
             max=1.0,
             step=1e-6,
@@ -106,7 +110,10 @@ def _optional() -> list[io.Input]:
         FrameMemorySocket.Input(
             "memory",
             optional=True,
-            tooltip="From Load Memory Encoder. Without it stage 1 begins a new one, and stage 2 trains without memory.",
+            tooltip=(
+                "From Load Memory Encoder, or of stage 1. Without it stage 1 begins a new one; without it, or with an "
+                "untrained one, stage 2 trains without memory."
+            ),
         ),
         io.Combo.Input(
             "forcing",
@@ -211,7 +218,7 @@ class FrameMemoryTrainDirectForcing(io.ComfyNode):
             _keep_curve(folder, watch.losses, asked["steps"], say)
         memories, loras = (Path(folder_paths.get_folder_paths(kind)[0]) for kind in (memory_file.FOLDER, "loras"))
         result = write_result(run, outcome, name, memories, loras, say)
-        report = "\n".join([*_report(run, outcome, result), *said])
+        report = "\n".join(_report(run, outcome, result, said))
         show(cls, report)
         none = ExecutionBlocker(f"'{TRAIN}' trained without a memory. Take 'memory' off '{MEMORY_PACK}'.")
         return io.NodeOutput(
@@ -237,9 +244,20 @@ def run_name(text: str) -> str:
         fit = safe_name(text)
     except JournalError:
         fit = ""
-    if not fit or fit != text:
-        raise ForcingError(f"{text!r} cannot be the name of a folder. Nearest valid: {fit or 'direct_forcing'!r}.")
-    return fit
+    if fit and fit == text:
+        return fit
+    reason = "cannot be the name of a folder" if text.strip() else "is empty; the run and its result need a name"
+    nearest = fit or _kept_of(text) or "direct_forcing"
+    raise ForcingError(f"'name' of '{TRAIN}' {reason}: {text!r}. Nearest valid: {nearest!r}.")
+
+
+def _kept_of(text: str) -> str:
+    """The parts of a path that can stand in a name, as one name; empty where none can."""
+    parts = [part for part in re.split(r"[\\/]", text) if part.strip(" .")]
+    try:
+        return safe_name("_".join(parts))
+    except JournalError:
+        return ""
 
 
 class Watch:
@@ -266,10 +284,11 @@ class Watch:
 
     def _words(self, moment: training.Moment) -> str:
         mean = smooth(moment.losses)[-1:]
+        left = self.left.words() if self.left and moment.step < moment.steps else ""
         loss = f"loss {mean[0][1]:.4f} (mean of {min(SMOOTH, len(moment.losses))})" if mean else "no loss yet"
         return "\n".join([
             f"step {moment.step} of {moment.steps} · {moment.clips} clip{'s' * (moment.clips > 1)} of {moment.video}",
-            " · ".join(filter(None, [loss, f"rate {moment.rate:.1e}", self.left.words() if self.left else ""])),
+            " · ".join(filter(None, [loss, f"rate {moment.rate:.1e}", left])),
             "Cancel keeps a checkpoint; queue again with the same name to go on.",
         ])  # fmt: skip
 
@@ -298,9 +317,9 @@ def curve(losses: list[float], steps: int):
     bottom, top = plots.fitted([loss for _, loss in good], 0.01)
     lines = [
         plots.Curve("loss", *zip(*good, strict=True), note=""),
-        plots.Curve("mean", *zip(*mean, strict=True), note=f"mean of {SMOOTH}: {mean[-1][1]:.4f}"),
+        plots.Curve("mean", *zip(*mean, strict=True), note=f"mean of {min(SMOOTH, len(mean))}: {mean[-1][1]:.4f}"),
     ]
-    title = f"Loss (mean squared error), step {len(losses)} of {steps}"
+    title = f"Loss (mean squared error), step {len(losses)} of {max(steps, len(losses))}"
     return plots.draw_panels([plots.Panel(title, "step", "", lines, (), top, max(bottom, 0.0))])
 
 
@@ -319,7 +338,8 @@ def _prepared(node, model, videos, folder: Path) -> io.NodeOutput:
     paths = write_videos(folder / "videos", videos, family)
     report = (
         f"{len(paths)} videos with their captions are in {folder / 'videos'}. Train on them with\n"
-        "python scripts/run.py -m frame_memory.forcing --help"
+        "python scripts/run.py -m frame_memory.forcing --help\n"
+        "Nothing was trained, so what is connected behind this node is skipped."
     )
     show(node, report)
     nothing = ExecutionBlocker(None)
@@ -333,33 +353,55 @@ def _trained_model(model, outcome: training.Outcome, result: Result):
     return head.apply_head(training.without_head_patches(model), file, 1.0)[0] if file.head else model
 
 
-def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result) -> list[str]:
-    losses, done = outcome.losses, len(outcome.losses)
-    mean, skipped = smooth(losses), sum(loss != loss for loss in losses)
-    made = done - outcome.resumed
-    request, earlier = run.request, f"; {outcome.resumed} of them before a stop" if outcome.resumed else ""
-    what = f"{len(run.videos)} videos, {request.recipe.forcing}"
-    lines = [f"{request.stage}: {done} of {request.steps} steps on {what}{earlier}."]
+def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result, said: list[str]) -> list[str]:
+    """What the node says at the end: warnings and the result first, since a picture leaves room for few lines."""
+    done, request = len(outcome.losses), run.request
+    warnings = [text for text in said if text.startswith(WARNING)]
     if outcome.stopped:
-        lines.append(f"Warning: {outcome.stopped}")
-    if mean:
-        early = mean[min(SMOOTH, len(mean)) - 1][1]
-        lines.append(f"Loss (mean of {SMOOTH} steps): {early:.4f} at first, {mean[-1][1]:.4f} at the end.")
+        warnings.append(f"{WARNING}: {outcome.stopped}")
+    if request.settings.rate > HIGH_RATE:
+        warnings.append(
+            f"{WARNING}: learning_rate was {request.settings.rate:g}, and the paper's is {PAPER_RATE:g}. So high a "
+            "rate can spoil what it trains; compare the result with the base."
+        )
+    earlier = f"; {outcome.resumed} of them before a stop" if 0 < outcome.resumed < done else ""
+    steps = f"{done} of {request.steps} steps" if done <= request.steps else f"{done} steps"
+    lines = [
+        *warnings,
+        f"Result: models/frame_memory/{result.checkpoint.name}, for '{memory_file.LOAD_DIRECT_FORCING}'"
+        f" or '{memory_file.LOAD_MEMORY}'.",
+    ]  # fmt: skip
+    if result.lora is not None:
+        lines.append(f"LoRA: models/loras/{result.lora.name}.")
+    lines.append(f"{request.stage}: {steps} on {len(run.videos)} videos, {request.recipe.forcing}{earlier}.")
+    return [*lines, *_numbers(outcome), *(text for text in said if text not in warnings), *_longer(run)]
+
+
+def _numbers(outcome: training.Outcome) -> list[str]:
+    """Loss and time in words."""
+    losses, made, lines = outcome.losses, len(outcome.losses) - outcome.resumed, []
+    mean, skipped = smooth(losses), sum(loss != loss for loss in losses)
+    if len(mean) >= 2 * SMOOTH:
+        first, last = mean[SMOOTH - 1][1], mean[-1][1]
+        lines.append(f"Loss (mean of {SMOOTH} steps): {first:.4f} at first, {last:.4f} at the end.")
+    elif mean:
+        last, count = mean[-1][1], min(SMOOTH, len(mean))
+        lines.append(f"Loss: {last:.4f} (mean of the last {count}); too few steps to say whether it falls.")
     if made:
         lines.append(f"{outcome.seconds / made:.2f} s a step.")
     if skipped:
         lines.append(f"{skipped} steps were skipped, since their loss was not a number.")
-    lines.append(f"Result: models/frame_memory/{result.checkpoint.name}, for '{memory_file.LOAD_DIRECT_FORCING}'"
-                 f" or '{memory_file.LOAD_MEMORY}'.")  # fmt: skip
-    if result.lora is not None:
-        lines.append(f"LoRA: models/loras/{result.lora.name}.")
-    longest = max(video.clips for video in run.videos)
-    if longest < run.request.clips:
-        lines.append(
-            f"The longest video has {longest} clips, so no update had {run.request.clips}. Longer videos from "
-            f"'{VIDEO_CLIPS}' teach longer memory."
-        )
     return lines
+
+
+def _longer(run: training.TrainingRun) -> list[str]:
+    longest = max(video.clips for video in run.videos)
+    if longest >= run.request.clips:
+        return []
+    return [
+        f"The longest video has {longest} clips, so no update had {run.request.clips}. Longer videos from "
+        f"'{VIDEO_CLIPS}' teach longer memory."
+    ]
 
 
 NODES = [FrameMemoryTrainDirectForcing]

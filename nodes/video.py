@@ -13,7 +13,7 @@ from ..frame_memory.sampling.save_source import choose
 from ..frame_memory.sampling.stored import state_of
 from ..frame_memory.video.save import CARRIED, MODES, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
-from .shown import Announced, container_metadata, projects_folder, show
+from .shown import Announced, container_metadata, projects_folder, show, warnings_first
 
 
 def _inputs() -> list[io.Input]:
@@ -172,7 +172,8 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
                 announce=announced,
             )
             files.append(ui.SavedResult(file, subfolder, io.FolderType.output))
-            reports.append("\n".join([describe(plan, written, announced.texts), *source.end(first=item == 0)]))
+            lines = [*describe(plan, written, announced.texts).split("\n"), *source.end(first=item == 0)]
+            reports.append(warnings_first(lines))
         show(cls, "\n".join(reports))
         videos = [InputImpl.VideoFromFile(os.path.join(folder, file.filename)) for file in files]
         return io.NodeOutput(videos, reports, ui=ui.PreviewVideo(files))

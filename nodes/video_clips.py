@@ -47,17 +47,17 @@ def _inputs() -> list[io.Input]:
             default=LONGEST_SECONDS,
             min=SECTION_SECONDS,
             max=3600.0,
-            step=SECTION_SECONDS,
-            tooltip="Longest clip in seconds, in steps of 1.2 s; longer stretches become several. 60 as in the paper.",
+            step=0.1,  # the editor shows and keeps as many decimals as the step has
+            tooltip="Longest clip in seconds, to the nearest 1.2 s. Longer stretches become several. Paper: 60.",
         ),
         io.Float.Input(
             "shortest",
             default=SECTION_SECONDS,
             min=SECTION_SECONDS,
             max=3600.0,
-            step=SECTION_SECONDS,
+            step=0.1,
             advanced=True,
-            tooltip="Shortest clip in seconds, in steps of 1.2 s. What is shorter between two cuts is left out.",
+            tooltip="Shortest clip in seconds, to the nearest 1.2 s. What is shorter between two cuts is left out.",
         ),
         io.ClipVision.Input(
             "clip_vision",

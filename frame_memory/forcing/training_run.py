@@ -40,6 +40,12 @@ TRAINED_BYTES = 20
 # Activations of stage 1 against those of inference, as a guess for the host: with blocks run again, and without.
 GRAPH_SHARE = {True: 4, False: 40}
 
+# Told where the memory given changes nothing, so that a head made without one is not taken for a head of a memory.
+WITHOUT_MEMORY = (
+    "Warning: the gate of the memory given ({label}) is closed, as an untrained one's is. So the head is trained "
+    "without a memory, and the result holds none. To train with one, connect the memory of stage 1."
+)
+
 
 def warmup_of(steps: int) -> int:
     """Steps until the full rate, in a run of `steps`: a tenth of them, at most the reference's 500."""
@@ -126,8 +132,8 @@ class TrainingRun:
     """One run in `folder`, from its newest checkpoint on where there is one.
 
     patcher: a FramePack-F1 MODEL, not changed. memory: FRAME_MEMORY, or None: stage 1 then begins with a new one, stage
-    2 trains without. patches: which LoRAs lie on the MODEL, in words that differ with them. Raises ForcingError or
-    MemoryMismatch for what cannot be trained.
+    2 trains without, as it does where the memory's gate is closed. patches: which LoRAs lie on the MODEL, in words that
+    differ with them. Raises ForcingError or MemoryMismatch for what cannot be trained.
     """
 
     def __init__(
@@ -139,8 +145,11 @@ class TrainingRun:
             memory = new_encoder(patcher)
         elif memory is not None:
             check_fits(memory, patcher, TRAIN)
-        self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
         self.faces, self.workers = faces or Faces(), workers
+        if memory is not None and MEMORY not in request.parts and not bool(memory.pack.gate):
+            self.faces.say(WITHOUT_MEMORY.format(label=memory.label))
+            memory = None
+        self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
         self.base, self.patches = Base.of(patcher), patches
         self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
@@ -199,7 +208,7 @@ class TrainingRun:
                     f"checkpoints in {self.folder.folder}. Put 'output' on a disk that all machines share."
                 )
             if found is not None:
-                self.faces.say(f"Going on from step {resumed} of {self.request.steps} ({found.name}).")
+                self.faces.say(self._going_on(resumed, found.name))
             stopped = self._steps(trained, trainer)
             if stopped and all(loss != loss for loss in trainer.losses):
                 raise ForcingError(f"Nothing was learned. {stopped}")
@@ -207,6 +216,14 @@ class TrainingRun:
                 trained, trainer.weights(), self.memory, self.base, trainer.losses, resumed,
                 time.monotonic() - began, stopped,
             )  # fmt: skip
+
+    def _going_on(self, resumed: int, name: str) -> str:
+        if resumed < self.request.steps:
+            return f"Going on from step {resumed} of {self.request.steps} ({name})."
+        return (
+            f"{resumed} steps are done already ({name}) and {self.request.steps} are asked for: nothing is trained, "
+            f"and the result is that of {resumed}."
+        )
 
     def _steps(self, trained: Trained, trainer: VideoTrainer) -> str:
         stopped = ""

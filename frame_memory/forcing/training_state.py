@@ -87,11 +87,38 @@ class TrainingFolder:
         now = self.identity
         other = [n for n in sorted(set(its) | set(now)) if its.get(n) != now.get(n)]
         if other:
-            said = "; ".join(f"{n}: {its.get(n)!r}, now {now.get(n)!r}" for n in other)
-            raise ForcingError(
-                f"The run in {self.folder} was begun with other settings ({said}). Set them back to go on "
-                f"with it, or choose another name for the run in '{TRAIN}'."
+            raise ForcingError(f"The run in {self.folder} {_what_changed(its, now, other)}")
+
+
+def _what_changed(its: Mapping, now: Mapping, other: list[str]) -> str:
+    """Why a state cannot be gone on with, and what to do. its, now: identities; other: the names that differ."""
+    if "stage" in other:
+        return (
+            f"trains stage '{its.get('stage')}', and stage '{now.get('stage')}' is asked for now. Each stage is a run "
+            f"of its own: set 'stage' back, or give this stage another 'name' in '{TRAIN}'. For both stages in a graph "
+            "take two of these nodes."
+        )
+    reasons = []
+    if "memory" in other:
+        was, given = its.get("memory"), now.get("memory")
+        if was and given:
+            reasons.append(
+                "behind another memory: since then the memory was trained on, or another one was connected "
+                f"({was}, now {given})"
             )
+        else:
+            reasons.append(f"{'with' if was else 'without'} a memory, and now {'none' if was else 'one'} is connected")
+    plain = [n for n in other if n != "memory"]
+    if plain:
+        said = "; ".join(f"{n}: {its.get(n)!r}, now {now.get(n)!r}" for n in plain)
+        reasons.append(f"with other settings ({said})")
+    back = [*(["connect the memory that it began with, if its file is still there,"] if "memory" in other else []),
+            *(["set them back"] if plain else [])]  # fmt: skip
+    anew = " and begin anew with this memory" if "memory" in other and now.get("memory") else " to begin anew"
+    return (
+        f"was begun {' and '.join(reasons)}. Choose another name for the run ('name' in '{TRAIN}'){anew}; or "
+        f"{' and '.join(back)} to go on with it."
+    )
 
 
 def state_of(trainer: VideoTrainer) -> tuple[dict[str, Tensor], dict[str, str]]:

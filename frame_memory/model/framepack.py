@@ -20,10 +20,14 @@ DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
 # In a prompt's entry: the memory's tokens `[B, M, D]` for one section.
 MEMORY_KEY = "memory_tokens"
+# Among a prompt's `model_conds`, of every family: tokens of frame preservation and where they stand.
+FRAME_TOKENS, FRAME_POSITIONS = "frame_memory_tokens", "frame_memory_positions"
 # Latent positions that a token of the window stands for.
 _PATCH = 4
 # In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
 MODEL_OPTION = "frame_memory"
+# There, only where the file says another kind than the one that was chosen: who says which, as words.
+CONTRADICTED = "kind_contradicted"
 
 
 class AloneConstant(comfy.conds.CONDConstant):
@@ -35,6 +39,21 @@ class AloneConstant(comfy.conds.CONDConstant):
 
     def can_concat(self, other) -> bool:
         return False
+
+
+def token_conditions(tokens: torch.Tensor | None, positions=None) -> dict:
+    """Tokens of frame preservation as a prompt's `model_conds`, which core hands to the network untouched.
+
+    tokens: `[B, P, D]`, None or none of them for an empty dict. positions: (t, h, w) of each in latent frames and
+    patches, on the time axis of the window. Raises ValueError where the two do not belong together.
+    """
+    if tokens is None or not tokens.shape[1]:
+        return {}
+    places = torch.as_tensor(positions, dtype=torch.long).reshape(-1, 3)
+    if len(places) != tokens.shape[1]:
+        raise ValueError(f"There are {tokens.shape[1]} memory tokens and {len(places)} positions for them.")
+    # Whole numbers: core casts others to the model's, and bf16 cannot count beyond 256.
+    return {FRAME_TOKENS: comfy.conds.CONDRegular(tokens), FRAME_POSITIONS: AloneConstant(places)}
 
 
 class FramePack(model_base.HunyuanVideo):
@@ -81,13 +100,14 @@ class FramePack(model_base.HunyuanVideo):
             math.prod(latent.shape[2:]) / (rate**3 if isinstance(rate, int) else 64)
             for latent, (rate, _) in zip(latents, layout.groups, strict=True)
         )
-        memory = kwargs.get(MEMORY_KEY)
-        area = math.ceil(area) + (0 if memory is None else _PATCH * memory.shape[1])
+        memory, frames = kwargs.get(MEMORY_KEY), kwargs.get("model_conds", {}).get(FRAME_TOKENS)
+        tokens = (0 if memory is None else memory.shape[1]) + (0 if frames is None else frames.cond.shape[1])
+        area = math.ceil(area) + _PATCH * tokens
         return {"context_latents": [latents[0].shape[0], latents[0].shape[1], area]}
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""
-        if cond_key in ("context_latents", MEMORY_KEY):
+        if cond_key in ("context_latents", MEMORY_KEY, FRAME_TOKENS, FRAME_POSITIONS):
             return cond_value
         if cond_key == "context_layout":
             positions = cond_value.cond.positions

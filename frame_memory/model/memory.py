@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .base_signature import MODEL_PREFIX, Base
-from .framepack import MODEL_OPTION, is_framepack
+from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
 from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile
 from .semantic_pack import PackSpec, SemanticPack, initialise
 from .sources import LOAD_MODEL
@@ -71,7 +71,10 @@ class FrameMemory:
         """A line for people."""
         spec, size = self.spec, sum(p.numel() for p in self.pack.parameters())
         closed = "its gate is closed, so it changes nothing until it is trained"
-        state = "" if self.trained else f", UNTRAINED: {'it shows noise' if gate_of(self.pack) else closed}"
+        if bool(self.pack.gate):
+            state = "" if self.trained else ", UNTRAINED: it shows noise"
+        else:
+            state = f", UNTRAINED: {closed}"
         more = ", psi_0 = 0" if spec.zero_psi else ""
         return (
             f"{self.label}: SemanticPack {spec.squeeze}{more}, width {spec.hidden}, {spec.blocks} blocks, "
@@ -172,6 +175,13 @@ def check_model(model_patcher, node: str) -> None:
         raise MemoryMismatch(
             f"The MODEL of '{node}' is FramePack F0, which makes the end of a video first: there is no past to "
             f"remember. Expected FramePack-F1 (FramePack_F1_I2V_HY) in '{LOAD_MODEL}'."
+        )
+    contradicted = model_patcher.model_options.get(MODEL_OPTION, {}).get(CONTRADICTED)
+    if contradicted:
+        raise MemoryMismatch(
+            f"The MODEL of '{node}' is taken for FramePack F1, and {contradicted}. A memory or a head made for the "
+            f"wrong kind is of no use. Set 'kind' in '{LOAD_MODEL}' to 'from the file', and choose an F1 file there; "
+            "if it is one and its name is wrong, rename it."
         )
 
 

@@ -10,6 +10,7 @@ the tail kinds follow the paper's rule for larger kernels (pool first, then the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,22 @@ class ContextLayout:
 
     positions: tuple[int, ...]
     groups: tuple[tuple[int | str, tuple[int, ...]], ...]
+
+    def check(self, latents: Sequence[Tensor], window_BCTHW: Tensor) -> None:
+        """Raise ValueError unless these context tensors `[B, C, T_g, H, W]` and this window are the ones laid out."""
+        frames, size = window_BCTHW.shape[2], tuple(window_BCTHW.shape[-2:])
+        if len(latents) != len(self.groups) or len(self.positions) != frames:
+            raise ValueError(
+                f"The frame context does not fit the window: {len(latents)} context tensors for {len(self.groups)} "
+                f"groups, {len(self.positions)} positions for {frames} latent frames. Check 'window' in 'Frame Context "
+                "Packer'."
+            )
+        for latent in latents:
+            if tuple(latent.shape[-2:]) != size:
+                raise ValueError(
+                    f"A context frame is {tuple(latent.shape[-2:])} latent pixels but the window is {size}. Start, end "
+                    "and history must come from 'FramePack Image' nodes of one size."
+                )
 
 
 def pad_end(x: Tensor, multiple: tuple[int, ...]) -> Tensor:
@@ -89,7 +106,9 @@ class ImageProjection(nn.Module):
         return self.down(F.silu(self.up(x_BND)))
 
 
-def grid_rope(pe_embedder: nn.Module, positions: tuple[int, ...], height: int, width: int, device) -> Tensor:
+def grid_rope(
+    pe_embedder: Callable[[Tensor], Tensor], positions: tuple[int, ...], height: int, width: int, device
+) -> Tensor:
     """Rotary table `[T, height, width, F, 2, 2]` of full-rate tokens at the given time positions."""
     ids = torch.zeros((len(positions), height, width, 3), device=device)
     ids[..., 0] = torch.tensor(positions, device=device, dtype=torch.float32).reshape(-1, 1, 1)
@@ -115,7 +134,12 @@ def pooled_rope(table: Tensor, rate: int | str, frames: int) -> Tensor:
 
 
 def packed_rope(
-    pe_embedder: nn.Module, layout: ContextLayout, frames: tuple[int, ...], grid_h: int, grid_w: int, device
+    pe_embedder: Callable[[Tensor], Tensor],
+    layout: ContextLayout,
+    frames: tuple[int, ...],
+    grid_h: int,
+    grid_w: int,
+    device,
 ) -> Tensor:
     """Rotary table `[1, 1, N, F, 2, 2]` of the packed sequence: context groups in order, then the window.
 

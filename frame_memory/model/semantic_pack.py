@@ -19,7 +19,7 @@ embedder, whose numbers are some 20 times larger than what attention adds and wo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 import torch
@@ -30,6 +30,8 @@ from comfy.ops import cast_to_input
 from torch import Tensor, nn
 
 from .packing import KERNEL_OF_RATE, ImageProjection, pad_end, rotate
+from .specs import from_plain
+from .stored_weights import unpacked
 
 SQUEEZES = ("A", "B", "C")
 # Rate of the memory's embedder: (4, 8, 8) latent frames, rows and columns a token, as `proj_4x`.
@@ -98,13 +100,7 @@ class PackSpec:
     @classmethod
     def from_dict(cls, data: Mapping) -> PackSpec:
         """Back from `to_dict`. Raises ValueError for names that this version does not know, or missing ones."""
-        known = {f.name for f in fields(cls)}
-        if not set(data) <= known:
-            raise ValueError(f"A memory of a newer version: {', '.join(sorted(set(data) - known))} is not known here.")
-        try:
-            return cls(**{**data, "axes_dim": tuple(data["axes_dim"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The description of the memory is not complete: {error}") from error
+        return from_plain(cls, data, "axes_dim")
 
 
 class _Attention(nn.Module):
@@ -292,7 +288,7 @@ def initialise(
         for source, target in _BEGINNINGS.items():
             for name in ("weight", "bias"):
                 value = originals.get(f"{source}.{name}", transformer.get_parameter(f"{source}.{name}"))
-                pack.get_parameter(f"{target}.{name}").copy_(_numbers(transformer.get_submodule(source), value))
+                pack.get_parameter(f"{target}.{name}").copy_(unpacked(transformer.get_submodule(source), value))
     return pack
 
 
@@ -302,13 +298,3 @@ def open_gate(pack: SemanticPack) -> None:
     small rates leave it there (500 steps at 1e-5 take it to 0.005)."""
     if not bool(pack.gate):
         pack.gate.fill_(_OPEN)
-
-
-def _numbers(module, value: Tensor) -> Tensor:
-    """Weights unpacked: core's quantised ones say how, layers of GGUF loaders have a method for it."""
-    value = value.detach()
-    if hasattr(value, "_qdata"):
-        value = value.dequantize()
-    elif hasattr(module, "get_weight"):
-        value = module.get_weight(value, torch.float32)
-    return value.to("cpu", torch.float32)

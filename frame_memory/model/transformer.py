@@ -50,6 +50,8 @@ class FramePackTransformer(HunyuanVideo):
         context_latents: list[Tensor] | None = None,
         context_layout: ContextLayout | None = None,
         memory_tokens: Tensor | None = None,
+        frame_memory_tokens: Tensor | None = None,
+        frame_memory_positions: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
@@ -57,15 +59,19 @@ class FramePackTransformer(HunyuanVideo):
         timestep: sigma * 1000, `[B]`. context: text `[B, L, ·]`; clip_fea: CLIP-vision tokens `[B, ·, 1152]`.
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
+        frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
+        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4).
         Raises ValueError without a context, where context and window do not belong together, or for conditioning of
         other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        self._check_context(x, context_latents, context_layout)
+        _needed(context_latents, context_layout).check(context_latents, x)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
-            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens}
-            shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout}
+            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
+                          "frame_memory_tokens": frame_memory_tokens}  # fmt: skip
+            shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
+                      "frame_memory_positions": frame_memory_positions}  # fmt: skip
             return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
 
         height, width = x.shape[-2:]
@@ -78,19 +84,19 @@ class FramePackTransformer(HunyuanVideo):
         image = None if clip_fea is None else self.image_projection(clip_fea)
         txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
 
-        tokens = [
-            self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, context_layout.groups, strict=True)
-        ]
         window = self.img_in(x)
-        img = torch.cat([*tokens, window], dim=1)
+        img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
         frames = tuple(c.shape[2] for c in context_latents)
-        pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device)
-
-        img = self._run_blocks(img, txt, vec, pe, window.shape[1], control, transformer_options)
+        pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device, frame_memory_positions)
+        rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
+        img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
         out = self.final_layer(img[:, -window.shape[1] :], vec)
-        out = out.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
-        out = out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        return out[..., :height, :width]
+        return self._pixels(out, grid)[..., :height, :width]
+
+    def _pixels(self, out_BNK: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Tokens of the window back to `[B, C, T, H, W]`."""
+        out = out_BNK.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
+        return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
     def _forward_each(self, lengths, x, timestep, context, per_sample, context_latents, shared) -> Tensor:
         """Run each sample with exactly its own text.
@@ -116,55 +122,68 @@ class FramePackTransformer(HunyuanVideo):
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
         return vec, rounded_time
 
-    def _positions(self, layout: ContextLayout, frames: tuple[int, ...], grid, text_tokens: int, device) -> Tensor:
+    def _rows(self, vec: Tensor, frame_memory_tokens, timestep, y, guidance) -> tuple[Tensor, int]:
+        """Modulation `[B, 2, D]` and how many tokens in front have its first row, of noise level zero; else vec, 0."""
+        if frame_memory_tokens is None or not frame_memory_tokens.shape[1]:
+            return vec, 0
+        clean, _ = self._modulation_vector(torch.zeros_like(timestep), y, guidance, vec.dtype)
+        return torch.stack((clean, vec), dim=1), frame_memory_tokens.shape[1]
+
+    def _visual_tokens(self, window, context_latents, layout: ContextLayout, frame_memory_tokens) -> Tensor:
+        """`[B, N, D]`: frame preservation, context groups, window."""
+        tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, layout.groups, strict=True)]
+        if frame_memory_tokens is not None:
+            tokens.insert(0, frame_memory_tokens.to(window))
+        return torch.cat([*tokens, window], dim=1)
+
+    def _positions(self, layout: ContextLayout, frames, grid, text_tokens: int, device, places=None) -> Tensor:
         """Rotary table of the whole sequence; nothing on the text side is turned."""
         pe = packed_rope(self.pe_embedder, layout, frames, grid[1], grid[2], device)
+        if places is not None:
+            pe = torch.cat((self.pe_embedder(places.to(device, torch.float32)[None]), pe), dim=2)
         text_pe = torch.eye(2, device=pe.device, dtype=pe.dtype).expand(1, 1, text_tokens, pe.shape[3], 2, 2)
         return torch.cat((text_pe, pe), dim=2)
 
-    def _run_blocks(self, img, txt, vec, pe, window_tokens: int, control, transformer_options) -> Tensor:
-        """All double and single blocks; returns the packed image-side tokens `[B, N, D]`."""
+    def _run_blocks(self, img, txt, vec, pe, clean: int, window_tokens: int, control, transformer_options) -> Tensor:
+        """All double and single blocks; returns the packed image-side tokens `[B, N, D]`.
+
+        clean: tokens in front of img that vec `[B, 2, D]` has its first row for; 0 where vec is `[B, D]`.
+        """
+        rows = [(0, clean, 0), (clean, None, 1)] if clean else None
+        text_rows = [(0, None, 1)] if clean else None
         options = transformer_options.copy()
         replace = options.get("patches_replace", {}).get("dit", {})
         control = control or {}
         options.update(total_blocks=len(self.double_blocks), block_type="double")
         for i, block in enumerate(self.double_blocks):
             options["block_index"] = i
-            args = {"img": img, "txt": txt, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims_img": None,
-                    "modulation_dims_txt": None, "transformer_options": options}  # fmt: skip
+            args = {"img": img, "txt": txt, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims_img": rows,
+                    "modulation_dims_txt": text_rows, "transformer_options": options}  # fmt: skip
             out = _call_block(_double, block, replace.get(("double_block", i)), args)
             img, txt = out["img"], out["txt"]
             _add_control(img, control.get("input"), i, window_tokens)
 
         start = txt.shape[1]
         img = torch.cat((txt, img), 1)
+        rows = [(0, start, 1), (start, start + clean, 0), (start + clean, None, 1)] if clean else None
         options.update(total_blocks=len(self.single_blocks), block_type="single", img_slice=[start, img.shape[1]])
         for i, block in enumerate(self.single_blocks):
             options["block_index"] = i
-            args = {"img": img, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims": None,
+            args = {"img": img, "vec": vec, "pe": pe, "attention_mask": None, "modulation_dims": rows,
                     "transformer_options": options}  # fmt: skip
             img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
             _add_control(img, control.get("output"), i, window_tokens)
         return img[:, start:]
 
-    def _check_context(self, x, context_latents, layout) -> None:
-        if layout is None or not context_latents:
-            raise ValueError(
-                "A FramePack model was sampled without a frame context, so it has no history to look at. "
-                "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
-            )
-        if len(context_latents) != len(layout.groups) or len(layout.positions) != x.shape[2]:
-            raise ValueError(
-                f"The frame context does not fit the window: {len(context_latents)} context tensors for "
-                f"{len(layout.groups)} groups, {len(layout.positions)} positions for {x.shape[2]} latent frames. "
-                "Check 'window' in 'Frame Context Packer'."
-            )
-        for c in context_latents:
-            if c.shape[-2:] != x.shape[-2:]:
-                raise ValueError(
-                    f"A context frame is {tuple(c.shape[-2:])} latent pixels but the window is {tuple(x.shape[-2:])}. "
-                    "Start, end and history must come from 'FramePack Image' nodes of one size."
-                )
+
+def _needed(context_latents, context_layout: ContextLayout | None) -> ContextLayout:
+    """The layout, which a model of history cannot do without."""
+    if context_layout is None or not context_latents:
+        raise ValueError(
+            "A FramePack model was sampled without a frame context, so it has no history to look at. "
+            "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."
+        )
+    return context_layout
 
 
 def refuse_foreign(**given: tuple[object, str]) -> None:

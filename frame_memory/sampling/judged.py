@@ -14,7 +14,10 @@ from ..video.guards import GuardSection, VideoGuards
 
 # The contact sheet's file in a project.
 SHEET = "contact_sheet.png"
-NOTHING_FOUND = "Checked {} sections: none is frozen, no jump, no drift."
+NOTHING_FOUND = (
+    "Checked {} sections: none is frozen, no jump, no drift of brightness, colours or sharpness. Shapes and faces are "
+    "not judged."
+)
 
 
 def pixel_spans(sections: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

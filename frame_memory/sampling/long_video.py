@@ -205,8 +205,11 @@ def describe_needs(needs: Mapping[str, int], free: int, to_come: int) -> tuple[s
 
 
 def _say_all(say: Callable[[str], None], described: str, warnings: list[str]) -> str:
-    """Show the plan with its warnings in one text, since each text on the node replaces the one before."""
-    text = "\n".join([described, *(f"Warning: {w}" for w in warnings)])
+    """Show a text with its warnings, since each text on the node replaces the one before.
+
+    Warnings first: a video on the node leaves room for few lines.
+    """
+    text = "\n".join([*(f"Warning: {w}" for w in warnings), described])
     say(text)
     return text
 

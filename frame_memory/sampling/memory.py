@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.framepack import MEMORY_KEY
-from ..model.memory import ATTACHED, LOAD_MEMORY, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
+from ..model.memory import ATTACHED, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
 from ..plan import START, LongVideoPlan, PlanError, pixel_frames
 from ..plan.errors import PACKER, SAMPLER
 from ..plan.memory import FARTHEST_DISTANCE, given_clips, memory_tokens, with_true_image
@@ -164,8 +164,8 @@ def with_memory(
 def _check(memory: FrameMemory, plan: LongVideoPlan) -> None:
     if memory.text is None:
         raise PlanError(
-            f"'memory' of '{SAMPLER}' comes from '{LOAD_MEMORY}' and was told neither prompt nor picture. Expected a "
-            f"memory from '{MEMORY_PACK}': put that node between the two."
+            f"'memory' of '{SAMPLER}' was told neither prompt nor picture: it comes straight from the node that loads "
+            f"or trains it. Expected a memory from '{MEMORY_PACK}': put that node between the two."
         )
     if plan.order != "forward":
         raise PlanError(

@@ -27,26 +27,31 @@ DIRECTIONS = {
 
 
 def words_of(found: Drift, source: str) -> str:
-    """The report. source: what was measured, as a sentence."""
+    """The report: warnings and the verdict first, since the plot leaves room for few lines on the node.
+
+    source: what was measured, as a sentence.
+    """
     timing = found.timing
     made = timing.frames - timing.given
-    lines = [
+    measured = [
         source,
         f"{_frames(timing.frames)}, {timing.frames / timing.fps:.2f} s at {timing.fps:g} fps, made "
         f"{DIRECTIONS[timing.order]}. The first {PERCENT} as made, {_frames(found.ends)}, against the last.",
     ]
     if timing.given:
         were = "was given, not made; it does" if timing.given == 1 else "were given, not made; they do"
-        lines.append(f"{_frames(timing.given)} in front {were} not count ({made} do).")
-    lines += [f"Warning: {text}" for text in found.warnings]
+        measured.append(f"{_frames(timing.given)} in front {were} not count ({made} do).")
+    lines = [f"Warning: {text}" for text in found.warnings]
     if made < 2:
         what = "One picture was made" if made else "No picture was made"
         lines.append(f"{what}: there is nothing to compare, so drift cannot be measured. Give '{NODE}' a whole video.")
-        return "\n".join([*lines, *found.notes])
-    lines += [_line(found, name) for name in found.curves]
+        return "\n".join([*lines, *found.notes, *measured])
     if not found.warnings and not _said(found):
         lines.append("Nothing drifts beyond its bound, and nothing stands still.")
     lines += _said(found)
+    if not LIKENESS.keys() & found.curves.keys():
+        lines.append("Shapes and faces are not judged: for that, connect 'clip_vision'.")
+    lines += [*(_line(found, name) for name in found.curves), *measured]
     if not timing.named:
         lines.append("Sections are counted by 1.2 s, as Anti-Drift Sampler makes them.")
     return "\n".join([*lines, *found.notes])

@@ -84,16 +84,17 @@ class Recall:
         return (self.similarity - self.between) / (self.among - self.between)
 
     def describe(self) -> str:
-        """For the node."""
-        lines = [f"Similarity at the return: {self.similarity:.3f} ({self.by})."]
-        if self.among is not None:
-            lines.append(f"For comparison: pictures of the first appearance among themselves {self.among:.3f}")
-            lines[-1] += "." if self.between is None else f", pictures between the two {self.between:.3f}."
+        """For the node: warnings, the similarity and its place on the scale first, as the pair leaves little room."""
+        lines = [*self.notes, f"Similarity at the return: {self.similarity:.3f} ({self.by})."]
         if self.share is not None:
-            lines.append(f"On that scale, from 0 (forgotten) to 1 (as it was): {_place(self.share)}.")
+            lines.append(f"From 0 (forgotten) to 1 (as it was): {_place(self.share)}.")
+        if self.among is not None:
+            ends = "The ends of that scale" if self.share is not None else "For comparison"
+            lines.append(f"{ends}: pictures of the first appearance among themselves {self.among:.3f}")
+            lines[-1] += "." if self.between is None else f", pictures between the two {self.between:.3f}."
         lines.append(f"Colours {self.colour:.3f}, structure {self.structure:.3f} (0 to 1, without a model).")
         lines.append(f"The pair that is most alike: {self.times[0]:.2f} s and {self.times[1]:.2f} s.")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join(lines)
 
 
 def _place(share: float) -> str:

@@ -53,7 +53,9 @@ def test_a_healthy_clip_has_no_drift_and_no_warning():
     assert not found.warnings and (video == before).all()
     assert all(abs(found.curves[name].slope) < 0.05 for name in ("brightness", "saturation", "sharpness"))
     words = words_of(found, "A clip.")
-    assert "Nothing drifts" in words and "Brightness: " in words and "steady" in words
+    assert words.splitlines()[0].startswith("Nothing drifts") and "Brightness: " in words and "steady" in words
+    assert words.splitlines()[1] == "Shapes and faces are not judged: for that, connect 'clip_vision'."
+    assert "not judged" not in words_of(metered(moving(40), clip_vision=SelfTestVision()), "A clip.")
     assert "made from its first frame to its last. The first 15 % as made, 30 frames" in words
 
 
@@ -231,7 +233,7 @@ def test_a_mask_that_does_nothing_is_told():
     masks[20:22] = 1
     middle = words_of(metered(video, clip_vision=SelfTestVision(), mask_BHW=masks), "")
     for words in (unseen, empty):
-        assert words.splitlines()[2].startswith("Warning: 'mask'") and "Nothing drifts" not in words, "on top"
+        assert words.splitlines()[0].startswith("Warning: 'mask'") and "Nothing drifts" not in words, "on top"
     assert "Similarity of the subject: 1.000; it is not seen at both ends." in middle and "Warning" not in middle
 
 

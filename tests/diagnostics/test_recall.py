@@ -72,7 +72,7 @@ def test_a_whole_scene_stands_on_a_scale_between_the_pictures_between_and_itself
         footage = of_images(torch.from_numpy(video), FPS, "Memory Recall", lambda: None)
         got = compare(footage, Appearance("first", 0, 2), Appearance("return", 4, 6), vision)
         assert got.share == pytest.approx(share, abs=0.02) and got.between < got.among
-        assert "On that scale, from 0 (forgotten) to 1 (as it was): " in got.describe()
+        assert got.describe().splitlines()[1].startswith("From 0 (forgotten) to 1 (as it was): ")
 
 
 def test_boxes_look_at_their_part_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -227,13 +228,57 @@ def test_the_rate_that_is_told_after_a_loss_that_was_no_number_is_the_halved_one
 def test_a_memory_that_does_not_learn_is_read_in_the_numbers_that_sampling_reads_it_in(tiny_file, tmp_path):
     model = load(tiny_file)
     given = new_encoder(model)
+    given.pack.gate.data.fill_(0.25)
     half = encoder_from_tensors({k: v.bfloat16() for k, v in given.pack.state_dict().items()}, given.spec, label="x")
     for stage, dtype in ((STAGE_HEAD, torch.bfloat16), (STAGE_MEMORY, torch.float32)):
         trained = TrainingRun(model, half, videos(), request(stage), tmp_path / "run")._trained()
         assert trained.pack.dtype == dtype == trained.pack.gate.dtype
-        begun = {"gate"} if stage == STAGE_MEMORY else set()  # a closed gate is opened to learn
         for name, value in trained.pack.state_dict().items():
-            assert torch.equal(value, half.pack.state_dict()[name].to(dtype)) != (name in begun), name
+            assert torch.equal(value, half.pack.state_dict()[name].to(dtype)), name
+
+
+def test_a_head_behind_an_untrained_memory_is_trained_without_it_and_says_so(tiny_file, tmp_path):
+    model, said = load(tiny_file), []
+    run = TrainingRun(model, new_encoder(model), videos(), request(STAGE_HEAD), tmp_path / "run", Faces(said.append))
+    assert len(said) == 1 and said[0].startswith("Warning: ") and "(new) is closed" in said[0]
+    assert "trained without a memory, and the result holds none" in said[0]
+    outcome = run.run()
+    result = write_result(run, outcome, "x", tmp_path / "m", tmp_path / "l", said.append)
+    assert result.memory is None and not memory_file.read(str(result.checkpoint)).pack
+    alone = TrainingRun(model, None, videos(), request(STAGE_HEAD), tmp_path / "alone", Faces(said.append))
+    assert len(said) == 1 and alone.identity() == run.identity() and alone.run().losses == outcome.losses
+
+
+def test_a_memory_that_was_trained_on_since_is_told_in_words(tiny_file, tmp_path):
+    """Nobody can set a fingerprint back: the message says what changed, and what to do."""
+    model, memory = load(tiny_file), new_encoder(load(tiny_file))
+    memory.pack.gate.data.fill_(0.25)
+
+    def run(memory, steps=1, stage=STAGE_HEAD, **more):
+        return TrainingRun(model, memory, videos(), request(stage, steps, **more), tmp_path / "run", Faces(lambda _: 0))
+
+    run(memory).run()
+    began = memory.fingerprint
+    memory.pack.gate.data.fill_(0.5)
+    with pytest.raises(ForcingError) as error:
+        run(memory, 2).run()
+    words = str(error.value)
+    assert "since then the memory was trained on, or another one was connected" in words
+    assert f"({began}, now {memory.fingerprint})" in words and "('name' in 'Train Direct Forcing')" in words
+    assert "begin anew with this memory; or connect the memory that it began with" in words
+    with pytest.raises(ForcingError, match="begun with a memory, and now none is connected"):
+        run(None).run()
+    with pytest.raises(ForcingError, match=rf"trains stage '{re.escape(STAGE_HEAD)}', and stage '1: memory' is asked"):
+        run(memory, stage=STAGE_MEMORY).run()
+
+
+def test_steps_below_those_done_train_nothing_and_say_so(tiny_file, tmp_path):
+    run_of(tiny_file, tmp_path, 3, []).run()
+    said: list[str] = []
+    outcome = run_of(tiny_file, tmp_path, 2, said).run()
+    assert len(outcome.losses) == outcome.resumed == 3
+    assert said[-1].startswith("3 steps are done already") and "2 are asked for: nothing is trained" in said[-1]
+    assert said[-1].endswith("the result is that of 3.")
 
 
 def test_a_patched_head_is_where_training_begins(tiny_file, tmp_path):
@@ -285,7 +330,7 @@ def test_a_run_is_not_gone_on_with_behind_another_lora(tiny_file, tmp_path):
         patched.add_patches({key: ("diff", (torch.ones(model.model.state_dict()[key].shape),))}, strength)
         names.append(patches_of(patched))
     assert names[0] == names[1] != names[2]
-    with pytest.raises(ForcingError, match=r"LoRA and patches: None, now '1 patched tensors.*choose another name"):
+    with pytest.raises(ForcingError, match=r"LoRA and patches: None, now '1 patched tensors.*Choose another name"):
         TrainingRun(model, None, videos(), request(STAGE_HEAD, 2), tmp_path, patches=names[0]).run()
 
 

@@ -196,7 +196,7 @@ def test_fault_t6_the_last_few_are_kept_and_a_torn_one_is_passed_over(tmp_path):
 
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
     folder(tmp_path, identity={"stage": "line", "seed": 0}).save(Line().run(2).trainer)
-    with pytest.raises(ForcingError, match=r"seed: 0, now 1.*choose another name"):
+    with pytest.raises(ForcingError, match=r"seed: 0, now 1.*Choose another name"):
         folder(tmp_path, identity={"stage": "line", "seed": 1}).resume(Line().trainer)
     assert folder(tmp_path / "new").resume(Line().trainer) is None
 

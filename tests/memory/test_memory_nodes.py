@@ -11,7 +11,10 @@ import folder_paths
 import pytest
 import torch
 
+from frame_memory.forcing.clips import TRAIN
 from frame_memory.model import memory_file
+from frame_memory.model.framepack import CONTRADICTED, MODEL_OPTION
+from frame_memory.model.memory import check_model, new_encoder
 
 from .conftest import Seen, opened, prompt
 from .runs import of_kind
@@ -51,6 +54,18 @@ def test_a_new_encoder_says_that_it_is_untrained_and_needs_a_model(nodes, model)
         nodes.FrameMemoryLoadEncoder.execute(nodes.NEW, of_kind(model, "F0"))
 
 
+def test_a_model_whose_file_says_another_kind_is_refused_for_all_that_is_made_on_it(nodes, model, memory):
+    """The wrong kind can be forced for a video; a memory or a head made for it would be lost work."""
+    known = {**model.model_options.get(MODEL_OPTION, {}), CONTRADICTED: "the file's metadata says F0"}
+    wrong = model.clone()
+    wrong.model_options = {**model.model_options, MODEL_OPTION: known}
+    said = "taken for FramePack F1, and the file's metadata says F0.*'from the file'"
+    with pytest.raises(ValueError, match="'MemoryPack Encoder' is " + said):
+        nodes.FrameMemoryMemoryPack.execute(wrong, memory, prompt())
+    with pytest.raises(ValueError, match="'Train Direct Forcing' is " + said):
+        check_model(wrong, TRAIN)
+
+
 def test_a_file_is_loaded_as_it_was_and_offered_in_the_list(nodes, model, memory, files):
     save(files / "mine.safetensors", memory)
     options = nodes.FrameMemoryLoadEncoder.define_schema().inputs[0].options
@@ -62,6 +77,12 @@ def test_a_file_is_loaded_as_it_was_and_offered_in_the_list(nodes, model, memory
     before = nodes.FrameMemoryLoadEncoder.fingerprint_inputs("mine.safetensors")
     save(files / "mine.safetensors", opened(memory), licence="a longer file under the same name")
     assert nodes.FrameMemoryLoadEncoder.fingerprint_inputs("mine.safetensors") != before
+
+
+def test_a_file_with_a_closed_gate_says_untrained_as_a_new_encoder_does(nodes, model, files):
+    save(files / "closed.safetensors", new_encoder(model))
+    report = nodes.FrameMemoryLoadEncoder.execute("closed.safetensors", model).result[1]
+    assert "gate 0" in report and "UNTRAINED: its gate is closed" in report
 
 
 def test_files_that_hold_no_memory_are_refused(nodes, model, memory, files):

@@ -220,7 +220,7 @@ def test_the_image_moves_with_an_open_gate_only_where_its_memory_was_trained_so(
 def test_wrong_orders_and_unanchored_memories_are_refused_before_any_step(model, memory):
     with pytest.raises(PlanError, match="order inverted.*Frame Context Packer"):
         film(of_kind(model, ""), memory, kind=None, preset="F0 inverted")
-    with pytest.raises(PlanError, match="Load Memory Encoder.*MemoryPack Encoder"):
+    with pytest.raises(PlanError, match="told neither prompt nor picture.*MemoryPack Encoder"):
         film(model, replace(memory, text=None))
 
 

@@ -131,6 +131,19 @@ def test_a_tokenizer_that_loses_spaces_is_told_where_a_real_model_is_loaded(serv
     assert ("loses the spaces" in text_of(run, loader)) is bool(lost_spaces())
 
 
+def test_a_kind_that_the_file_contradicts_is_warned_of(server, smallest, weights):
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "says_F1.safetensors", metadata={"frame_memory.kind": "F1"})
+    loader, node = one(smallest, LOADER)
+    inputs = {**node["inputs"], "model_name": "says_F1.safetensors", "kind": "F0 (inverted)"}
+    shown = {"class_type": "PreviewAny", "inputs": {"source": [loader, 1]}}
+    run = server.client.queue({loader: {**node, "inputs": inputs}, "shown": shown}, timeout=600)
+    warning, kind, *_ = text_of(run, loader).splitlines()
+    assert warning.startswith("Warning: 'kind' is F0, and the file's metadata says F1.")
+    assert "FramePack F0, as the widget says" in kind
+
+
 def test_a_published_folder_is_converted_once_and_stock_nodes_read_it(server, smallest, shards):
     _, expected = video_of(server, smallest)
     convert = set_inputs(smallest, LOADER, {"model_name": shards, "save_converted": True})

@@ -135,9 +135,24 @@ def test_a_loss_curve_that_cannot_be_written_costs_no_result(trained, server, pr
     [
         ({"name": "a/b"}, "Nearest valid: 'a_b'"),
         ({"name": "con"}, "Nearest valid: 'con_'"),
+        ({"name": "../../evil: 50%"}, "'name' of 'Train Direct Forcing' cannot be the name of a folder"),
+        ({"name": "../../evil: 50%"}, "Nearest valid: 'evil_ 50%'"),
+        ({"name": " "}, "'name' of 'Train Direct Forcing' is empty"),
+        (
+            {"name": "FramePack_F1_memory"},
+            "trains stage '1: memory', and stage '2: head (Direct Forcing)' is asked for",
+        ),
         ({"stage": "1: memory", "name": "x", "clips": 1}, "a memory learns from 2 clips on"),
     ],
-    ids=["a name that is no file", "a device of Windows", "one clip"],
+    ids=[
+        "a name that is no file",
+        "a device of Windows",
+        "a path",
+        "a path's nearest",
+        "empty",
+        "of stage 1",
+        "one clip",
+    ],
 )
 def test_what_cannot_be_trained_is_refused_in_words(trained, server, prompt, change, said):
     small = copy.deepcopy(prompt)
@@ -145,6 +160,20 @@ def test_what_cannot_be_trained_is_refused_in_words(trained, server, prompt, cha
     with pytest.raises(PromptError) as error:
         server.client.queue(small, timeout=300)
     assert said in str(error.value) and TRAIN in str(error.value)
+
+
+def test_the_head_alone_behind_a_new_memory_is_trained_without_one_and_the_report_begins_with_that(
+    trained, server, prompt
+):
+    """As the editor connects it where the node of stage 1 is deleted."""
+    small = {i: n for i, n in copy.deepcopy(prompt).items() if n["class_type"] != "PreviewImage"}
+    first, second = stages(small)
+    small[second]["inputs"].update(name="alone", steps=1, memory=small.pop(first)["inputs"]["memory"])
+    report = server.client.queue(small, timeout=600).outputs[second]["text"][0].splitlines()
+    assert report[0].startswith("Warning: the gate of the memory given (new) is closed")
+    assert report[1].startswith("Result: models/frame_memory/alone.safetensors")
+    assert "too few steps to say whether it falls" in "".join(report)
+    assert not memory_file.read(str(server.base / "models" / "frame_memory" / "alone.safetensors")).pack
 
 
 def test_videos_are_written_for_the_command_line(trained, server, prompt):
@@ -155,4 +184,5 @@ def test_videos_are_written_for_the_command_line(trained, server, prompt):
     small[node_id]["inputs"].pop("memory")
     report = server.client.queue(small, timeout=300).outputs[node_id]["text"][0]
     folder = server.base / "output" / "frame_memory_training" / "several GPUs" / "videos"
-    assert "2 videos with their captions" in report and len(list(folder.glob("video-*.safetensors"))) == 2
+    assert "2 videos with their captions" in report and "behind this node is skipped" in report
+    assert len(list(folder.glob("video-*.safetensors"))) == 2

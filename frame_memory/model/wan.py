@@ -1,0 +1,360 @@
+"""History in front of Wan's window: packed context and memory tokens on core's own WanModel.
+
+    blocks([memory | 4x, 2x, 1x context | noisy window]) -> head(window)
+
+Nothing of Wan is copied or subclassed here. A MODEL from any of core's loaders keeps its class, names and weights; a
+wrapper of its ModelPatcher (core's `DIFFUSION_MODEL` seam) puts the history in front of the first block and takes it
+away behind the last one through core's `patches_replace`, so `WanModel.forward_orig` runs as core wrote it, and
+quantised weights, LoRAs and other packs' patches work as ever. Without history in the conditioning the wrapper hands
+its arguments on.
+
+Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, M tokens in front, N tokens of the window,
+D width, R rows of the modulation, F rotary frequencies (head size / 2).
+
+Source: pfp reference 2.4 and 6, reference/framepack.md section 1.1. Wan has no released weights for this; three things
+are our choice.
+
+- Noise level. The history is modulated as timestep 0 and the window as its own: Wan's blocks take a row of modulation
+  for a run of tokens (`comfy.ldm.wan.model.repeat_e`), made for Wan 2.2 5B; every other member runs the same block.
+- Image-to-video models read mask and image beside the noise. A context frame gets itself as image under a mask of ones:
+  the base knows a given frame as that, and at timestep 0 its noisy channels equal its image.
+- A coarse token turns by the mean of the phases in its cell, as FramePack's do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
+from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
+from .stored_weights import unpacked
+
+# Of the wrappers and of the additional model.
+KEY = "frame_memory_wan"
+CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
+TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
+_MASK = 4
+_PATCH = (1, 2, 2)
+
+
+class Patchifiers(CleanEmbedder):
+    """Wan's patch embedding at 1x, 2x and 4x for finished frames, with weights of their own, in fp32 as core's is."""
+
+    def __init__(self, in_channels: int, hidden_size: int, device=None, operations=None):
+        super().__init__(in_channels, hidden_size, torch.float32, device, operations or comfy.ops.manual_cast)
+
+    def forward(self, latent_BCTHW: Tensor, rate: int | str) -> Tensor:
+        """Tokens `[B, N, D]` of one context group, in the numbers of the latents."""
+        return super().forward(latent_BCTHW.float(), rate).to(latent_BCTHW.dtype)
+
+
+@torch.no_grad()
+def initialise(patchifiers: Patchifiers, weight: Tensor, bias: Tensor) -> Patchifiers:
+    """Fill fresh patchifiers in place: each embeds the mean of a cell as the base embeds one patch.
+
+    weight `[D, C, 1, 2, 2]` and bias `[D]`: of the base's patch embedding, unpacked and without patches.
+    """
+    for name, rate in (("proj", 1), ("proj_2x", 2), ("proj_4x", 4)):
+        kernel = weight.detach().float()
+        for axis in (2, 3, 4):
+            kernel = kernel.repeat_interleave(rate, axis)
+        conv = patchifiers.get_submodule(name)
+        conv.get_parameter("weight").copy_(kernel / rate**3)
+        conv.get_parameter("bias").copy_(bias.detach().float())
+    return patchifiers
+
+
+def patchifiers_of(model_patcher) -> Patchifiers:
+    """Fresh patchifiers for a MODEL, trainable, from its checkpoint's own patch embedding (LoRAs left out).
+
+    Raises ValueError as `check` does.
+    """
+    layer = check(model_patcher).patch_embedding
+
+    def original(name: str) -> Tensor:
+        saved = model_patcher.backup.get(f"diffusion_model.patch_embedding.{name}")
+        return unpacked(layer, layer.get_parameter(name) if saved is None else saved.weight)
+
+    return initialise(Patchifiers(layer.in_channels, layer.out_channels), original("weight"), original("bias"))
+
+
+def patcher_of(patchifiers: Patchifiers, load_device=None):
+    """A ModelPatcher of their own, to be loaded beside a MODEL."""
+    return comfy.model_patcher.CoreModelPatcher(
+        patchifiers,
+        load_device=load_device or comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def attach(model_patcher, patchifiers=None):
+    """A clone of a MODEL that accepts history; the MODEL stays as it is.
+
+    patchifiers: their ModelPatcher, needed for context groups and not for memory tokens. Raises ValueError as `check`
+    does.
+    """
+    check(model_patcher)
+    clone = detach(model_patcher)
+    network = None if patchifiers is None else patchifiers.model
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _Wrapper(network))
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _make_room)
+    if patchifiers is not None:
+        clone.set_additional_models(KEY, [patchifiers])
+    return clone
+
+
+def detach(model_patcher):
+    """A clone of a MODEL that knows nothing of history."""
+    clone = model_patcher.clone()
+    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.PREPARE_SAMPLING):
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_additional_models(KEY)
+    return clone
+
+
+def is_attached(model_patcher) -> bool:
+    """Whether a MODEL accepts history."""
+    return bool(model_patcher.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY))
+
+
+def check(model_patcher) -> WanModel:
+    """The network of a MODEL. Raises ValueError unless core runs it by WanModel's own forward pass and its channels are
+    those of a text-to-video or an image-to-video model."""
+    network = getattr(model_patcher.model, "diffusion_model", None)
+    _check_network(network, type(model_patcher.model).__name__)
+    return network
+
+
+def conditions(base_model, context: Mapping | None = None, tokens: Tensor | None = None, positions=None) -> dict:
+    """What goes into a prompt's entry as `model_conds`; core hands it to the network untouched.
+
+    context: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`, as FramePack's; the groups may be
+    none, which places the window alone. tokens: `[B, M, D]`. positions: their (t, h, w) in latent frames and patches,
+    M of them, on the layout's time axis. Raises ValueError where tokens and positions do not belong together.
+    """
+    out = {}
+    if context is not None:
+        latents = [base_model.process_latent_in(latent) for latent in context["latents"]]
+        out[CONTEXT] = comfy.conds.CONDList(latents)
+        out[LAYOUT] = AloneConstant(context["layout"])
+    return {**out, **token_conditions(tokens, positions)}
+
+
+class _Wrapper:
+    """Core's `DIFFUSION_MODEL` wrapper. Holds no tensors but the patchifiers, which their ModelPatcher owns."""
+
+    def __init__(self, patchifiers: Patchifiers | None):
+        self.patchifiers = patchifiers
+
+    def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
+                 **kwargs):  # fmt: skip
+        latents, layout, tokens, positions = (kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS))
+        options = {} if transformer_options is None else transformer_options
+        if layout is not None or tokens is not None:
+            network = executor.class_obj
+            _check_network(network, type(network).__name__)
+            _check_alone(network, time_dim_concat, kwargs)
+            front = self.front(network, x, timestep, latents, layout, tokens, positions, options)
+            options = front.options(options, len(network.blocks))
+        return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def front(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _Front:
+        """Everything that stands in front of the window `x [B, C, T, H, W]` of one call."""
+        place = _placer(network, options)
+        grid = (-(-x.shape[3] // 2), -(-x.shape[4] // 2))
+        parts, phases, window = [], [], None
+        if tokens is not None:
+            parts.append(tokens)
+            phases.append(place(positions.to(x.device, torch.float32)[None])[0, 0])
+        if layout is not None:
+            latents = latents or []
+            if latents and self.patchifiers is None:
+                raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
+            layout.check(latents, x)
+            frames = tuple(latent.shape[2] for latent in latents)
+            for latent, (rate, _) in zip(latents, layout.groups, strict=True):
+                clean = _as_given(network, pad_to_patch_size(latent.to(x), _PATCH))
+                parts.append(self.patchifiers(clean, rate))  # pyright: ignore[reportOptionalCall]
+            table = packed_rope(place, layout, frames, *grid, x.device)[0, 0]
+            own = x.shape[2] * math.prod(grid)
+            phases.append(table[: len(table) - own])
+            window = table[len(table) - own :][None, :, None]
+        empty = x.new_empty((x.shape[0], 0, network.dim))
+        front = torch.cat([empty, *(part.to(x).expand(x.shape[0], -1, -1) for part in parts)], dim=1)
+        return _Front(front, torch.cat(phases)[None, :, None], window, _clean_row(network, timestep, x.dtype))
+
+
+@dataclass
+class _Front:
+    """What stands in front of the window during one forward pass."""
+
+    tokens_BMD: Tensor
+    pe: Tensor  # [1, M, 1, F, 2, 2]
+    window_pe: Tensor | None  # None for the one that core makes
+    clean: Tensor  # [1, 1, 6, D]
+    _made: dict = field(default_factory=dict)  # last modulation and table, since every block gets the same ones
+
+    def options(self, options: dict, blocks: int) -> dict:
+        """`transformer_options` whose blocks see the front; what others had put there runs as before, inside."""
+        known = options.get("patches_replace", {})
+        dit = dict(known.get("dit", {}))
+        for index in range(blocks):
+            name = ("double_block", index)
+            dit[name] = self._block(index == 0, index == blocks - 1, dit.get(name))
+        patches = dict(options.get("patches", {}))
+        if "double_block" in patches:
+            patches["double_block"] = [self._shifted(patch, blocks - 1) for patch in patches["double_block"]]
+        return {**options, "patches_replace": {**known, "dit": dit}, "patches": patches}
+
+    def _block(self, first: bool, last: bool, theirs: Callable | None) -> Callable:
+        count = self.tokens_BMD.shape[1]
+
+        def replaced(args: dict, extra: dict) -> dict:
+            img = torch.cat((self.tokens_BMD, args["img"]), dim=1) if first else args["img"]
+            window = img.shape[1] - count
+            args = {**args, "img": img, "vec": self._rows(args["vec"], window), "pe": self._table(args["pe"])}
+            out = extra["original_block"](args) if theirs is None else theirs(args, extra)
+            return {**out, "img": out["img"][:, count:]} if last else out
+
+        return replaced
+
+    def _shifted(self, patch: Callable, last: int) -> Callable:
+        """Core's patches behind a block find their tokens at `img_offset`."""
+        count = self.tokens_BMD.shape[1]
+
+        def shifted(args: dict) -> dict:
+            ahead = 0 if args["block_index"] == last else count
+            return patch({**args, "img_offset": args["img_offset"] + ahead})
+
+        return shifted
+
+    def _rows(self, vec_BR6D: Tensor, window: int) -> Tensor:
+        return self._once("vec", vec_BR6D, lambda: modulation_rows(self.clean, vec_BR6D, self.pe.shape[1], window))
+
+    def _table(self, pe: Tensor) -> Tensor:
+        return self._once("pe", pe, lambda: torch.cat((self.pe, pe if self.window_pe is None else self.window_pe), 1))
+
+    def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._made or self._made[name][0] is not source:
+            self._made[name] = (source, make())
+        return self._made[name][1]
+
+
+def modulation_rows(clean_11KD: Tensor, vec_BRKD: Tensor, front: int, window: int) -> Tensor:
+    """Rows that core's `repeat_e` spreads so that `front` tokens get `clean` and the `window` behind them `vec`.
+
+    Core gives each of n rows a run of N // n tokens, or of one more, cut at the end, where that does not divide: so
+    the rows are as few as runs of one length can be that change at the border, not one a token.
+    """
+    if not front:
+        return vec_BRKD
+    total, rows = front + window, vec_BRKD.shape[1]
+    if rows > 1:
+        each = window // rows if window % rows == 0 else 1
+        run = math.gcd(front, each)
+        count = each // run if each > 1 else -(-window // rows)
+        own = vec_BRKD.repeat_interleave(count, dim=1)[:, : window // run]
+    else:
+        run = next(g for g in range(front, 0, -1) if front % g == 0 and _spreads(total, g))
+        own = vec_BRKD.expand(-1, -(-window // run), -1, -1)
+    return torch.cat((clean_11KD.expand(vec_BRKD.shape[0], front // run, -1, -1), own), dim=1)
+
+
+def _spreads(total: int, run: int) -> bool:
+    """Whether core makes runs of `run` tokens, the last one cut, out of as many rows as that takes."""
+    rows = -(-total // run)
+    whole, rest = divmod(total, rows)
+    return whole == run if not rest else whole > 1 and whole + 1 == run
+
+
+def _clean_row(network: WanModel, timestep: Tensor, dtype) -> Tensor:
+    """The modulation `[1, 1, 6, D]` of timestep 0, by core's own layers."""
+    zero = torch.zeros_like(timestep.flatten()[:1])
+    vec = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, zero).to(dtype))
+    return network.time_projection(vec).unflatten(1, (6, network.dim))[:, None]
+
+
+def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:
+    """Core's rotary table for positions `[1, N, 3]`, stretched as `rope_options` stretch the window."""
+    stretch = options.get("rope_options") or {}
+
+    def place(ids: Tensor) -> Tensor:
+        scale = ids.new_tensor([stretch.get(f"scale_{axis}", 1.0) for axis in "tyx"])
+        shift = ids.new_tensor([stretch.get(f"shift_{axis}", 0.0) for axis in "tyx"])
+        return network.rope_embedder(ids * scale + shift)
+
+    return place
+
+
+def _as_given(network: WanModel, latent_BCTHW: Tensor) -> Tensor:
+    """A finished frame with the channels that the network reads: itself, and for image-to-video mask and image."""
+    if network.in_dim == latent_BCTHW.shape[1]:
+        return latent_BCTHW
+    return torch.cat((latent_BCTHW, torch.ones_like(latent_BCTHW[:, :_MASK]), latent_BCTHW), dim=1)
+
+
+def _make_room(executor, model, noise_shape, conds, *args, **kwargs):
+    """Core's `PREPARE_SAMPLING` wrapper: the history counts as more frames when core makes room for a forward pass.
+
+    Core uses the shape for its estimate alone.
+    """
+    cells = max((_cells(entry.get("model_conds", {})) for entries in conds.values() for entry in entries), default=0)
+    area = math.prod(noise_shape[3:])
+    shape = [*noise_shape[:2], noise_shape[2] + -(-cells // area), *noise_shape[3:]]
+    return executor(model, shape if cells else noise_shape, conds, *args, **kwargs)
+
+
+def _cells(model_conds: Mapping) -> int:
+    """Latent pixels at the window's rate that the history of one prompt costs."""
+    cells = 0
+    if TOKENS in model_conds:
+        cells += math.prod(_PATCH) * model_conds[TOKENS].cond.shape[1]
+    if CONTEXT in model_conds:
+        groups = model_conds[LAYOUT].cond.groups
+        for latent, (rate, _) in zip(model_conds[CONTEXT].cond, groups, strict=True):
+            volume = rate**3 if isinstance(rate, int) else math.prod(KERNEL_OF_RATE[4])
+            cells += math.ceil(math.prod(latent.shape[2:]) / volume)
+    return cells
+
+
+def _check_network(network, name: str) -> None:
+    plain = isinstance(network, WanModel) and all(
+        getattr(type(network), method) is getattr(WanModel, method) for method in ("_forward", "forward_orig")
+    )
+    if not plain:
+        raise ValueError(
+            f"The MODEL is a {name}. Expected Wan 2.1 or 2.2, text-to-video or image-to-video (not VACE, Camera, S2V, "
+            "HuMo, Animate, SCAIL or causal ones, which core runs by forward passes of their own). Load such a model "
+            "in 'Load Diffusion Model'."
+        )
+    if network.in_dim - network.out_dim not in (0, network.out_dim + _MASK) or tuple(network.patch_size) != _PATCH:
+        raise ValueError(
+            f"This Wan model reads {network.in_dim} channels and makes {network.out_dim}. Expected as many "
+            f"(text-to-video, 2.2 5B) or {2 * network.out_dim + _MASK} (image-to-video): what a Fun model has beside "
+            "them is not known for frames of history. Load another model in 'Load Diffusion Model'."
+        )
+
+
+def _check_alone(network: WanModel, time_dim_concat, kwargs: Mapping) -> None:
+    """Whatever else core puts among the window's tokens has no place on the time axis of the history."""
+    others = {"time_dim_concat": time_dim_concat, "context_latents": kwargs.get("context_latents")}
+    if network.ref_conv is not None:
+        others["reference_latent"] = kwargs.get("reference_latent")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"The prompt carries '{name}' beside frames of history, and a model cannot take both. Take out the "
+                "node that adds it, or the 'FRAME_MEMORY' and 'FRAME_CONTEXT' of 'Anti-Drift Sampler'."
+            )
