@@ -22,7 +22,7 @@ from frame_memory.model.base_signature import Base
 from frame_memory.model.semantic_pack import PackSpec
 
 from . import ffgo, shots
-from .claims_rows import MODEL, PACK
+from .claims_rows import MODEL, PACK, TRAINING, slug
 from .long_world import LongScene
 from .long_world import render as render_long
 from .quality import AUTOENCODER, FILES, MODELS
@@ -50,7 +50,7 @@ START = tidied(
     Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30, phase=64)
 )
 # Who comes and leaves in workflows/memory_selftest.json, which starts from the ground alone.
-VISITOR = LongScene(colour="yellow", shape="circle", side="left", ground="stripes", ground_colour="navy")
+VISITOR = LongScene(colour="red", shape="circle", side="left", ground="stripes", ground_colour="navy")
 # What workflows/ffgo_selftest.json composes, as an artist would bring it: cut-outs and a place.
 COMPOSITION = shots.Shot(
     cast=(shots.Sprite("green", "circle"), shots.Sprite("pink", "diamond"), shots.Sprite("blue", "square")),
@@ -60,11 +60,11 @@ COMPOSITION = shots.Shot(
 
 FP8, BLOCKS = torch.float8_e4m3fn, ("double_blocks.", "single_blocks.")
 CLAIMS_RECIPE = "python scripts/run.py -m benchmarks.claims memorypack"
-# What of the claims ships: file, the rows' file, whether it is the memory or the head that is taken.
+# What of the claims' rows ships: files by the variant that they are of.
 MEMORY = "frame_memory_selftest_memory.safetensors"
 HEADS = {
-    "frame_memory_selftest_direct_forcing.safetensors": "direct-forcing--all--s0.safetensors",
-    "frame_memory_selftest_student_forcing.safetensors": "student-forcing-s0.safetensors",
+    "frame_memory_selftest_direct_forcing.safetensors": "Direct Forcing (all)",
+    "frame_memory_selftest_student_forcing.safetensors": "student forcing",
 }
 
 
@@ -99,18 +99,22 @@ def ship_claims(folder: Path) -> None:
         found = {k.removeprefix(prefix): v.to(torch.bfloat16) for k, v in held.items() if k.startswith(prefix)}
         return {k: v for k, v in found.items() if names is None or k in names}
 
+    def seed_0(variant: str) -> str:
+        return f"{slug(variant)}-s0.safetensors"
+
     model = MODELS / "diffusion_models" / FILES["F1"]
-    metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE}
     source = "base-F1.safetensors"
+    training = tensor_file.read_header(str(folder / source))[1]["identity"]
+    metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: training}
     checkpoint.save_native(parts(source, MODEL), str(model), metadata, "F1", source=source)
     patcher = checkpoint.load_framepack(str(model))
     base = Base.of(patcher)
     said = {"recipe": {"command": CLAIMS_RECIPE, "seed": 0}, "licence": METADATA["modelspec.license"]}
     files = MODELS / memory_file.FOLDER
     spec = PackSpec.of(patcher.model.diffusion_model).to_dict()
-    memory_file.write(str(files / MEMORY), base, pack=parts("memorypack-s0.safetensors", PACK), spec=spec, **said)
-    for file, row in HEADS.items():
-        memory_file.write(str(files / file), base, head=parts(row, MODEL, memory_file.HEAD), **said)
+    memory_file.write(str(files / MEMORY), base, pack=parts(seed_0("MemoryPack"), PACK), spec=spec, **said)
+    for file, variant in HEADS.items():
+        memory_file.write(str(files / file), base, head=parts(seed_0(variant), MODEL, memory_file.HEAD), **said)
 
 
 def main() -> None:
