@@ -12,7 +12,7 @@ def _register_folders() -> None:
     import folder_paths
 
     folder_paths.add_model_folder_path("frame_memory", os.path.join(folder_paths.models_dir, "frame_memory"))
-    for kind in ("diffusion_models", "vae", "loras"):
+    for kind in ("diffusion_models", "vae", "loras", "frame_memory"):
         folder_paths.add_model_folder_path(kind, os.path.join(SELFTEST_FOLDER, kind))
 
 

@@ -1,14 +1,15 @@
 """Pack trained self-test weights as the files that ship: `python scripts/run.py -m benchmarks.ship_selftest`.
 
-Video models become bf16 files in core's layout, the autoencoder one that the stock VAE loader reads; all say what they
-are in their metadata. Together they must stay under 24 MB with all that the pack ships. Draws the pictures that the
-self-test graphs start from.
+Video models become bf16 files in core's layout, F0 in core's scaled fp8 as most files that artists have; the
+autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together they must
+stay under 24 MB. Draws the pictures that the self-test graphs start from.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from frame_memory.model import checkpoint
+from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file
+from frame_memory.model.base_signature import Base
+from frame_memory.model.semantic_pack import PackSpec
 
 from . import ffgo, shots
+from .claims_rows import MODEL, PACK, TRAINING, slug
+from .long_world import LongScene
+from .long_world import render as render_long
 from .quality import AUTOENCODER, FILES, MODELS
 from .train_wan import TOPOLOGY
 from .world import Scene, render, tidied
@@ -43,11 +49,23 @@ WAN_METADATA = {
 START = tidied(
     Scene(colour="red", shape="circle", direction="right", ground="hills", ground_colour="navy", x=18, y=30, phase=64)
 )
+# Who comes and leaves in workflows/memory_selftest.json, which starts from the ground alone.
+VISITOR = LongScene(colour="red", shape="circle", side="left", ground="stripes", ground_colour="navy")
 # What workflows/ffgo_selftest.json composes, as an artist would bring it: cut-outs and a place.
 COMPOSITION = shots.Shot(
     cast=(shots.Sprite("green", "circle"), shots.Sprite("pink", "diamond"), shots.Sprite("blue", "square")),
     starts=(36.0, 20.0, 44.0), direction="right", ground="stripes", ground_colour="navy", phase=32.0,
 )  # fmt: skip
+
+
+FP8, BLOCKS = torch.float8_e4m3fn, ("double_blocks.", "single_blocks.")
+CLAIMS_RECIPE = "python scripts/run.py -m benchmarks.claims memorypack"
+# What of the claims' rows ships: files by the variant that they are of.
+MEMORY = "frame_memory_selftest_memory.safetensors"
+HEADS = {
+    "frame_memory_selftest_direct_forcing.safetensors": "Direct Forcing (all)",
+    "frame_memory_selftest_student_forcing.safetensors": "student forcing",
+}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -57,10 +75,53 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return averaged or tensors
 
 
+def in_fp8(native: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A network with the matrices of its blocks in core's scaled fp8, one scale each, multiplied in full precision."""
+    out = dict(native)
+    for name, value in native.items():
+        if value.ndim == 2 and name.startswith(BLOCKS):
+            layer = name.removesuffix(".weight")
+            scale = value.float().abs().max() / torch.finfo(FP8).max
+            out[name], out[f"{layer}.weight_scale"] = (value.float() / scale).to(FP8), scale
+            conf = {"format": scaled_fp8.FP8_FORMATS[FP8], "full_precision_matrix_mult": True}
+            out[f"{layer}.comfy_quant"] = scaled_fp8.mark(conf)
+    return out
+
+
+def ship_claims(folder: Path) -> None:
+    """The claims' base of kind F1 as the self-test's, its memory, and the heads that were trained behind that memory.
+
+    folder: `--work` of benchmarks.claims. All are of its first seed.
+    """
+
+    def parts(file: str, prefix: str, names=None) -> dict[str, torch.Tensor]:
+        held = tensor_file.read(str(folder / file))
+        found = {k.removeprefix(prefix): v.to(torch.bfloat16) for k, v in held.items() if k.startswith(prefix)}
+        return {k: v for k, v in found.items() if names is None or k in names}
+
+    def seed_0(variant: str) -> str:
+        return f"{slug(variant)}-s0.safetensors"
+
+    model = MODELS / "diffusion_models" / FILES["F1"]
+    source = "base-F1.safetensors"
+    training = tensor_file.read_header(str(folder / source))[1]["identity"]
+    metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: training}
+    checkpoint.save_native(parts(source, MODEL), str(model), metadata, "F1", source=source)
+    patcher = checkpoint.load_framepack(str(model))
+    base = Base.of(patcher)
+    said = {"recipe": {"command": CLAIMS_RECIPE, "seed": 0}, "licence": METADATA["modelspec.license"]}
+    files = MODELS / memory_file.FOLDER
+    spec = PackSpec.of(patcher.model.diffusion_model).to_dict()
+    memory_file.write(str(files / MEMORY), base, pack=parts(seed_0("MemoryPack"), PACK), spec=spec, **said)
+    for file, variant in HEADS.items():
+        memory_file.write(str(files / file), base, head=parts(seed_0(variant), MODEL, memory_file.HEAD), **said)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--F0", type=Path, help="trained F0 weights")
     parser.add_argument("--F1", type=Path, help="trained F1 weights")
+    parser.add_argument("--claims", type=Path, help="folder of benchmarks.claims: F1, its memory and heads")
     parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights")
     parser.add_argument("--wan", type=Path, help="trained weights of the Wan-class model")
     parser.add_argument("--wan-autoencoder", type=Path, help="trained weights of its autoencoder")
@@ -71,7 +132,10 @@ def main() -> None:
             target = MODELS / "diffusion_models" / FILES[kind]
             target.parent.mkdir(parents=True, exist_ok=True)
             native = {k: v.to(torch.bfloat16) for k, v in weights(source).items()}
+            native = in_fp8(native) if kind == "F0" else native
             checkpoint.save_native(native, str(target), METADATA, kind, source=source.name)
+    if args.claims is not None:
+        ship_claims(args.claims)
     plain = {"format": "pt"}
     for source, file, metadata in (
         (args.autoencoder, f"vae/{AUTOENCODER}", METADATA | plain),
@@ -82,9 +146,12 @@ def main() -> None:
             (MODELS / file).parent.mkdir(parents=True, exist_ok=True)
             native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(source).items()}
             safetensors.torch.save_file(native, MODELS / file, metadata)
-    picture = render(START, np.arange(1))[0]
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / "start.png")
-    print(f"start.png shows: {START.caption}")
+    for file, picture, scene in (
+        ("start.png", render(START, np.arange(1))[0], START),
+        ("memory_start.png", render_long(VISITOR, np.arange(1))[0], VISITOR),
+    ):
+        Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / file)
+        print(f"{file} is the beginning of: {scene.caption}")
     for i, sprite in enumerate(COMPOSITION.cast, 1):
         shots.cut_out(sprite).save(MODELS / f"ffgo_reference_{i}.png")
     place = (shots.ground(COMPOSITION, np.arange(1))[0] * 255).round().astype(np.uint8)

@@ -7,6 +7,7 @@ import math
 import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
+import comfy.utils
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks import claims, claims_rows, stage_two
 from benchmarks.claims_videos import GIVEN, Sampling, generate
 from benchmarks.long_clips import FRAMES_A_LATENT, latents_of
 from benchmarks.long_world import away, random_long_scene, visit, wholly_there
+from benchmarks.quality import FILES, MODELS
 from benchmarks.train_selftest import TOPOLOGY
 from frame_memory.forcing.clips import TrainingVideo
 from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
@@ -206,6 +208,29 @@ def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
         assert set(claims_rows.Workshop(tmp_path, None, same).base("F1")) == {"model.x"}
     with pytest.raises(SystemExit, match="other settings .base_steps..*another --work"):
         claims_rows.Workshop(tmp_path, None, dataclasses.replace(few, base_steps=3)).base("F1")
+
+
+def test_the_shipped_F1_is_the_base_of_the_default_settings_and_of_no_others(tmp_path):
+    shop = claims_rows.Workshop(tmp_path, None, claims_rows.Budget())
+    shipped = comfy.utils.load_torch_file(str(MODELS / "diffusion_models" / FILES["F1"]))
+    base = shop.base("F1")
+    assert base.keys() == {f"model.{name}" for name in shipped} and not list(tmp_path.iterdir())
+    assert all(torch.equal(base[f"model.{name}"], value.float()) for name, value in shipped.items())
+    other = claims_rows.Budget(base_steps=3)
+    assert claims_rows.shipped_training("F1") != {"base": "F1", **other.until(0)}
+    assert claims_rows.shipped_training("F0") is None
+
+
+def test_a_base_begins_from_F0_as_it_ships_in_fp8():
+    shipped = comfy.utils.load_torch_file(str(MODELS / "diffusion_models" / FILES["F0"]))
+    begun = claims_rows.fresh("F0").state_dict()
+    scaled = [name for name in begun if f"{name.removesuffix('weight')}weight_scale" in shipped]
+    assert len(scaled) > 20
+    for name, value in begun.items():
+        want = shipped[name].float()
+        if name in scaled:
+            want = want * shipped[f"{name.removesuffix('weight')}weight_scale"].float()
+        torch.testing.assert_close(value, want, rtol=1e-2, atol=1e-6)
 
 
 def test_a_command_without_settings_trains_as_the_budget_says():
