@@ -29,7 +29,7 @@ from .long_world import random_long_scene
 
 MEASURES = {
     "recall": ("recall", "{:.0%}"), "colour recall": ("of colour", "{:.0%}"),
-    "identity": ("right visitor", "{:.0%}"), "presence": ("there when due", "{:.0%}"),
+    "identity": ("right visitor", "{:.0%}"), "presence": ("there or away as due", "{:.0%}"),
     "distance": ("off by, px", "{:.1f}"), "background": ("ground, dB", "{:.1f}"), "motion": ("dynamic", "{:.2f}"),
     "drift of identity": ("Δ visitor", "{:.0%}"), "drift of presence": ("Δ there", "{:.0%}"),
     "drift of distance": ("Δ px", "{:.1f}"), "drift of background": ("Δ dB", "{:.1f}"),

@@ -43,6 +43,7 @@ SAVE_SECONDS = 120
 # How the self-test models themselves were finished: noise on the history, and own estimates in it.
 DISTURB, OWN = 0.1, 0.25
 MODEL, PACK = "model.", "pack."
+ANEW = "For one that is trained as that was: the order of commands in benchmarks/ship_selftest.py."
 # Of the metadata of a shipped file that is such a base: its settings.
 TRAINING = "frame_memory.training"
 
@@ -174,6 +175,8 @@ class Workshop:
         if not path.exists():
             if shipped_training(kind) == identity:
                 return {MODEL + name: value for name, value in fresh(kind).state_dict().items()}
+            if shipped_training(kind) is not None:
+                self.say(f"{path.stem} begins from the shipped {kind}, which is such a base already. {ANEW}")
             network = fresh(kind)
             trained = Trained(network.to(self.device), None, (ALL,), device=self.device)
             short = ClipSet.make(self.folder, codec_of(self.folder), self.budget.clips, seed=1)

@@ -3,6 +3,9 @@
 Video models become bf16 files in core's layout, F0 in core's scaled fp8 as most files that artists have; the
 autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together they must
 stay under 24 MB. Draws the pictures that the self-test graphs start from.
+
+From nothing: `benchmarks.train_selftest`, `benchmarks.ship_selftest --F0 ... --F1 ...`, `benchmarks.claims memorypack`,
+`benchmarks.ship_selftest --claims ...`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from frame_memory.model.base_signature import Base
 from frame_memory.model.semantic_pack import PackSpec
 
 from . import ffgo, shots
-from .claims_rows import MODEL, PACK, TRAINING, slug
+from .claims_rows import MODEL, PACK, STAGE_2, TRAINING, VARIANTS, slug
 from .long_world import LongScene
 from .long_world import render as render_long
 from .quality import AUTOENCODER, FILES, MODELS
@@ -61,8 +64,8 @@ COMPOSITION = shots.Shot(
 FP8, BLOCKS = torch.float8_e4m3fn, ("double_blocks.", "single_blocks.")
 CLAIMS_RECIPE = "python scripts/run.py -m benchmarks.claims memorypack"
 # What of the claims' rows ships: files by the variant that they are of.
-MEMORY = "frame_memory_selftest_memory.safetensors"
-HEADS = {
+SHIPPED = {
+    "frame_memory_selftest_memory.safetensors": "MemoryPack",
     "frame_memory_selftest_direct_forcing.safetensors": "Direct Forcing (all)",
     "frame_memory_selftest_student_forcing.safetensors": "student forcing",
 }
@@ -91,30 +94,36 @@ def in_fp8(native: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def ship_claims(folder: Path) -> None:
     """The claims' base of kind F1 as the self-test's, its memory, and the heads that were trained behind that memory.
 
-    folder: `--work` of benchmarks.claims. All are of its first seed.
+    folder: `--work` of benchmarks.claims. All are of its first seed. Where it holds no base, its rows began from the F1
+    that ships already, which is left as it is.
     """
 
-    def parts(file: str, prefix: str, names=None) -> dict[str, torch.Tensor]:
-        held = tensor_file.read(str(folder / file))
+    def parts(source: Path, prefix: str, names=None) -> dict[str, torch.Tensor]:
+        held = tensor_file.read(str(source))
         found = {k.removeprefix(prefix): v.to(torch.bfloat16) for k, v in held.items() if k.startswith(prefix)}
         return {k: v for k, v in found.items() if names is None or k in names}
 
-    def seed_0(variant: str) -> str:
-        return f"{slug(variant)}-s0.safetensors"
-
     model = MODELS / "diffusion_models" / FILES["F1"]
-    source = "base-F1.safetensors"
-    training = tensor_file.read_header(str(folder / source))[1]["identity"]
-    metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: training}
-    checkpoint.save_native(parts(source, MODEL), str(model), metadata, "F1", source=source)
-    patcher = checkpoint.load_framepack(str(model))
-    base = Base.of(patcher)
-    said = {"recipe": {"command": CLAIMS_RECIPE, "seed": 0}, "licence": METADATA["modelspec.license"]}
-    files = MODELS / memory_file.FOLDER
-    spec = PackSpec.of(patcher.model.diffusion_model).to_dict()
-    memory_file.write(str(files / MEMORY), base, pack=parts(seed_0("MemoryPack"), PACK), spec=spec, **said)
-    for file, variant in HEADS.items():
-        memory_file.write(str(files / file), base, head=parts(seed_0(variant), MODEL, memory_file.HEAD), **said)
+    base = folder / "base-F1.safetensors"
+    if base.exists():
+        metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: _settings(base)}
+        checkpoint.save_native(parts(base, MODEL), str(model), metadata, "F1", source=base.name)
+    network = checkpoint.load_framepack(str(model)).model.diffusion_model
+    its, files = Base.of_network(network, "selftest", "F1"), MODELS / memory_file.FOLDER
+    for file, variant in SHIPPED.items():
+        row = folder / f"{slug(variant)}-s0.safetensors"
+        recipe = {"command": CLAIMS_RECIPE, "seed": 0, **json.loads(_settings(row))}
+        said = {"recipe": recipe, "licence": METADATA["modelspec.license"]}
+        if VARIANTS[variant].leg == STAGE_2:
+            memory_file.write(str(files / file), its, head=parts(row, MODEL, memory_file.HEAD), **said)
+        else:
+            spec = PackSpec.of(network).to_dict()
+            memory_file.write(str(files / file), its, pack=parts(row, PACK), spec=spec, **said)
+
+
+def _settings(path: Path) -> str:
+    """How weights of the claims were trained, as JSON."""
+    return tensor_file.read_header(str(path))[1]["identity"]
 
 
 def main() -> None:
@@ -148,7 +157,7 @@ def main() -> None:
             safetensors.torch.save_file(native, MODELS / file, metadata)
     for file, picture, scene in (
         ("start.png", render(START, np.arange(1))[0], START),
-        ("memory_start.png", render_long(VISITOR, np.arange(1))[0], VISITOR),
+        ("night.png", render_long(VISITOR, np.arange(1))[0], VISITOR),
     ):
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / file)
         print(f"{file} is the beginning of: {scene.caption}")

@@ -151,7 +151,7 @@ def test_only_graphs_and_thumbnails_lie_in_the_folder():
 def test_the_selftest_asks_for_what_its_picture_shows(name):
     scene, draw, picture = START, render, START_PICTURE
     if name == "memory_selftest":
-        scene, draw, picture = VISITOR, long_world.render, REPO / "selftest_models" / "memory_start.png"
+        scene, draw, picture = VISITOR, long_world.render, REPO / "selftest_models" / "night.png"
     assert f'"{scene.caption}"' in json.dumps(ui_graph(REPO / "workflows" / f"{name}.json"))
     truth = draw(scene, np.arange(1))[0]
     shown = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32) / 255

@@ -49,9 +49,9 @@ SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for nam
 # test_memory_selftest.py and test_train_direct_forcing.py.
 OTHERS = ("drift_and_recall", "extend_and_bridge", "memory_selftest", "train_direct_forcing")
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
-PICTURE_NAME = "frame_memory_start.png"
+PICTURE_NAME = "frame_night.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
-DIRECT_FORCING = "frame_memory_selftest_direct_forcing.safetensors"
+DIRECT_FORCING = "tiny_direct_forcing.safetensors"
 ENCODERS = "FrameMemorySelfTestEncoders"
 OUTPUT_OF_ENCODERS = {"DualCLIPLoader": 0, "CLIPVisionLoader": 1}
 TIMELINE = "0-1.2: a red circle moves right slowly over navy hills ground\n1.2-: a red circle moves left slowly"
