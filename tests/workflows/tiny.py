@@ -49,7 +49,7 @@ SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for nam
 # test_memory_selftest.py and test_train_direct_forcing.py.
 OTHERS = ("drift_and_recall", "extend_and_bridge", "memory_selftest", "train_direct_forcing")
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
-PICTURE_NAME = "frame_night.png"
+PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
 DIRECT_FORCING = "tiny_direct_forcing.safetensors"
 ENCODERS = "FrameMemorySelfTestEncoders"
