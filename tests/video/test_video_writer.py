@@ -304,7 +304,7 @@ FULL_DISK = """
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
 def test_fault_12_a_failed_write_keeps_the_finished_part(tmp_path):
     """The kernel refuses to let the file grow; the error has the system's words and the kept file plays."""
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))\n"
     result = run_child(limit + textwrap.dedent(FULL_DISK), tmp_path)
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout and "a.part.mp4" in result.stdout
@@ -313,8 +313,8 @@ def test_fault_12_a_failed_write_keeps_the_finished_part(tmp_path):
 
 
 def test_fault_06_a_full_disk_is_named(tmp_path):
-    """A real file system of 700 KB, in a mount namespace of its own."""
-    mount = small_disk.command_on(tmp_path, 700)
+    """A real file system of 800 KB, in a mount namespace of its own."""
+    mount = small_disk.command_on(tmp_path, 800)
     result = run_child(FULL_DISK, tmp_path, prefix=mount)
     assert result.returncode == 0, result.stderr
     assert "No space left on device" in result.stdout and str(tmp_path) in result.stdout
