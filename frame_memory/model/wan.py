@@ -124,6 +124,11 @@ def detach(model_patcher):
     return clone
 
 
+def options(patchifiers: Patchifiers | None = None) -> dict:
+    """`transformer_options` with which a bare network accepts history, as a MODEL does after `attach`."""
+    return {"wrappers": {WrappersMP.DIFFUSION_MODEL: {KEY: [_Wrapper(patchifiers)]}}}
+
+
 def is_attached(model_patcher) -> bool:
     """Whether a MODEL accepts history."""
     return bool(model_patcher.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY))
