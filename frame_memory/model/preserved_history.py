@@ -41,24 +41,29 @@ class PreservedHistory(nn.Module):
         made = {"dtype": dtype, "device": device, "operations": operations}
         self.specs = tuple(specs)
         self.encoders = nn.ModuleList(PreservationEncoder(spec, **made) for spec in specs)
-        self.dtype = self.encoders[0].dtype
+        self.dtype = self.each[0].dtype
+
+    @property
+    def each(self) -> list[PreservationEncoder]:
+        """The encoders, in order."""
+        return list(self.encoders)  # pyright: ignore[reportReturnType]
 
     @property
     def rates(self) -> tuple[Rate, ...]:
-        """The rates of the encoders, in order."""
-        return tuple(encoder.rate for encoder in self.encoders)  # pyright: ignore[reportReturnType]
+        """Their rates."""
+        return tuple(encoder.rate for encoder in self.each)
 
     def requires_grad_(self, requires_grad: bool = True) -> PreservedHistory:
         """As of any network, but the embedding of the low branch stays frozen: it is the base's."""
         super().requires_grad_(requires_grad)
-        for spec, encoder in zip(self.specs, self.encoders, strict=True):
-            if spec.low:
-                encoder.get_submodule("embed").requires_grad_(False)
+        for encoder in self.each:
+            if encoder.spec.low:
+                encoder.embed.requires_grad_(False)
         return self
 
     def encode(self, chunk_BCTHW: Tensor) -> tuple[Encoded, ...]:
         """Tokens of one chunk, by encoder. Raises as PreservationEncoder.encode does."""
-        return tuple(encoder.encode(chunk_BCTHW) for encoder in self.encoders)
+        return tuple(encoder.encode(chunk_BCTHW) for encoder in self.each)
 
     def forward(
         self, history_BCTHW: Tensor, ends: Sequence[int], lows: Sequence[Tensor | None] | None = None
@@ -71,12 +76,11 @@ class PreservedHistory(nn.Module):
         lows = lows or [None] * len(self.specs)
         whole = history_BCTHW[:, :, : stops[-1]]
         tokens, places, features = [], [], []
-        for encoder, low in zip(self.encoders, lows, strict=True):
-            rate = encoder.rate
-            low = None if low is None else low[:, :, : stops[-1] // rate.time]  # pyright: ignore
+        for encoder, low in zip(self.each, lows, strict=True):
+            low = None if low is None else low[:, :, : stops[-1] // encoder.rate.time]
             made = encoder(whole, stops[1:], low)
             tokens.append(made.tokens)
-            places += token_grid(rate, 0, stops[-1], *history_BCTHW.shape[3:]).positions()  # pyright: ignore
+            places += token_grid(encoder.rate, 0, stops[-1], *history_BCTHW.shape[3:]).positions()
             features += [] if made.features is None else [made.features]
         return Remembered(torch.cat(tokens, 1), places, torch.cat(features, 1) if features else None)
 
@@ -85,6 +89,6 @@ def initialise_all(
     history: PreservedHistory, weight: Tensor | None = None, bias: Tensor | None = None, seed: int = 0
 ) -> PreservedHistory:
     """Give fresh encoders their weights, in place, as `preservation.initialise` does."""
-    for number, encoder in enumerate(history.encoders):
-        initialise(encoder, weight, bias, seed + number)  # pyright: ignore[reportArgumentType]
+    for number, encoder in enumerate(history.each):
+        initialise(encoder, weight, bias, seed + number)
     return history
