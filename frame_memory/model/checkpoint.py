@@ -73,6 +73,12 @@ class CheckpointInfo:
     tensors: int
     bytes: int
 
+    def report(self) -> list[str]:
+        """Layout, size and number formats as an artist reads them, a line each."""
+        size = f"{self.tensors} tensors in {len(self.shards)} file(s), {self.bytes / 2**30:.2f} GiB"
+        numbers = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.dtypes)
+        return [f"{self.layout} layout, {size}", f"numbers: {numbers}"]
+
 
 def kind_from_name(name: str) -> str | None:
     """F0 or F1 as the file's name tells it, else its folders' names (nearest first), else None.
@@ -182,22 +188,25 @@ def inspect(paths: str | Sequence[str], name: str = "") -> CheckpointInfo:
     name: the checkpoint's path inside the model folder, from which the kind is guessed; without it, the file's name.
     """
     files, stored, metadata, prefix = _open(paths)
-    sizes: Counter = Counter()
-    for key, value in stored.items():
-        if not is_quant_key(key):
-            sizes[tensor_file.NAMES[value.dtype]] += value.numel()
     said = metadata.get(KIND_KEY) if metadata.get(KIND_KEY) in KINDS else None
     guess = kind_from_name(name or os.path.basename(files[0]))
     return CheckpointInfo(
         kind=said or guess,
         kind_from="metadata" if said else "name" if guess else "",
         layout="diffusers" if is_diffusers(stored) else "native",
-        dtypes=tuple(sizes.most_common()),
         quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
-        shards=files,
-        tensors=len(stored),
-        bytes=sum(os.path.getsize(f) for f in files),
+        **measured(files, stored),
     )
+
+
+def measured(files: tuple[str, ...], stored: Mapping[str, Tensor]) -> dict:
+    """What of a CheckpointInfo is counted: number formats, files, tensors and bytes."""
+    sizes: Counter = Counter()
+    for key, value in stored.items():
+        if not is_quant_key(key):
+            sizes[tensor_file.NAMES[value.dtype]] += value.numel()
+    whole = sum(os.path.getsize(f) for f in files)
+    return {"dtypes": tuple(sizes.most_common()), "shards": files, "tensors": len(stored), "bytes": whole}
 
 
 def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor | Tensor], dict[str, str]]:

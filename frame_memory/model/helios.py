@@ -30,6 +30,8 @@ from .sources import LOAD_MEMORY_MODEL, choose
 from .tensor_file import StoredTensor
 
 CHOOSE = choose(LOAD_MEMORY_MODEL)
+# What the artist has to know, since no file says it.
+RULES = "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; 24 fps"
 # The largest patchifier, which no other family has under this name.
 SIGNATURE = "patch_long.weight"
 AMPLIFIED = "history_key_scale"
@@ -104,6 +106,14 @@ def open_state_dict(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[s
     # Core does not read the width of the text's features from the tensors.
     config = {"transformer": {"text_dim": native["text_embedding.0.weight"].shape[-1]}}
     return files, native, {**metadata, "config": json.dumps(config)}
+
+
+def inspect(paths: str | Sequence[str]) -> checkpoint.CheckpointInfo:
+    """What the headers tell; raises the same errors as loading does for bad, missing and foreign files."""
+    files, stored, _ = open_state_dict(paths)
+    return checkpoint.CheckpointInfo(
+        kind=None, kind_from="", layout="diffusers", quantised=0, **checkpoint.measured(files, stored)
+    )
 
 
 def load_helios(paths, model_options=None, disable_dynamic=False):

@@ -202,6 +202,14 @@ def test_every_tensor_is_used_once(tensors):
     assert len(own) == 6 and set(table.values()) == set(tensors) - own and len(set(table.values())) == len(table)
 
 
+def test_the_report_counts_what_the_folder_holds(folder, tensors):
+    info, numbers = helios.inspect(str(folder)), sum(v.numel() for v in tensors.values())
+    files = list((folder / "transformer").glob("*.safetensors"))
+    assert (info.tensors, info.dtypes, len(info.shards)) == (len(tensors), (("F32", numbers),), len(files))
+    assert info.bytes == sum(f.stat().st_size for f in files)
+    assert info.report()[1] == f"numbers: F32 {numbers / 1e6:.1f} M"
+
+
 BROKEN = {
     "missing": (lambda sd: sd.pop("blocks.1.attn2.norm_k.weight"), "is missing blocks.1.attn2.norm_k.weight"),
     "left over": (lambda sd: sd.update(extra=torch.zeros(1)), "Helios does not know: extra"),
