@@ -24,7 +24,6 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..model.memory_file import HEAD
-from ..model.semantic_pack import SemanticPack
 from .forcings import Forced
 from .frozen import LoraPair, frozen_linears, is_linear
 from .gradients import differentiable, plain_attention, training_options
@@ -40,16 +39,16 @@ WAN_BLOCKS = {"double_block": "blocks"}
 class Trained:
     """A FramePackTransformer and its memory, or core's WanModel, with the weights that learn.
 
-    parts: which of PARTS learn. `parameters` holds these by name: `pack.*`, `model.*` (fp32 copies of the base's
-    weights), `lora.<layer>.down` and `.up`. Call it as the transformer; inputs are cast to `dtype`, and the result is
-    in it. originals: base weights by name that the host has patched over, in their unpatched state. beside: other
-    networks of ours, in fp32, by the word that their parameters' names begin with; all of them learns. They are called
-    by what `options` put around the transformer, such as `model.wan.options`. Raises ValueError for a part that this
-    network has not.
+    pack: a SemanticPack or PreservedHistory, or None. parts: which of PARTS learn. `parameters` holds these by name:
+    `pack.*`, `model.*` (fp32 copies of the base's weights), `lora.<layer>.down` and `.up`. Call it as the transformer;
+    inputs are cast to `dtype`, and the result is in it. originals: base weights by name that the host has patched over,
+    in their unpatched state. beside: other networks of ours, in fp32, by the word that their parameters' names begin
+    with; all of them learns. They are called by what `options` put around the transformer, such as
+    `model.wan.options`. Raises ValueError for a part that this network has not.
     """
 
     def __init__(
-        self, model: nn.Module, pack: SemanticPack | None, parts: tuple[str, ...], *, dtype=torch.float32, device=None,
+        self, model: nn.Module, pack: nn.Module | None, parts: tuple[str, ...], *, dtype=torch.float32, device=None,
         rank: int = 16, seed: int = 0, checkpointing: bool = False, options: Mapping | None = None,
         originals: Mapping[str, Tensor] | None = None, beside: Mapping[str, nn.Module] | None = None,
     ):  # fmt: skip
@@ -72,7 +71,7 @@ class Trained:
             self.parameters |= {f"{LORA_NAME}{layer}.{n}": p for n, p in pair.named_parameters()}
         if pack is not None:
             pack.requires_grad_(MEMORY in parts)
-            self.parameters |= {PACK_NAME + n: p for n, p in pack.named_parameters() if MEMORY in parts}
+            self.parameters |= {PACK_NAME + n: p for n, p in pack.named_parameters() if p.requires_grad}
         for word, network in (beside or {}).items():
             network.requires_grad_(True)
             self.parameters |= {f"{word}.{n}": p for n, p in network.named_parameters()}

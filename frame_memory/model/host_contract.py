@@ -114,6 +114,21 @@ CHECKPOINTS = _needs("""
     comfy_api.latest.ui.PreviewText
 """)
 
+WAN = _needs("""
+    comfy.ldm.wan.model.WanModel
+    comfy.ldm.wan.model.WanModel._forward x timestep context clip_fea time_dim_concat transformer_options
+    comfy.ldm.wan.model.WanModel.forward_orig x t context clip_fea freqs transformer_options
+    comfy.ldm.wan.model.WanT2VCrossAttention.forward = x context transformer_options
+    comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
+    comfy.model_detection.count_blocks state_dict_keys prefix_string
+    comfy.model_management.get_torch_device
+    comfy.model_management.unet_offload_device
+    comfy.model_patcher.CoreModelPatcher
+    comfy.ops.manual_cast
+    comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+""")
+
 CONTEXT = _needs("""
     comfy_api.latest.io.Clip.Input
     comfy_api.latest.io.Combo.Input
@@ -433,6 +448,7 @@ TRAINING = _needs("""
 
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
+    "memory_models": Family(("FrameMemoryLoadMemoryModel",), API + MODEL_CLASS + CHECKPOINTS + WAN),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
     "sampling": Family(
         (

@@ -46,6 +46,8 @@ from .stored_weights import unpacked
 KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
 TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
+# In `transformer_options`: how many tokens stand in front of the window.
+FRONT = "frame_memory_front"
 _MASK = 4
 _PATCH = (1, 2, 2)
 
@@ -230,7 +232,8 @@ class _Front:
         patches = dict(options.get("patches", {}))
         if "double_block" in patches:
             patches["double_block"] = [self._shifted(patch, blocks - 1) for patch in patches["double_block"]]
-        return {**options, "patches_replace": {**known, "dit": dit}, "patches": patches}
+        front = self.tokens_BMD.shape[1]
+        return {**options, FRONT: front, "patches_replace": {**known, "dit": dit}, "patches": patches}
 
     def _block(self, first: bool, last: bool, theirs: Callable | None) -> Callable:
         count = self.tokens_BMD.shape[1]
