@@ -32,7 +32,8 @@ def _packer_inputs() -> list[io.Input]:
             default="F1 forward",
             tooltip=(
                 "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
-                "for FramePack_F1. The others are the paper's, for experiments and own training."
+                "for FramePack_F1, 'Helios' for Helios (the same as F1). The others are the paper's, for experiments "
+                "and own training."
             ),
         ),
         io.String.Input(

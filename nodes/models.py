@@ -6,37 +6,23 @@ import logging
 import os
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
 
 from ..frame_memory.model import checkpoint, lora, tensor_file
 from ..frame_memory.model.framepack import CONTRADICTED, MODEL_OPTION
 from ..frame_memory.model.sources import LOAD_LORA
 from ..frame_memory.sampling.prompts import lost_spaces
+from .model_inputs import DIFFUSION_MODELS, DTYPES, model_file, number_format
 from .shown import show
 
-DIFFUSION_MODELS = "diffusion_models"
 AUTO = "from the file"
 HUNYUAN = "HunyuanVideo"
 KINDS = {"F0 (inverted)": "F0", "F1 (forward)": "F1"}
-DTYPES = {
-    "default": {},
-    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
-    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
-    "fp8_e5m2": {"dtype": torch.float8_e5m2},
-}
 
 
 def _checkpoint_inputs() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "model_name",
-            options=folder_paths.get_filename_list(DIFFUSION_MODELS),
-            tooltip=(
-                "File in models/diffusion_models. Of a checkpoint in three shards choose any one; the others "
-                "must lie beside it."
-            ),
-        ),
+        model_file("three shards"),
         io.Combo.Input(
             "kind",
             options=[AUTO, *KINDS],
@@ -47,16 +33,7 @@ def _checkpoint_inputs() -> list[io.Input]:
                 "folder, and refuses to guess. The wrong kind makes a plausible but wrong video."
             ),
         ),
-        io.Combo.Input(
-            "weight_dtype",
-            options=list(DTYPES),
-            default="default",
-            advanced=True,
-            tooltip=(
-                "Number format of the transformer blocks in memory. default keeps the file's. fp8 halves the "
-                "memory of a bf16 file (24 GB to 12 GB) at a small loss; embedders and norms stay exact."
-            ),
-        ),
+        number_format("24 GB to 12 GB"),
         io.Boolean.Input(
             "save_converted",
             default=False,
@@ -119,11 +96,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
             said[CONTRADICTED] = contradicted
         model.model_options = {**model.model_options, MODEL_OPTION: said}
         lines = [*_kind_warning(model_name, known, info, contradicted)]
-        lines += [
-            f"{model_name}: FramePack {known}, {_kind_source(kind, info)}",
-            f"{info.layout} layout, {info.tensors} tensors in {len(info.shards)} file(s), {info.bytes / 2**30:.2f} GiB",
-            "numbers: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in info.dtypes),
-        ]
+        lines += [f"{model_name}: FramePack {known}, {_kind_source(kind, info)}", *info.report()]
         if save_converted:
             lines.append(_save_converted(path, info, known))
         # Here, since CLIP Text Encode cannot say it: by the time of sampling a prompt is numbers.

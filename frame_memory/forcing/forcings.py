@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.context import gather_context
-from ..model.semantic_pack import SemanticPack
 from ..plan import Section
 from ..plan.memory import with_true_image
 from .clips import TrainingVideo, clip_sections
@@ -30,11 +30,12 @@ from .recurrence import Recurrence
 class Forced:
     """What is trained. network: called as the transformer is. options: its `transformer_options`.
 
-    pack: the memory, or None. pack_learns: whether gradients go into it.
+    pack: the memory, or None: a SemanticPack, or PreservedHistory in preserving.py. pack_learns: whether gradients go
+    into it.
     """
 
     network: Callable[..., Tensor]
-    pack: SemanticPack | None = None
+    pack: Any = None
     pack_learns: bool = False
     options: dict = field(default_factory=dict)
 

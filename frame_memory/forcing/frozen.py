@@ -26,7 +26,8 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BNI: Tensor, y_BNO: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
-        return y_BNO.view_as(y_BNO)
+        # Not by view_as: core's blocks go on in place where tokens differ in modulation, which views refuse.
+        return y_BNO.detach()
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

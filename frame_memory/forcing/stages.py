@@ -14,39 +14,48 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..model.memory_file import HEAD
-from ..model.semantic_pack import SemanticPack
 from .forcings import Forced
 from .frozen import LoraPair, frozen_linears, is_linear
-from .gradients import differentiable, training_options
+from .gradients import differentiable, plain_attention, training_options
 
 MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
 PARTS = (MEMORY, LORA, HEAD_PART, ALL)
 MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
-BLOCKS = ("double_blocks.", "single_blocks.")
+# Core's names of the kinds of block, and where a network keeps them.
+HUNYUAN_BLOCKS = {"double_block": "double_blocks", "single_block": "single_blocks"}
+WAN_BLOCKS = {"double_block": "blocks"}
 
 
 class Trained:
-    """A FramePackTransformer and its memory, with the weights that learn.
+    """A FramePackTransformer and its memory, or core's WanModel, with the weights that learn.
 
-    parts: which of PARTS learn. `parameters` holds these by name: `pack.*`, `model.*` (fp32 copies of the base's
-    weights), `lora.<layer>.down` and `.up`. Call it as the transformer; inputs are cast to `dtype`, and the result is
-    in it. originals: base weights by name that the host has patched over, in their unpatched state.
+    pack: a SemanticPack or PreservedHistory, or None. parts: which of PARTS learn. `parameters` holds these by name:
+    `pack.*`, `model.*` (fp32 copies of the base's weights), `lora.<layer>.down` and `.up`. Call it as the transformer;
+    inputs are cast to `dtype`, and the result is in it. originals: base weights by name that the host has patched over,
+    in their unpatched state. beside: other networks of ours, in fp32, by the word that their parameters' names begin
+    with; all of them learns. They are called by what `options` put around the transformer, such as
+    `model.wan.options`. Raises ValueError for a part that this network has not.
     """
 
     def __init__(
-        self, model: nn.Module, pack: SemanticPack | None, parts: tuple[str, ...], *, dtype=torch.float32, device=None,
+        self, model: nn.Module, pack: nn.Module | None, parts: tuple[str, ...], *, dtype=torch.float32, device=None,
         rank: int = 16, seed: int = 0, checkpointing: bool = False, options: Mapping | None = None,
-        originals: Mapping[str, Tensor] | None = None,
+        originals: Mapping[str, Tensor] | None = None, beside: Mapping[str, nn.Module] | None = None,
     ):  # fmt: skip
+        self.wan = isinstance(model, WanModel)
+        self.blocks = WAN_BLOCKS if self.wan else HUNYUAN_BLOCKS
+        if self.wan and HEAD_PART in parts:
+            raise ValueError(f"The part '{HEAD_PART}' is FramePack's; of Wan these can learn: '{LORA}' and '{ALL}'.")
         self.model, self.pack, self.parts, self.dtype = model, pack, parts, dtype
         self.device = device or next(model.parameters()).device
         self.checkpointing = checkpointing
@@ -62,7 +71,10 @@ class Trained:
             self.parameters |= {f"{LORA_NAME}{layer}.{n}": p for n, p in pair.named_parameters()}
         if pack is not None:
             pack.requires_grad_(MEMORY in parts)
-            self.parameters |= {PACK_NAME + n: p for n, p in pack.named_parameters() if MEMORY in parts}
+            self.parameters |= {PACK_NAME + n: p for n, p in pack.named_parameters() if p.requires_grad}
+        for word, network in (beside or {}).items():
+            network.requires_grad_(True)
+            self.parameters |= {f"{word}.{n}": p for n, p in network.named_parameters()}
 
     @property
     def through_blocks(self) -> bool:
@@ -76,7 +88,8 @@ class Trained:
 
     def _make_pairs(self, rank: int, seed: int) -> dict[str, LoraPair]:
         generator = torch.Generator().manual_seed(seed)
-        layers = {n: m for n, m in self.model.named_modules() if n.startswith(BLOCKS) and is_linear(m)}
+        inside = tuple(f"{name}." for name in self.blocks.values())
+        layers = {n: m for n, m in self.model.named_modules() if n.startswith(inside) and is_linear(m)}
         return {
             n: LoraPair(m.in_features, m.out_features, rank, generator, self.device)  # pyright: ignore
             for n, m in sorted(layers.items())
@@ -95,15 +108,19 @@ class Trained:
 
     def __call__(self, x: Tensor, timestep: Tensor, **inputs) -> Tensor:
         cast = {k: self._cast(v) if k != "guidance" else v for k, v in inputs.items()}
-        self.current = self.vectors | {name: master.to(self.dtype) for name, master in self.masters.items()}
+        self.current = self.vectors | {name: master.to(self._dtype(name)) for name, master in self.masters.items()}
         try:
             return functional_call(self.model, self.current, (self._cast(x), timestep), cast)
         finally:
             self.current = {}
 
+    def _dtype(self, name: str) -> torch.dtype:
+        # Core computes Wan's patches in fp32 whatever the rest is in.
+        return torch.float32 if self.wan and name.startswith("patch_embedding.") else self.dtype
+
     def _cast(self, value):
         if isinstance(value, Tensor):
-            return value.to(self.dtype)
+            return value.to(self.dtype) if value.is_floating_point() else value
         return [self._cast(v) for v in value] if isinstance(value, list) else value
 
     @property
@@ -111,7 +128,8 @@ class Trained:
         """The same for `forcings`."""
         options = self.base_options
         if self.through_blocks:
-            options = merged(options, {**training_options(), "optimized_attention_override": _plain_attention})
+            turning = {} if self.wan else training_options()
+            options = merged(options, {**turning, "optimized_attention_override": plain_attention})
         if self.checkpointing and self.through_blocks:
             options = merged(options, {"patches_replace": {"dit": self._checkpointed_blocks()}})
         return Forced(self, self.pack, MEMORY in self.parts, options)
@@ -134,23 +152,26 @@ class Trained:
     def _checkpointed_blocks(self) -> dict:
         """Core's `patches_replace["dit"]` that runs each block again in the backward pass, and keeps nothing of it."""
         made: dict[tuple[str, int], Callable] = {}
-        for kind in ("double", "single"):
-            for i, block in enumerate(getattr(self.model, f"{kind}_blocks")):
-                made[(f"{kind}_block", i)] = partial(self._run_block, f"{kind}_blocks.{i}.", block)
+        for kind, name in self.blocks.items():
+            for i, block in enumerate(getattr(self.model, name)):
+                made[(kind, i)] = partial(self._run_block, f"{name}.{i}.", block)
         return made
 
     def _run_block(self, prefix: str, block: nn.Module, args: dict, more: dict) -> dict:
         if not torch.is_grad_enabled():
             return more["original_block"](args)
-        streams = [name for name in ("img", "txt") if name in args]
-        # What holds now holds no more in the backward pass: the block index in the options, and the weights put in.
+        # Wan's blocks read the text and give back the picture alone.
+        streams = [name for name in ("img", "txt") if name in args and not (self.wan and name == "txt")]
+        # What holds now holds no more in the backward pass: the block index in the options, the block that core's loop
+        # is at, and the weights put in.
         options = dict(args["transformer_options"])
+        original = _as_it_is(more["original_block"])
         weights = {"block." + n.removeprefix(prefix): w for n, w in self.current.items() if n.startswith(prefix)}
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             # Core's blocks add in place, also to what they were given, which the second run needs as it was.
             changed = {name: tensor.clone() for name, tensor in zip(streams, tensors, strict=True)}
-            call = _Call(block, partial(more["original_block"], {**args, **changed, "transformer_options": options}))
+            call = _Call(block, partial(original, {**args, **changed, "transformer_options": options}))
             out = functional_call(call, weights, ())
             return tuple(out[name] for name in streams)
 
@@ -181,9 +202,10 @@ class Trained:
         return given | {n: weights[PACK_NAME + n] for n in given if PACK_NAME + n in weights}
 
 
-def _plain_attention(func: Callable, *args, **kwargs) -> Tensor:
-    """torch's own attention: some that a host can be started with (Sage) have no gradient and do not say so."""
-    return attention_pytorch(*args, **kwargs)
+def _as_it_is(function: Any) -> Callable:
+    """The same function with the variables around it as they are now; core's names its block by a loop's variable."""
+    cells = tuple(CellType(cell.cell_contents) for cell in function.__closure__ or ())
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 
 class _Call(nn.Module):

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.memory_management
@@ -36,7 +36,7 @@ from .key_map import (
     layer_of,
     swap_halves,
 )
-from .sources import LOAD_MODEL
+from .sources import LOAD_MEMORY_MODEL, LOAD_MODEL, choose
 from .tensor_file import FileError, StoredTensor, real
 from .transformer import FramePackTransformer
 
@@ -46,7 +46,8 @@ KINDS = ("F0", "F1")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ext>\.safetensors)$")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PACKED = (torch.uint8, torch.int8)
-CHOOSE = f"Choose a FramePack checkpoint in '{LOAD_MODEL}'."
+BLOCKS = ("double_blocks.", "single_blocks.", "blocks.")  # in core's names of HunyuanVideo and Wan
+CHOOSE = choose(LOAD_MODEL)
 SHARDS_SHOWN = 4
 
 
@@ -72,6 +73,12 @@ class CheckpointInfo:
     tensors: int
     bytes: int
 
+    def report(self) -> list[str]:
+        """Layout, size and number formats as an artist reads them, a line each."""
+        size = f"{self.tensors} tensors in {len(self.shards)} file(s), {self.bytes / 2**30:.2f} GiB"
+        numbers = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.dtypes)
+        return [f"{self.layout} layout, {size}", f"numbers: {numbers}"]
+
 
 def kind_from_name(name: str) -> str | None:
     """F0 or F1 as the file's name tells it, else its folders' names (nearest first), else None.
@@ -92,77 +99,85 @@ def kind_from_name(name: str) -> str | None:
     return None
 
 
-def find_files(paths: str | Sequence[str]) -> tuple[str, ...]:
+def find_files(paths: str | Sequence[str], node: str = LOAD_MODEL) -> tuple[str, ...]:
     """All files of the checkpoint that `paths` names: a file, any shard, a shard index, a folder, or a list.
 
-    Raises CheckpointError naming the shards that are not there.
+    node: display name of the loader. Raises CheckpointError naming the shards that are not there.
     """
     if not isinstance(paths, str):
         files: dict[str, None] = {}
         for path in paths:
-            files.update(dict.fromkeys(find_files(path)))
+            files.update(dict.fromkeys(find_files(path, node)))
         return tuple(files)
     if os.path.isdir(paths):
-        return _files_of_folder(paths)
+        return _files_of_folder(paths, node)
     folder, name = os.path.split(paths)
     if name.endswith(".safetensors.index.json"):
-        return _files_of_index(paths)
+        return _files_of_index(paths, node)
     shard = SHARD.match(name)
     if shard is None:
         return (paths,)
     count = int(shard["count"])
     names = [f"{shard['stem']}-{i:05d}-of-{count:05d}{shard['ext']}" for i in range(1, count + 1)]
-    return _all_present(folder, names, paths)
+    return _all_present(folder, names, paths, node)
 
 
-def _files_of_folder(folder: str) -> tuple[str, ...]:
+def _files_of_folder(folder: str, node: str) -> tuple[str, ...]:
     names = sorted(os.listdir(folder))
     for name in names:
         if name.endswith(".safetensors.index.json"):
-            return _files_of_index(os.path.join(folder, name))
+            return _files_of_index(os.path.join(folder, name), node)
     files = [n for n in names if n.lower().endswith(tensor_file.SAFETENSORS)]
     if not files and os.path.isdir(os.path.join(folder, "transformer")):
-        return _files_of_folder(os.path.join(folder, "transformer"))
+        return _files_of_folder(os.path.join(folder, "transformer"), node)
     if files and SHARD.match(files[0]):
-        return find_files(os.path.join(folder, files[0]))
+        return find_files(os.path.join(folder, files[0]), node)
     if len(files) == 1:
         return (os.path.join(folder, files[0]),)
     found = f"{len(files)} .safetensors files: {', '.join(files[:SHARDS_SHOWN])}" if files else "no .safetensors file"
-    raise CheckpointError(f"The folder {folder} holds {found}; expected one file or the shards of one. {CHOOSE}")
+    raise CheckpointError(f"The folder {folder} holds {found}; expected one file or the shards of one. {choose(node)}")
 
 
-def _files_of_index(index: str) -> tuple[str, ...]:
+def _files_of_index(index: str, node: str) -> tuple[str, ...]:
     try:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a readable shard index ({error}). {CHOOSE}") from error
+        raise CheckpointError(f"{index} is not a readable shard index ({error}). {choose(node)}") from error
     if any(not isinstance(n, str) or os.path.basename(n) != n for n in names):
-        raise CheckpointError(f"{index} names shards outside its own folder, which is not followed. {CHOOSE}")
-    return _all_present(os.path.dirname(index), names, index)
+        raise CheckpointError(f"{index} names shards outside its own folder, which is not followed. {choose(node)}")
+    return _all_present(os.path.dirname(index), names, index, node)
 
 
-def _all_present(folder: str, names: list[str], given: str) -> tuple[str, ...]:
+def _all_present(folder: str, names: list[str], given: str, node: str) -> tuple[str, ...]:
     missing = [n for n in names if not os.path.isfile(os.path.join(folder, n))]
     if missing:
         raise CheckpointError(
             f"{given} belongs to a checkpoint of {len(names)} files, and {len(missing)} of them are not in its "
-            f"folder: {', '.join(missing)}. Put all of them side by side, then run 'Load FramePack Model' again."
+            f"folder: {', '.join(missing)}. Put all of them side by side, then run '{node}' again."
         )
     return tuple(os.path.join(folder, n) for n in names)
 
 
-def _open(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, str], str]:
+def read_stored(
+    paths: str | Sequence[str], node: str = LOAD_MODEL
+) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, str], str]:
     """Files, stored tensors by name without prefix, metadata, and the prefix that was removed."""
-    files = find_files(paths)
+    files = find_files(paths, node)
     entries: dict[str, tensor_file.Entry] = {}
     metadata: dict[str, str] = {}
     for path in files:
-        found, meta = tensor_file.read_header(path)
+        found, meta = tensor_file.read_header(path, node)
         entries.update(found)
         metadata.update(meta)
     prefix = find_prefix(entries)
     stored = {k.removeprefix(prefix): StoredTensor(e.read, e.shape, e.dtype, e.read_into) for k, e in entries.items()}
+    return files, stored, metadata, prefix
+
+
+def _open(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, str], str]:
+    """The same of a FramePack checkpoint; others are refused."""
+    files, stored, metadata, prefix = read_stored(paths)
     _refuse_other_families(files[0], stored)
     return files, stored, metadata, prefix
 
@@ -173,22 +188,25 @@ def inspect(paths: str | Sequence[str], name: str = "") -> CheckpointInfo:
     name: the checkpoint's path inside the model folder, from which the kind is guessed; without it, the file's name.
     """
     files, stored, metadata, prefix = _open(paths)
-    sizes: Counter = Counter()
-    for key, value in stored.items():
-        if not is_quant_key(key):
-            sizes[tensor_file.NAMES[value.dtype]] += value.numel()
     said = metadata.get(KIND_KEY) if metadata.get(KIND_KEY) in KINDS else None
     guess = kind_from_name(name or os.path.basename(files[0]))
     return CheckpointInfo(
         kind=said or guess,
         kind_from="metadata" if said else "name" if guess else "",
         layout="diffusers" if is_diffusers(stored) else "native",
-        dtypes=tuple(sizes.most_common()),
         quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
-        shards=files,
-        tensors=len(stored),
-        bytes=sum(os.path.getsize(f) for f in files),
+        **measured(files, stored),
     )
+
+
+def measured(files: tuple[str, ...], stored: Mapping[str, Tensor]) -> dict:
+    """What of a CheckpointInfo is counted: number formats, files, tensors and bytes."""
+    sizes: Counter = Counter()
+    for key, value in stored.items():
+        if not is_quant_key(key):
+            sizes[tensor_file.NAMES[value.dtype]] += value.numel()
+    whole = sum(os.path.getsize(f) for f in files)
+    return {"dtypes": tuple(sizes.most_common()), "shards": files, "tensors": len(stored), "bytes": whole}
 
 
 def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor | Tensor], dict[str, str]]:
@@ -234,16 +252,24 @@ def _check_parts(path: str, row: Row, stored: Mapping[str, StoredTensor]) -> Non
             raise CheckpointError(f"{path}: these tensors belong to one matrix but do not fit: {found}. {CHOOSE}")
 
 
-def _check_shapes(path: str, stored: Mapping[str, Tensor]) -> None:
+def check_shapes(
+    path: str,
+    stored: Mapping[str, Tensor],
+    network_class: Callable = FramePackTransformer,
+    metadata: dict[str, str] | None = None,
+    node: str = LOAD_MODEL,
+) -> None:
     """Raise CheckpointError where a tensor has another shape than in the network core builds for the file.
 
     The network is built without memory. Formats that pack several numbers into one byte have shapes of their own.
     """
     try:
-        config = comfy.model_detection.detect_unet_config(stored, "")
-        network = FramePackTransformer(**config, device="meta", operations=comfy.ops.disable_weight_init)
+        config = comfy.model_detection.detect_unet_config(stored, "", metadata=metadata)
+        network = network_class(**config, device="meta", operations=comfy.ops.disable_weight_init)
     except (ArithmeticError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the shapes of its tensors describe no network ({error}). {CHOOSE}") from error
+        raise CheckpointError(
+            f"{path}: the shapes of its tensors describe no network ({error}). {choose(node)}"
+        ) from error
     wrong = []
     for key, value in network.state_dict().items():
         given = stored[key]
@@ -252,7 +278,8 @@ def _check_shapes(path: str, stored: Mapping[str, Tensor]) -> None:
     if wrong:
         more = f" ({len(wrong) - 1} more do not fit either)" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"{path}: {wrong[0]} as in the rest of the network{more}. The file mixes parts of two models. {CHOOSE}"
+            f"{path}: {wrong[0]} as in the rest of the network{more}. The file mixes parts of two models. "
+            f"{choose(node)}"
         )
 
 
@@ -292,30 +319,40 @@ def load_framepack(paths, model_options=None, disable_dynamic=False):
     framepack.register()
     model_options = dict(model_options or {})
     stored, metadata = open_state_dict(paths)
-    quantised = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
-    if quantised and model_options.get("dtype") in FP8:
-        del model_options["dtype"]  # it has fp8 where fp8 is wanted; core would round everything else to it as well
-    own_formats = quantised or "custom_operations" in model_options
-    _check_shapes(find_files(paths)[0], stored)
-    disk_backed = comfy.memory_management.aimdo_enabled
-    sd = _tensors_to_keep(paths, stored, disk_backed) if own_formats or disk_backed else stored
-    model = comfy.sd.load_diffusion_model_state_dict(
-        dict(sd), model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
-    )
+    files = find_files(paths)
+    check_shapes(files[0], stored)
+    model = load_stored(files, stored, metadata, model_options, disable_dynamic)
     if model is None or not framepack.is_framepack(model):
         raise CheckpointError(f"ComfyUI did not recognise {paths} as a FramePack network. {CHOOSE}")
-    if not own_formats:
-        _restore_precision(model.model, stored)
     model.cached_patcher_init = (load_framepack, (paths, model_options))
     return model
 
 
-def _tensors_to_keep(paths, stored: Mapping[str, Tensor], disk_backed: bool) -> dict[str, Tensor]:
+def load_stored(files: Sequence[str], stored: Mapping[str, Tensor], metadata, model_options, disable_dynamic=False):
+    """A core ModelPatcher around tensors on disk in core's layout, or None where core does not know them.
+
+    model_options: core's own; an fp8 `dtype` counts for nothing where the file has fp8 with scales.
+    """
+    model_options = dict(model_options)
+    quantised = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
+    if quantised and model_options.get("dtype") in FP8:
+        del model_options["dtype"]  # it has fp8 where fp8 is wanted; core would round everything else to it as well
+    own_formats = quantised or "custom_operations" in model_options
+    disk_backed = comfy.memory_management.aimdo_enabled
+    sd = _tensors_to_keep(files, stored, disk_backed) if own_formats or disk_backed else stored
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(sd), model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    if model is not None and not own_formats:
+        _restore_precision(model.model, stored)
+    return model
+
+
+def _tensors_to_keep(files: Sequence[str], stored: Mapping[str, Tensor], disk_backed: bool) -> dict[str, Tensor]:
     """Real tensors, for the paths of core that make what they are given the network's own.
 
     disk_backed: core can page weights in from a file it has mapped itself; a native file needs no copy in RAM then.
     """
-    files = find_files(paths)
     if disk_backed and len(files) == 1 and stored.keys() == tensor_file.read_header(files[0])[0].keys():
         return comfy.utils.load_torch_file(files[0])
     return {key: real(value) for key, value in stored.items()}
@@ -325,14 +362,14 @@ def _restore_precision(model: comfy.model_base.BaseModel, stored: Mapping[str, T
     """Undo core's rounding to fp8 where it costs quality and saves next to nothing.
 
     An fp8 file keeps every tensor that it has in more bits. Where fp8 was asked for with another file, it means
-    the matrices of the double and single blocks.
+    the matrices of the blocks.
     """
     numbers: Counter = Counter()
     for value in stored.values():
         numbers[value.dtype in FP8] += value.numel()
     fp8_file = numbers[True] > numbers[False]
     for key, value in stored.items():
-        matrix_of_block = value.ndim == 2 and key.startswith(("double_blocks.", "single_blocks."))
+        matrix_of_block = value.ndim == 2 and key.startswith(BLOCKS)
         if value.dtype in FP8 or (matrix_of_block and not fp8_file):
             continue
         module_name, param = layer_of(key)
@@ -365,6 +402,7 @@ _FAMILIES = (
     ("a LoRA, which goes into 'Load Video LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
     ("a Frame Memory encoder or head, which needs its own node", r"^(semantic_pack|frame_preservation|head)\."),
     ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
+    (f"Helios, which goes into '{LOAD_MEMORY_MODEL}'", r"^patch_long\."),
     ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
     ("FLUX", r"^double_blocks\.0\.img_attn\..*|^double_stream_modulation"),
     ("Stable Diffusion 1, 2 or XL", r"^input_blocks\.|^down_blocks\.\d+\.(attentions|resnets)\."),
@@ -388,14 +426,18 @@ def name_family(keys: Sequence[str] | Mapping) -> str | None:
     return "plain HunyuanVideo" if hunyuan else None
 
 
+def looks_like(stored: Mapping[str, Tensor]) -> str:
+    """A sentence about a file that was refused: its family, or what is in it."""
+    family = name_family(stored)
+    return f"It looks like {family}." if family else f"Its first tensors are {', '.join(list(stored)[:3]) or 'none'}."
+
+
 def _refuse_other_families(path: str, stored: Mapping[str, Tensor]) -> None:
     if CONTEXT_SIGNATURE in stored and (is_diffusers(stored) or is_native(stored)):
         return
-    family = name_family(stored)
-    looks = f"It looks like {family}." if family else f"Its first tensors are {', '.join(list(stored)[:3]) or 'none'}."
     raise CheckpointError(
         f"{path}: this checkpoint has no packed-context weights ({CONTEXT_SIGNATURE} is not in it), "
-        f"so it cannot look at a history. {looks} {CHOOSE}"
+        f"so it cannot look at a history. {looks_like(stored)} {CHOOSE}"
     )
 
 

@@ -103,7 +103,8 @@ class FramePack(model_base.HunyuanVideo):
         memory, frames = kwargs.get(MEMORY_KEY), kwargs.get("model_conds", {}).get(FRAME_TOKENS)
         tokens = (0 if memory is None else memory.shape[1]) + (0 if frames is None else frames.cond.shape[1])
         area = math.ceil(area) + _PATCH * tokens
-        return {"context_latents": [latents[0].shape[0], latents[0].shape[1], area]}
+        batch = frames.cond.shape[0] if not latents else latents[0].shape[0]
+        return {"context_latents": [batch, self.latent_format.latent_channels, area]}
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""

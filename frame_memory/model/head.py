@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base_signature import MODEL_PREFIX
 from .framepack import MODEL_OPTION
-from .memory_file import DIFFERENCE, MemoryFile, MemoryFileError
+from .memory_file import DIFFERENCE, LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile, MemoryFileError
 from .sources import LOAD_MODEL
 
 # In model_options[MODEL_OPTION]: the heads that are on a MODEL, (fingerprint, strength) each.
@@ -40,8 +40,13 @@ def apply_head(patcher, file: MemoryFile, strength: float) -> tuple[object, Head
     """(a clone of the MODEL with the head of `file` at `strength`, what that changes). `patcher` is not changed.
 
     Raises MemoryFileError where the shapes differ, or where a whole new head is to replace weights that are kept in a
-    packed format whose numbers cannot be read.
+    packed format whose numbers cannot be read, and for files of frame preservation.
     """
+    if file.frames:
+        raise MemoryFileError(
+            f"{file.name} holds a memory of frame preservation and no head. Load it with '{LOAD_MEMORY}', or choose "
+            f"another file in '{LOAD_DIRECT_FORCING}'."
+        )
     clone = patcher.clone()
     patches, changed = {}, {}
     for name, given in file.head.items():

@@ -114,6 +114,21 @@ CHECKPOINTS = _needs("""
     comfy_api.latest.ui.PreviewText
 """)
 
+WAN = _needs("""
+    comfy.ldm.wan.model.WanModel
+    comfy.ldm.wan.model.WanModel._forward x timestep context clip_fea time_dim_concat transformer_options
+    comfy.ldm.wan.model.WanModel.forward_orig x t context clip_fea freqs transformer_options
+    comfy.ldm.wan.model.WanT2VCrossAttention.forward = x context transformer_options
+    comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
+    comfy.model_detection.count_blocks state_dict_keys prefix_string
+    comfy.model_management.get_torch_device
+    comfy.model_management.unet_offload_device
+    comfy.model_patcher.CoreModelPatcher
+    comfy.ops.manual_cast
+    comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+""")
+
 CONTEXT = _needs("""
     comfy_api.latest.io.Clip.Input
     comfy_api.latest.io.Combo.Input
@@ -132,10 +147,11 @@ VAE_FAMILIES = _needs("""
     comfy.taesd.taehv.TAEHV
 """)
 
-SAMPLING = _needs("""
+SECTIONS = _needs("""
+    comfy_extras.nodes_custom_sampler.Noise_RandomNoise
+    latent_preview.get_previewer device latent_format
     comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas callback disable_pbar seed
     comfy.samplers.CFGGuider.set_conds
-    comfy.samplers.KSAMPLER sampler_function
     comfy.clip_vision.Output
     comfy.ldm.modules.attention.attention_pytorch
     comfy.ldm.modules.attention.optimized_attention
@@ -157,9 +173,11 @@ SAMPLING = _needs("""
     comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview
     comfy.utils.repeat_to_batch_size tensor batch_size
-    comfy_extras.nodes_custom_sampler.Noise_RandomNoise
-    latent_preview.get_previewer device latent_format
     node_helpers.conditioning_set_values conditioning values
+""")
+
+SAMPLING = SECTIONS + _needs("""
+    comfy.samplers.KSAMPLER sampler_function
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Hidden.extra_pnginfo
     comfy_api.latest.io.Hidden.prompt
@@ -218,6 +236,20 @@ MEMORY = _needs("""
     folder_paths.get_filename_list folder_name
     folder_paths.get_full_path folder_name filename
     folder_paths.get_full_path_or_raise folder_name filename
+""")
+
+PRESERVATION = _needs("""
+    comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas disable_pbar seed
+    comfy.samplers.CFGGuider.set_cfg cfg
+    comfy.samplers.CFGGuider.set_conds positive negative
+    comfy.samplers.sampler_object name
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Float.Output
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewImage image cls
 """)
 
 MEMORY_FILES = _needs("""
@@ -325,6 +357,7 @@ FIRST_FRAME = _needs("""
 """)
 
 FIRST_FRAME_TRAINING = _needs("""
+    comfy.ldm.wan.model.WanSelfAttention.forward
     comfy.model_management.in_training
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_patcher.ModelPatcher.add_object_patch name obj
@@ -400,6 +433,7 @@ DIAGNOSTICS = _needs("""
 """)
 
 TRAINING = _needs("""
+    comfy.ldm.wan.model.WanSelfAttention.forward
     comfy.lora.calculate_weight patches weight key
     comfy.model_management.is_oom
     comfy.model_management.OOM_EXCEPTION
@@ -433,6 +467,7 @@ TRAINING = _needs("""
 
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
+    "memory_models": Family(("FrameMemoryLoadMemoryModel",), API + MODEL_CLASS + CHECKPOINTS + WAN),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
     "sampling": Family(
         (
@@ -441,10 +476,16 @@ FAMILIES: dict[str, Family] = {
             "FrameMemoryUniPC",
             "FrameMemoryAntiDriftSampler",
         ),
-        API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + SAMPLING,
+        API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + WAN + SAMPLING,
     ),
-    "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + MEMORY),
-    "memory_files": Family(("FrameMemoryLoadDirectForcing",), API + MODEL_CLASS + ENCODER + MEMORY + MEMORY_FILES),
+    "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + WAN + MEMORY),
+    "preservation": Family(
+        ("FrameMemoryFramePreservation", "FrameMemoryRetrieveFrame"),
+        API + MODEL_CLASS + ENCODER + WAN + VAE_FAMILIES + PROMPTS + SECTIONS + MEMORY + PRESERVATION,
+    ),
+    "memory_files": Family(
+        ("FrameMemoryLoadDirectForcing",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + MEMORY_FILES
+    ),
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),
@@ -461,7 +502,7 @@ FAMILIES: dict[str, Family] = {
     "diagnostics": Family(
         ("FrameMemoryDriftMeter", "FrameMemoryRecall"), API + VAE_FAMILIES + VIDEO + VIDEO_SOCKETS + DIAGNOSTICS
     ),
-    "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + TRAINING),
+    "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + WAN + TRAINING),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

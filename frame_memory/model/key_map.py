@@ -171,12 +171,16 @@ def check_keys(keys: Iterable[str], diffusers: bool) -> tuple[Row, ...]:
     have = {k for k in keys if not is_quant_key(k)}
     table = rows(*block_counts(have))
     names = ((name, row.params) for row in table for name in (row.sources if diffusers else (row.target,)))
-    need = {f"{name}.{param}" for name, params in names for param in params}
+    compare({f"{name}.{param}" for name, params in names for param in params}, have, "FramePack")
+    return table
+
+
+def compare(need: set[str], have: set[str], family: str) -> None:
+    """Raise KeyMapError unless a file has just the tensors that its family needs."""
     missing, unexpected = tuple(sorted(need - have)), tuple(sorted(have - need))
     if missing or unexpected:
-        parts = [_named("is missing", missing), _named("has tensors that FramePack does not know:", unexpected)]
+        parts = [_named("is missing", missing), _named(f"has tensors that {family} does not know:", unexpected)]
         raise KeyMapError("The checkpoint " + " and ".join(p for p in parts if p) + ".", missing, unexpected)
-    return table
 
 
 def _named(what: str, keys: tuple[str, ...]) -> str:

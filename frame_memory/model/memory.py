@@ -1,6 +1,7 @@
 """FRAME_MEMORY: a SemanticPack in a ModelPatcher of its own, and what it has been told of prompt and picture.
 
-The encoder is loaded by ComfyUI beside the MODEL that it is attached to, and goes when that goes.
+The encoder is loaded by ComfyUI beside the MODEL that it is attached to, and goes when that goes. The socket's other
+kind is frame preservation (preserved_memory.py); what both kinds need is here.
 
 Shape legend: B batch, L text tokens, N vision tokens, C features.
 """
@@ -10,17 +11,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base_signature import MODEL_PREFIX, Base
 from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
-from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile
+from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK, MemoryFile
 from .semantic_pack import PackSpec, SemanticPack, initialise
 from .sources import LOAD_MODEL
 from .transformer import without_padding
@@ -45,6 +46,7 @@ class FrameMemory:
     `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
     """
 
+    kind: ClassVar[str] = SEMANTIC_PACK
     encoder: Any
     spec: PackSpec
     label: str
@@ -61,7 +63,11 @@ class FrameMemory:
     @property
     def fingerprint(self) -> str:
         """A few hex digits that change with the weights, for people."""
-        return _fingerprint(self.pack.state_dict())
+        return fingerprint_of(self.pack.state_dict())
+
+    def to_spec(self) -> dict:
+        """What the encoder is made of, as plain data for a file."""
+        return self.spec.to_dict()
 
     def with_features(self, text_BLC: Tensor, vision_BNC: Tensor | None) -> FrameMemory:
         """The same encoder with what it is anchored to."""
@@ -97,7 +103,8 @@ def new_encoder(model_patcher, *, seed: int = 0, **options) -> FrameMemory:
     spec = PackSpec.of(network, **options)
     originals = {k.removeprefix(MODEL_PREFIX): v.weight for k, v in model_patcher.backup.items()}
     pack = initialise(_build(spec, compute_dtype(model_patcher)), network, seed, originals)
-    return _memory(pack, spec, "new", False, Base.of(model_patcher), model_patcher.load_device)
+    encoder = patcher_of(pack, model_patcher.load_device)
+    return FrameMemory(encoder, spec, "new", False, Base.of(model_patcher))
 
 
 def encoder_from_tensors(
@@ -108,20 +115,9 @@ def encoder_from_tensors(
 
     Raises MemoryMismatch where names or shapes are not those of `spec`.
     """
-    stored = next(iter(tensors.values())).dtype if tensors else torch.float32
-    dtype = dtype or (stored if stored in (torch.float32, torch.bfloat16) else torch.float32)
-    pack = _build(spec, dtype)
-    wanted = {name: tuple(value.shape) for name, value in pack.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-    if wrong:
-        name = wrong[0]
-        raise MemoryMismatch(
-            f"{label}: the tensor {name} has shape {given.get(name, 'none')}, expected {wanted.get(name, 'none')} "
-            f"({len(wrong)} tensors differ). Choose another file in '{LOAD_MEMORY}'."
-        )
-    pack.load_state_dict(dict(tensors))
-    return _memory(pack, spec, label, trained, base, load_device or comfy.model_management.get_torch_device())
+    pack = _build(spec, dtype or dtype_of(tensors))
+    load_weights(pack, tensors, label)
+    return FrameMemory(patcher_of(pack, load_device), spec, label, trained, base)
 
 
 def encoder_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory:
@@ -131,21 +127,67 @@ def encoder_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory:
     with one that this version cannot read.
     """
     if not file.pack or file.spec is None:
-        raise MemoryMismatch(
-            f"{file.name} holds a Direct Forcing head and no memory. Load it with '{LOAD_DIRECT_FORCING}', or choose "
-            f"another file in '{node}'."
-        )
+        holds = f"a Direct Forcing head and no memory. Load it with '{LOAD_DIRECT_FORCING}'"
+        if file.frames:
+            holds = f"a memory of frame preservation and no SemanticPack. Load it with '{LOAD_MEMORY}'"
+        raise MemoryMismatch(f"{file.name} holds {holds}, or choose another file in '{node}'.")
     try:
         spec = PackSpec.from_dict(file.spec)
     except ValueError as error:
         raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{node}'.") from error
-    at = {}
-    if model_patcher is not None:
-        at = {"dtype": compute_dtype(model_patcher), "load_device": model_patcher.load_device}
-    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **at)
+    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **place_of(model_patcher))
 
 
-def attach(model_patcher, memory: FrameMemory):
+def place_of(model_patcher) -> dict:
+    """Numbers and device of an encoder for a MODEL, as `dtype` and `load_device`; empty without one."""
+    if model_patcher is None:
+        return {}
+    return {"dtype": compute_dtype(model_patcher), "load_device": model_patcher.load_device}
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The numbers that an encoder of a file works in where no MODEL says: the file's own if they suit."""
+    stored = next(iter(tensors.values())).dtype if tensors else torch.float32
+    return stored if stored in (torch.float32, torch.bfloat16) else torch.float32
+
+
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], label: str) -> None:
+    """Put a file's tensors into an encoder. Raises MemoryMismatch where names or shapes are not the encoder's."""
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        name = wrong[0]
+        raise MemoryMismatch(
+            f"{label}: the tensor {name} has shape {given.get(name, 'none')}, expected {wanted.get(name, 'none')} "
+            f"({len(wrong)} tensors differ). Choose another file in '{LOAD_MEMORY}'."
+        )
+    network.load_state_dict(dict(tensors))
+
+
+def patcher_of(network: nn.Module, load_device=None):
+    """A ModelPatcher of an encoder's own."""
+    return comfy.model_patcher.CoreModelPatcher(
+        network.eval(),
+        load_device=load_device or comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def of_kind(memory, kind: str, node: str, other: str) -> Any:
+    """A FRAME_MEMORY of the kind that a node works with. Raises MemoryMismatch for the other one.
+
+    kind: as in a file. other: the node that the other kind belongs into.
+    """
+    if memory.kind != kind:
+        raise MemoryMismatch(
+            f"'memory' of '{node}' is {memory.describe()}, which this node does not work with. It belongs into "
+            f"'{other}'; connect another memory here, or choose another file in '{LOAD_MEMORY}'."
+        )
+    return memory
+
+
+def attach(model_patcher, memory):
     """A clone of a MODEL that brings the encoder with it when it is loaded; the MODEL stays as it is."""
     clone = model_patcher.clone()
     clone.set_additional_models(ATTACHED, [memory.encoder])
@@ -188,10 +230,17 @@ def check_model(model_patcher, node: str) -> None:
 def check_fits(memory: FrameMemory, model_patcher, node: str) -> str:
     """Raise MemoryMismatch, naming both fingerprints, unless a memory belongs to a MODEL; else how it was told."""
     check_model(model_patcher, node)
-    base, its = Base.of(model_patcher), PackSpec.of(model_patcher.model.diffusion_model)
+    its = PackSpec.of(model_patcher.model.diffusion_model)
+    names = ("hidden", "heads", "in_channels", "text", "vision")
+    sizes = {name: (getattr(memory.spec, name), getattr(its, name)) for name in names}
+    return fits_base(memory, model_patcher, node, sizes)
+
+
+def fits_base(memory, model_patcher, node: str, sizes: Mapping[str, tuple[int, int]]) -> str:
+    """`check_fits` of either kind of memory. sizes: by name, the memory's and the MODEL's."""
+    base = Base.of(model_patcher)
     wrong = "" if memory.base is None else memory.base.difference(base)
-    for name in ("hidden", "heads", "in_channels", "text", "vision"):
-        mine, models = getattr(memory.spec, name), getattr(its, name)
+    for name, (mine, models) in sizes.items():
         if mine != models:
             wrong = wrong or f"its {name} is {mine}, not {models}"
     if wrong:
@@ -255,14 +304,8 @@ def _build(spec: PackSpec, dtype: torch.dtype) -> SemanticPack:
     return SemanticPack(spec, dtype=dtype, device=device, operations=comfy.ops.manual_cast).requires_grad_(False)
 
 
-def _memory(pack: SemanticPack, spec, label: str, trained: bool, base: Base | None, load_device) -> FrameMemory:
-    encoder = comfy.model_patcher.CoreModelPatcher(
-        pack.eval(), load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
-    )
-    return FrameMemory(encoder, spec, label, trained, base)
-
-
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """A few hex digits that change with an encoder's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         flat = value.detach().reshape(-1)

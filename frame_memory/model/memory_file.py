@@ -1,8 +1,9 @@
-"""Files of models/frame_memory: SemanticPack and Direct Forcing weights, and what says which base they belong to.
+"""Files of models/frame_memory: memories and Direct Forcing weights, and what says which base they belong to.
 
 Safetensors only, written at once or not at all. A file holds `semantic_pack.*` (the memory's network) and/or `head.*`
-(the base's last modulation and output layer, core's names), and in its metadata the base it was trained on. A head
-alone, in diffusers' or in core's names and without our metadata, is read too.
+(the base's last modulation and output layer, core's names), or `frame_preservation.*` (encoders of frame preservation)
+alone, and in its metadata the base it was trained on. A head alone, in diffusers' or in core's names and without our
+metadata, is read too.
 Source: design.md section 7, reference/memorypack.md sections 1.1 and 3.2.
 """
 
@@ -23,12 +24,13 @@ from .sources import LOAD_MODEL
 
 FOLDER = "frame_memory"
 FORMAT = "1"
-SEMANTIC_PACK, DIRECT_FORCING = "semantic_pack", "direct_forcing"
-KINDS = (SEMANTIC_PACK, DIRECT_FORCING)
+SEMANTIC_PACK, DIRECT_FORCING, FRAME_PRESERVATION = "semantic_pack", "direct_forcing", "frame_preservation"
+KINDS = (SEMANTIC_PACK, DIRECT_FORCING, FRAME_PRESERVATION)
 REPLACEMENT, DIFFERENCE = "replacement", "difference"
-PACK_PREFIX, HEAD_PREFIX = "semantic_pack.", "head."
+PACK_PREFIX, HEAD_PREFIX, FRAMES_PREFIX = "semantic_pack.", "head.", "frame_preservation."
 HEAD_ROWS = tuple(row for row in GLOBAL_ROWS if row.target.startswith("final_layer."))
 HEAD = tuple(f"{row.target}.{param}" for row in HEAD_ROWS for param in row.params)
+PREFIXES = (PACK_PREFIX, HEAD_PREFIX, FRAMES_PREFIX)
 LOAD_MEMORY, LOAD_DIRECT_FORCING = "Load Memory Encoder", "Load Direct Forcing Checkpoint"
 OURS = "frame_memory."
 NAMED = 3
@@ -42,9 +44,10 @@ class MemoryFileError(ValueError):
 class MemoryFile:
     """What a file holds, in RAM.
 
-    kind: SEMANTIC_PACK or DIRECT_FORCING. base: what it was trained on; None where the file does not say.
+    kind: one of KINDS. base: what it was trained on; None where the file does not say.
     head: the four tensors of HEAD by core's names, or empty; head_form: REPLACEMENT or DIFFERENCE.
-    pack: SemanticPack's tensors without prefix, or empty; spec: their PackSpec as plain data.
+    pack: SemanticPack's tensors without prefix, frames: those of frame preservation, or empty. spec: what the two are
+    made of, as plain data.
     recipe: how it was trained, as plain data. source: the names it was found in, for reports.
     """
 
@@ -54,6 +57,7 @@ class MemoryFile:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     head_form: str = REPLACEMENT
     pack: Mapping[str, Tensor] = field(default_factory=dict)
+    frames: Mapping[str, Tensor] = field(default_factory=dict)
     spec: Mapping | None = None
     recipe: Mapping = field(default_factory=dict)
     licence: str = ""
@@ -96,6 +100,7 @@ def write(
     base: Base,
     *,
     pack: Mapping[str, Tensor] | None = None,
+    frames: Mapping[str, Tensor] | None = None,
     spec: Mapping | None = None,
     head: Mapping[str, Tensor] | None = None,
     head_form: str = REPLACEMENT,
@@ -104,24 +109,28 @@ def write(
 ) -> None:
     """Write a file of models/frame_memory; `path` appears, or is replaced, only when all of it is on the disk.
 
-    pack: SemanticPack's state dict, with its PackSpec as JSON-able data in `spec`. head: tensors by the names of HEAD.
-    A file with a head is of kind DIRECT_FORCING, one without of kind SEMANTIC_PACK. Tensors may lie on any device.
-    Raises MemoryFileError for parts that do not make a file, FileError (tensor_file) where the disk refuses.
+    pack: SemanticPack's state dict, frames: PreservedHistory's, with what they are made of as JSON-able data in `spec`.
+    head: tensors by the names of HEAD. The kind follows from the parts; frames stand alone. Tensors may lie on any
+    device. Raises MemoryFileError for parts that do not make a file, FileError (tensor_file) where the disk refuses.
     """
-    pack, head = dict(pack or {}), dict(head or {})
+    pack, frames, head = dict(pack or {}), dict(frames or {}), dict(head or {})
     if not path.lower().endswith(".safetensors"):
         raise MemoryFileError(f"Memory files are .safetensors files, not {os.path.basename(path)}.")
     if head and set(head) != set(HEAD):
         raise MemoryFileError(f"A head is the tensors {', '.join(HEAD)}, not {', '.join(sorted(head))}.")
-    if bool(pack) != (spec is not None) or not (pack or head):
-        raise MemoryFileError("A memory file needs a head, or a pack together with its spec, or both.")
+    if bool(pack or frames) != (spec is not None) or not (pack or frames or head) or (frames and (pack or head)):
+        raise MemoryFileError(
+            "A memory file needs a head, or a pack together with its spec, or both; or frame preservation with its "
+            "spec, alone."
+        )
     if head_form not in (REPLACEMENT, DIFFERENCE):
         raise MemoryFileError(f"A head is a '{REPLACEMENT}' or a '{DIFFERENCE}', not '{head_form}'.")
-    tensors = {PACK_PREFIX + k: v for k, v in pack.items()} | {HEAD_PREFIX + k: v for k, v in head.items()}
+    parts = {PACK_PREFIX: pack, HEAD_PREFIX: head, FRAMES_PREFIX: frames}
+    tensors = {prefix + k: v for prefix, part in parts.items() for k, v in part.items()}
     _check_finite(path, tensors)
     said = {
         "format": FORMAT,
-        "kind": DIRECT_FORCING if head else SEMANTIC_PACK,
+        "kind": DIRECT_FORCING if head else FRAME_PRESERVATION if frames else SEMANTIC_PACK,
         **base.to_metadata(),
         "spec": json.dumps(dict(spec)) if spec is not None else "",
         "head": head_form if head else "",
@@ -140,7 +149,7 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
     """
     entries, metadata = tensor_file.read_header(path, node)
     said = {k.removeprefix(OURS): v for k, v in metadata.items() if k.startswith(OURS)}
-    if not any(name.startswith((PACK_PREFIX, HEAD_PREFIX)) for name in entries):
+    if not any(name.startswith(PREFIXES) for name in entries):
         _refuse_other_files(path, entries, node)
         bare = _bare_head(entries, path, node)
         _check_finite(path, bare[0])
@@ -149,12 +158,14 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
     _check_format(path, said, node)
     tensors = {name: entry.read() for name, entry in entries.items()}
     _check_finite(path, tensors)
-    head = {k.removeprefix(HEAD_PREFIX): v for k, v in tensors.items() if k.startswith(HEAD_PREFIX)}
-    pack = {k.removeprefix(PACK_PREFIX): v for k, v in tensors.items() if k.startswith(PACK_PREFIX)}
+    head, pack, frames = (
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in (HEAD_PREFIX, PACK_PREFIX, FRAMES_PREFIX)
+    )
     base = Base.from_metadata(said)
     if base is None:
         raise _damaged(path, "its metadata does not say which base it was trained on", node)
-    left = [k for k in tensors if not k.startswith((PACK_PREFIX, HEAD_PREFIX))]
+    left = [k for k in tensors if not k.startswith(PREFIXES)]
     if left or (head and set(head) != set(HEAD)):
         odd = left or sorted(set(head) ^ set(HEAD))
         raise _damaged(path, f"its tensors are not those of the format: {_shown(odd)}", node)
@@ -165,7 +176,8 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
         head=head,
         head_form=said.get("head", REPLACEMENT),
         pack=pack,
-        spec=_plain(path, said, "spec", node) if pack else None,
+        frames=frames,
+        spec=_plain(path, said, "spec", node) if pack or frames else None,
         recipe=_plain(path, said, "recipe", node) if "recipe" in said else {},
         licence=said.get("licence", ""),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load Video LoRA"
+LOAD_MEMORY_MODEL = "Load Memory Model"
 HOME = "https://huggingface.co/"
 # What a path holds, to the model page of that file; the first that fits counts.
 PAGES = (
@@ -23,3 +24,8 @@ def page_of(path: str) -> str | None:
 def get_it_again(path: str, node: str) -> str:
     """What to do about a damaged file: where to get it, and the node to choose it in."""
     return f"Download it again from {page_of(path) or 'where it came from'} and choose it in '{node}'."
+
+
+def choose(node: str) -> str:
+    """What to do about a file that is none of those a loader reads."""
+    return f"Choose a {'Helios' if node == LOAD_MEMORY_MODEL else 'FramePack'} checkpoint in '{node}'."

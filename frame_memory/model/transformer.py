@@ -61,11 +61,11 @@ class FramePackTransformer(HunyuanVideo):
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
         frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4).
-        Raises ValueError without a context, where context and window do not belong together, or for conditioning of
-        other models.
+        Raises ValueError without a context or memory tokens, where context and window do not belong together, or for
+        conditioning of other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        _needed(context_latents, context_layout).check(context_latents, x)
+        _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
             per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
@@ -76,7 +76,7 @@ class FramePackTransformer(HunyuanVideo):
 
         height, width = x.shape[-2:]
         x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
-        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
+        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents or ()]
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
@@ -176,9 +176,9 @@ class FramePackTransformer(HunyuanVideo):
         return img[:, start:]
 
 
-def _needed(context_latents, context_layout: ContextLayout | None) -> ContextLayout:
-    """The layout, which a model of history cannot do without."""
-    if context_layout is None or not context_latents:
+def _needed(context_latents, context_layout: ContextLayout | None, tokens: Tensor | None) -> ContextLayout:
+    """The layout, which a model of history cannot do without; its groups may be none behind tokens of a memory."""
+    if context_layout is None or not (context_latents or (tokens is not None and tokens.shape[1])):
         raise ValueError(
             "A FramePack model was sampled without a frame context, so it has no history to look at. "
             "Use 'Anti-Drift Sampler' (it gives each section its context) in place of the plain sampler node."

@@ -16,8 +16,9 @@ are our choice.
 
 - Noise level. The history is modulated as timestep 0 and the window as its own: Wan's blocks take a row of modulation
   for a run of tokens (`comfy.ldm.wan.model.repeat_e`), made for Wan 2.2 5B; every other member runs the same block.
-- Image-to-video models read mask and image beside the noise. A context frame gets itself as image under a mask of ones:
-  the base knows a given frame as that, and at timestep 0 its noisy channels equal its image.
+- Image-to-video models read mask and image beside the noise. A context frame is embedded as the base embeds a given
+  frame: itself for the noise, ones for the mask, itself for the image. That is one kernel over its own channels and a
+  bias, and the patchifiers begin with these.
 - A coarse token turns by the mean of the phases in its cell, as FramePack's do.
 """
 
@@ -45,12 +46,17 @@ from .stored_weights import unpacked
 KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
 TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
+# In `transformer_options`: how many tokens stand in front of the window.
+FRONT = "frame_memory_front"
 _MASK = 4
 _PATCH = (1, 2, 2)
 
 
 class Patchifiers(CleanEmbedder):
-    """Wan's patch embedding at 1x, 2x and 4x for finished frames, with weights of their own, in fp32 as core's is."""
+    """Wan's patch embedding at 1x, 2x and 4x for finished frames, with weights of their own, in fp32 as core's is.
+
+    in_channels: of the latents, whatever an image-to-video model reads beside them.
+    """
 
     def __init__(self, in_channels: int, hidden_size: int, device=None, operations=None):
         super().__init__(in_channels, hidden_size, torch.float32, device, operations or comfy.ops.manual_cast)
@@ -77,17 +83,31 @@ def initialise(patchifiers: Patchifiers, weight: Tensor, bias: Tensor) -> Patchi
 
 
 def patchifiers_of(model_patcher) -> Patchifiers:
-    """Fresh patchifiers for a MODEL, trainable, from its checkpoint's own patch embedding (LoRAs left out).
+    """Fresh patchifiers for a MODEL, trainable, from its checkpoint's own patch embedding.
 
     Raises ValueError as `check` does.
     """
-    layer = check(model_patcher).patch_embedding
+    weight, bias = given_embedding(model_patcher)
+    return initialise(Patchifiers(weight.shape[1], weight.shape[0]), weight, bias)
+
+
+def given_embedding(model_patcher) -> tuple[Tensor, Tensor]:
+    """Weight `[D, C, 1, 2, 2]` and bias `[D]`, fp32, by which the base embeds a finished frame's own channels.
+
+    LoRAs are left out. Raises ValueError as `check` does.
+    """
+    network = check(model_patcher)
+    layer = network.patch_embedding
 
     def original(name: str) -> Tensor:
         saved = model_patcher.backup.get(f"diffusion_model.patch_embedding.{name}")
         return unpacked(layer, layer.get_parameter(name) if saved is None else saved.weight)
 
-    return initialise(Patchifiers(layer.in_channels, layer.out_channels), original("weight"), original("bias"))
+    weight, bias, own = original("weight").detach().float(), original("bias").detach().float(), network.out_dim
+    if network.in_dim != own:
+        noise, mask, image = weight.split((own, _MASK, own), dim=1)
+        weight, bias = noise + image, bias + mask.sum(dim=(1, 2, 3, 4))
+    return weight, bias
 
 
 def patcher_of(patchifiers: Patchifiers, load_device=None):
@@ -122,6 +142,11 @@ def detach(model_patcher):
         clone.remove_wrappers_with_key(kind, KEY)
     clone.remove_additional_models(KEY)
     return clone
+
+
+def options(patchifiers: Patchifiers | None = None) -> dict:
+    """`transformer_options` with which a bare network accepts history, as a MODEL does after `attach`."""
+    return {"wrappers": {WrappersMP.DIFFUSION_MODEL: {KEY: [_Wrapper(patchifiers)]}}}
 
 
 def is_attached(model_patcher) -> bool:
@@ -185,7 +210,7 @@ class _Wrapper:
             layout.check(latents, x)
             frames = tuple(latent.shape[2] for latent in latents)
             for latent, (rate, _) in zip(latents, layout.groups, strict=True):
-                clean = _as_given(network, pad_to_patch_size(latent.to(x), _PATCH))
+                clean = pad_to_patch_size(latent.to(x), _PATCH)
                 parts.append(self.patchifiers(clean, rate))  # pyright: ignore[reportOptionalCall]
             table = packed_rope(place, layout, frames, *grid, x.device)[0, 0]
             own = x.shape[2] * math.prod(grid)
@@ -216,7 +241,8 @@ class _Front:
         patches = dict(options.get("patches", {}))
         if "double_block" in patches:
             patches["double_block"] = [self._shifted(patch, blocks - 1) for patch in patches["double_block"]]
-        return {**options, "patches_replace": {**known, "dit": dit}, "patches": patches}
+        front = self.tokens_BMD.shape[1]
+        return {**options, FRONT: front, "patches_replace": {**known, "dit": dit}, "patches": patches}
 
     def _block(self, first: bool, last: bool, theirs: Callable | None) -> Callable:
         count = self.tokens_BMD.shape[1]
@@ -296,13 +322,6 @@ def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:
         return network.rope_embedder(ids * scale + shift)
 
     return place
-
-
-def _as_given(network: WanModel, latent_BCTHW: Tensor) -> Tensor:
-    """A finished frame with the channels that the network reads: itself, and for image-to-video mask and image."""
-    if network.in_dim == latent_BCTHW.shape[1]:
-        return latent_BCTHW
-    return torch.cat((latent_BCTHW, torch.ones_like(latent_BCTHW[:, :_MASK]), latent_BCTHW), dim=1)
 
 
 def _make_room(executor, model, noise_shape, conds, *args, **kwargs):

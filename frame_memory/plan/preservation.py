@@ -28,6 +28,8 @@ from fractions import Fraction
 from itertools import accumulate, product
 
 from .errors import PlanError, refusal
+from .memory import FARTHEST_DISTANCE, given_clips
+from .sections import Section
 
 PRESERVATION = "Frame Preservation Encoder"
 # Rows and columns of a patch of the DiT; of time a patch holds one latent frame.
@@ -195,22 +197,24 @@ class Budget:
     """What is kept of a history that grows without end.
 
     tokens: all is kept up to so many. past: what happens beyond, to the oldest chunks first. "drop" leaves them out;
-    "thin" encodes them again at 2x2x8 and drops the oldest only when that is not enough. recent: so many of the newest
-    chunks always stay as they are.
+    "thin" keeps them at 2x2x8 and drops the oldest only when that is not enough. recent: so many of the newest chunks
+    always stay as they are. beside: rates of further encoders, whose tokens stand beside those of `rate`.
 
-    2x2x8 holds as many tokens a second as 4x4x2 does (both stand for 32), so for 4x4x2 there is nothing to thin.
+    2x2x8 holds as many tokens a second as 4x4x2 does (both stand for 32), so for 4x4x2 alone there is nothing to thin.
     """
 
     tokens: int
     rate: str = "4x4x2"
     past: str = "drop"
     recent: int = 1
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self):
-        parse_rate(self.rate)
+        for name in (self.rate, *self.beside):
+            parse_rate(name)
         if self.past not in PAST:
             raise PlanError(refusal(f"past {self.past!r}", f"one of {', '.join(PAST)}", PAST[0], PRESERVATION))
-        if self.past == "thin" and RATES[self.rate].factor >= RATES[THIN].factor:
+        if self.past == "thin" and not self.beside and RATES[self.rate].factor >= RATES[THIN].factor:
             given = f"thin to {THIN} what is kept at {self.rate}"
             raise PlanError(refusal(given, f"a rate with more tokens than {THIN}", "drop", PRESERVATION))
         for name, value in (("tokens", self.tokens), ("recent", self.recent)):
@@ -220,12 +224,12 @@ class Budget:
     @property
     def rates(self) -> tuple[Rate, ...]:
         """The rates that chunks must suit: those to give `chunks`."""
-        names = (self.rate, THIN) if self.past == "thin" else (self.rate,)
-        return tuple(RATES[name] for name in names)
+        names = (self.rate, *self.beside, *((THIN,) if self.past == "thin" else ()))
+        return tuple(RATES[name] for name in dict.fromkeys(names))
 
 
 def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tuple[str | None, ...]:
-    """The rate at which each chunk is kept, oldest first, None for one that is dropped.
+    """The rate at which each chunk is kept, oldest first, None for one that is dropped; `beside` counts with `rate`.
 
     lengths: latent frames of each chunk, as `chunks(ends, *budget.rates)` cuts them. A chunk never gets better when
     more are added: dropped stays dropped, thin stays thin. Raises PlanError where even the recent chunks are too many.
@@ -236,7 +240,10 @@ def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tup
             near = str(max(round(length / step), 1) * step)
             expected = f"a positive multiple of {step}"
             raise PlanError(refusal(f"a chunk of {length} latent frames", expected, near, PRESERVATION))
-    fine, thin = ([token_count(RATES[r], n, height, width) for n in lengths] for r in (budget.rate, THIN))
+    fine, thin = (
+        [sum(token_count(RATES[r], n, height, width) for r in rates) for n in lengths]
+        for rates in ((budget.rate, *budget.beside), (THIN,))
+    )
     # Chunks are added one by one, as in a run: what a long recent one has pushed out would else return behind it.
     total, thinned, dropped = 0, 0, 0
     for count, tokens in enumerate(fine, 1):
@@ -260,6 +267,24 @@ def kept_spans(lengths: Sequence[int], budget: Budget, height: int, width: int) 
     stops = list(accumulate(lengths))
     named = zip([0, *stops], stops, kept(lengths, budget, height, width), strict=False)
     return tuple((start, stop, rate) for start, stop, rate in named if rate is not None)
+
+
+def segment_ends(given: int, window: int, sections: int = 0) -> tuple[int, ...]:
+    """Latent frames finished after each segment: of an existing video of `given` frames, then of each section.
+
+    An existing video is cut as its clips are; of a start picture (given 1) it is one frame.
+    """
+    front = (1, *(stop for _, stop in given_clips(given, window)))
+    return (*front, *(given + window * number for number in range(1, sections + 1)))
+
+
+def seen_from(places: Sequence[tuple[int, int, int]], section: Section) -> list[tuple[int, int, int]]:
+    """Positions of the video's tokens on a section's time axis: as far before its window as they are in the video.
+
+    What is farther than rotary positions reach stays at the farthest place.
+    """
+    window = section.positions[0]
+    return [(window - min(section.start - t, FARTHEST_DISTANCE), row, column) for t, row, column in places]
 
 
 def _exact(number: float | Fraction) -> Fraction:

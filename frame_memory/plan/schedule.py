@@ -30,6 +30,8 @@ PRESETS: dict[str, str] = {
     "F1 forward": "f1k1_td_f16k4f2k2f1k1_g9",
     "Vanilla": "td_f16k4f2k2f1k1_g9",
     "Anti-drifting, both ends first": "td_f16k4f2k2f1k1_g9_x_f1k1",
+    # Its own rules (arXiv 2603.04379; history sizes 16, 2, 1 and the first frame) are those of F1.
+    "Helios": "f1k1_td_f16k4f2k2f1k1_g9",
 }
 
 _FLAGS = re.IGNORECASE | re.ASCII

@@ -124,6 +124,14 @@ def patches_of(patcher) -> str:
     return f"{len(patches)} patched tensors ({short([patches, outline(list(hooks.values()))])})"
 
 
+def encoder_outline(memory) -> list:
+    """Everything of a memory's encoder that decides what it remembers, as plain data. memory: FRAME_MEMORY."""
+    network = memory.encoder.model
+    weights = {name: spread(value) for name, value in network.state_dict().items()}
+    patches = {name: outline(value) for name, value in memory.encoder.patches.items()}
+    return [weights, patches, memory.to_spec(), str(network.dtype)]
+
+
 def guider_fields(guider, sampler, sigmas: Tensor) -> dict[str, str]:
     """Readable identity of a GUIDER without its model and prompts, of the SAMPLER and of the SIGMAS."""
     skipped = {"model_patcher", "original_conds", "conds", "model_options", "inner_model", "loaded_models"}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..model.framepack import MODEL_OPTION, is_framepack, latent_families
 from ..model.memory import FrameMemory
+from ..model.preserved_memory import PreservedMemory
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -280,12 +281,12 @@ def sample_long_video(
     order: str = ORDER_AUTO, end: Mapping | None = None, history: Mapping | None = None,
     initial: Mapping | None = None, timeline: EncodedTimeline | None = None,
     changes: Sequence[SectionChange] = (), project: ProjectRequest | None = None, live: Live | None = None,
-    memory: FrameMemory | None = None, say: Callable[[str], None] = logging.info,
+    memory: FrameMemory | PreservedMemory | None = None, say: Callable[[str], None] = logging.info,
 ) -> Finished:  # fmt: skip
     """Plan, check, sample.
 
     project: where finished sections are kept and found again; without one they are in RAM only. live: needs one.
-    memory: with features (MemoryPack Encoder); for the forward order. say: shown on the node while it runs. Raises
+    memory: from its encoder node; for the forward order. say: shown on the node while it runs. Raises
     PlanError, MemoryMismatch, VAEError or JournalError before any sampling for what cannot work.
     """
     warnings = check_model(guider, schedule)

@@ -6,7 +6,7 @@ size. Source: reference/memorypack.md sections 2.4 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import comfy.model_management
@@ -17,18 +17,21 @@ from torch import Tensor
 from ..journal.fingerprint import fingerprint
 from ..model.framepack import MEMORY_KEY
 from ..model.memory import ATTACHED, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
-from ..plan import START, LongVideoPlan, PlanError, pixel_frames
+from ..model.preserved_memory import PreservedMemory
+from ..plan import START, LongVideoPlan, PlanError, Section, pixel_frames
 from ..plan.errors import PACKER, SAMPLER
 from ..plan.memory import FARTHEST_DISTANCE, given_clips, memory_tokens, with_true_image
+from ..plan.preservation import PRESERVATION
 from .guards import SectionError
-from .identity import outline, short, spread
+from .identity import encoder_outline, short
+from .preservation import PreservationRun, with_preserved
 
 # Bytes of work memory for each number of a clip's tokens: the widest layer of the encoder, in and out, and attention.
 _WORK = 64
 NAME = "psi.{}"
 LOST = (
     f"The MODEL brings a memory encoder with it, and 'memory' of '{SAMPLER}' is not connected, so it is not used. "
-    f"Connect 'memory' of '{MEMORY_PACK}', or take the MODEL from before that node."
+    f"Connect 'memory' of '{MEMORY_PACK}' or '{PRESERVATION}', or take the MODEL from before that node."
 )
 
 
@@ -68,6 +71,11 @@ class MemoryRun:
         """What the next section is shown, `[B, M, D]`; None before the first clip."""
         return self.memory.pack.tokens(self.psi) if self.clips else None
 
+    def carried(self, section: Section) -> dict:
+        """What a section's prompts carry of the memory."""
+        tokens = self.tokens()
+        return {} if tokens is None else {MEMORY_KEY: tokens}
+
     def take(self, window_BCTHW: Tensor, kept: Callable[[str], Tensor | None] | None = None) -> dict[str, Tensor]:
         """Take in a finished section; returns what is to be kept beside it, by name.
 
@@ -92,13 +100,13 @@ class MemoryRun:
     def words(self) -> str:
         """The identity of the memory for a list of what a run was made with."""
         memory = self.memory
-        known = short([_encoder(memory), memory.text, memory.vision])
+        known = short([encoder_outline(memory), memory.text, memory.vision])
         return f"{memory.label}, gate {gate_of(memory.pack):.4g} ({known})"
 
     def _beginning(self) -> str:
         memory = self.memory
         family = type(self.patcher.model.latent_format).__name__
-        return fingerprint([_encoder(memory), memory.text, memory.vision, self.given, self.window, family])
+        return fingerprint([encoder_outline(memory), memory.text, memory.vision, self.given, self.window, family])
 
     def _updated(self, psi: Tensor, clip_BCTHW: Tensor, first: bool) -> Tensor:
         pack, device = self._loaded(clip_BCTHW.shape)
@@ -125,17 +133,10 @@ class MemoryRun:
         return memory.pack, encoder.load_device
 
 
-def _encoder(memory: FrameMemory) -> list:
-    """Everything of an encoder that decides what it remembers, as plain data."""
-    weights = {name: spread(value) for name, value in memory.pack.state_dict().items()}
-    patches = {name: outline(value) for name, value in memory.encoder.patches.items()}
-    return [weights, patches, memory.spec.to_dict(), str(memory.pack.dtype)]
-
-
 def with_memory(
-    memory: FrameMemory | None, patcher, plan: LongVideoPlan, inputs
-) -> tuple[MemoryRun | None, LongVideoPlan, list[str], list[str]]:
-    """(what carries psi through the run, the plan as the memory was trained on, lines for people, warnings).
+    memory: FrameMemory | PreservedMemory | None, patcher, plan: LongVideoPlan, inputs
+) -> tuple[MemoryRun | PreservationRun | None, LongVideoPlan, list[str], list[str]]:
+    """(what carries the memory through the run, the plan as it was trained on, lines for people, warnings).
 
     patcher: the MODEL. inputs: the section loop's. A closed gate changes nothing: no run, and the plan as it was.
     Raises PlanError for a memory without features or an order that is not forward, MemoryMismatch for one of another
@@ -143,6 +144,9 @@ def with_memory(
     """
     if memory is None:
         return None, plan, [], [LOST] if is_attached(patcher) else []
+    if isinstance(memory, PreservedMemory):
+        run, lines, warnings = with_preserved(memory, patcher, plan, inputs)
+        return run, plan, lines, warnings
     _check(memory, plan)
     fits = check_fits(memory, patcher, SAMPLER)
     if not bool(memory.pack.gate):
@@ -185,9 +189,3 @@ def _too_far(plan: LongVideoPlan, image: int) -> list[str]:
         f"Beyond {seconds:.0f} s ({len(far)} of {len(plan.sections)} sections) the start picture stays "
         f"{FARTHEST_DISTANCE} latent frames away: the model's positions repeat from there on."
     ]
-
-
-def tokens_for(run: MemoryRun | None) -> Mapping[str, Tensor]:
-    """What a section's prompts carry of the memory."""
-    tokens = None if run is None else run.tokens()
-    return {} if tokens is None else {MEMORY_KEY: tokens}

@@ -39,8 +39,9 @@ from .guards import (
     with_safe_numbers,
 )
 from .identity import RunIdentity
-from .memory import MemoryRun, tokens_for
+from .memory import MemoryRun
 from .noise import SectionNoise
+from .preservation import PreservationRun
 from .prompts import EncodedTimeline, section_text, with_text
 
 STRIP_FRAMES = 5
@@ -144,14 +145,15 @@ class SectionSampler:
     """Runs a plan. Nothing it is given is changed: guider and conditioning are copied for each section.
 
     keeper: finished sections go there, and those it has are not sampled again. identity: needed with it.
-    changes: sections, by their place in the order of making, that get another seed or other words. memory: psi of one
-    run, which goes on from section to section.
+    changes: sections, by their place in the order of making, that get another seed or other words. memory: of one run,
+    which goes on from section to section.
     """
 
     def __init__(
         self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None, *,
         keeper: Keeper | None = None, identity: RunIdentity | None = None,
-        changes: Mapping[int, SectionChange] = MappingProxyType({}), memory: MemoryRun | None = None,
+        changes: Mapping[int, SectionChange] = MappingProxyType({}),
+        memory: MemoryRun | PreservationRun | None = None,
     ):  # fmt: skip
         self.guider, self.sampler, self.sigmas, self.timeline = guider, sampler, sigmas, timeline
         self.noise = SectionNoise(noise)
@@ -316,7 +318,15 @@ class SectionSampler:
         if end is not None:
             end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
         context = gather_context(section, frames.frame, inputs.start, end, blank)
-        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}, **tokens_for(self.memory)}
+        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
+        if self.memory is not None:
+            carried |= self.memory.carried(section)
         guider = copy.copy(self.guider)
-        guider.original_conds = {k: [{**c, **carried} for c in v] for k, v in conds.items()}
+        guider.original_conds = {k: [with_carried(c, carried) for c in v] for k, v in conds.items()}
         return guider
+
+
+def with_carried(entry: Mapping, carried: Mapping) -> dict:
+    """A prompt's entry with what a section carries; `model_conds` of both stand beside each other."""
+    both = {**entry.get("model_conds", {}), **carried.get("model_conds", {})}
+    return {**entry, **carried, "model_conds": both}

@@ -18,10 +18,11 @@ TOPOLOGY = {
 }  # fmt: skip
 
 
-def network(seed: int = 0, operations=comfy.ops.disable_weight_init) -> FramePackTransformer:
-    """Random weights, none of them zero."""
+def network(seed: int = 0, operations=comfy.ops.disable_weight_init, depth: int = 1) -> FramePackTransformer:
+    """Random weights, none of them zero. depth: blocks of each kind."""
     generator = torch.Generator().manual_seed(seed)
-    model = FramePackTransformer(dtype=torch.float32, operations=operations, **TOPOLOGY)
+    topology = TOPOLOGY | {"depth": depth, "depth_single_blocks": depth}
+    model = FramePackTransformer(dtype=torch.float32, operations=operations, **topology)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             spread = 0.02 if p.ndim == 1 else 0.7 * (p.numel() / p.shape[0]) ** -0.5

@@ -21,6 +21,7 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+from diffusers import HeliosTransformer3DModel
 from safetensors.torch import save_file
 
 from frame_memory.model import checkpoint, memory_file
@@ -39,6 +40,7 @@ from first_frame import clip_folders
 
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
+HELIOS = "helios.safetensors"
 VIDEO = InputImpl.VideoFromFile(str(SELFTEST / "frame_memory_before.mp4"))
 PACK = "frame_memory_pack_of_input_tests"
 IDS = [node for family in FAMILIES.values() for node in family.nodes]
@@ -122,8 +124,11 @@ def graph(nodes):
     encoders = importlib.import_module(f"{PACK}.frame_memory.model.memory")
     memory, _ = encoders.with_features_of(encoders.new_encoder(model), positive)
     memory.pack.gate.fill_(0.5)
+    preserved = importlib.import_module(f"{PACK}.frame_memory.model.preserved_memory")
+    frames = preserved.with_tokens(preserved.new_memory(model, "2x2x2"), 1000)
     return SimpleNamespace(
-        memory=memory, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive,
+        memory=memory, frames=frames, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider,
+        positive=positive,
         negative=negative, context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
@@ -144,7 +149,10 @@ def folders(tmp_path, monkeypatch, graph):
     memory_file.write(path, Base.of(graph.model), **parts)
     known = folder_paths.folder_names_and_paths
     monkeypatch.setitem(known, "frame_memory", ([str(tmp_path)], {".safetensors"}))
-    monkeypatch.setitem(known, "diffusion_models", ([str(SELFTEST / "diffusion_models")], {".safetensors"}))
+    config = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 64, "text_dim": 8}
+    save_file(HeliosTransformer3DModel(**config).state_dict(), str(tmp_path / HELIOS))
+    places = [str(SELFTEST / "diffusion_models"), str(tmp_path)]
+    monkeypatch.setitem(known, "diffusion_models", (places, {".safetensors"}))
     monkeypatch.setitem(known, "loras", ([str(tmp_path)], {".safetensors"}))
     clip_folders.make(tmp_path / "input" / "clips")
     clip_folders.video(tmp_path / "input" / "videos" / "a.mp4", 40, 30)
@@ -174,6 +182,11 @@ def of_memory(g) -> dict:
             "model": g.model, "memory": g.memory, "conditioning": g.positive,
             "clip_vision_output": SelfTestVision().encode_image(picture),
         },
+        "FrameMemoryFramePreservation": lambda: {"model": g.model, "memory": g.frames, "tokens": 50},
+        "FrameMemoryRetrieveFrame": lambda: {
+            "model": g.model, "memory": g.frames, "positive": g.positive, "samples": g.latent(5, 9), "vae": g.vae,
+            "seconds": 0.2, "steps": 1, "seed": 0,
+        },
         "FrameMemoryTrainDirectForcing": lambda: {
             "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.memory],
             "stage": ["1: memory and LoRA"], "name": ["inputs"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
@@ -186,6 +199,7 @@ def of_all_others(g) -> dict:
     picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
     return {
         "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
+        "FrameMemoryLoadMemoryModel": lambda: {"model_name": HELIOS},
         "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
         "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
         "FrameMemoryPromptTimeline": lambda: {

@@ -69,10 +69,7 @@ def expected(family, patcher, patchifiers, given, past, sample=0):
     convs = {4: patchifiers.proj_4x, 2: patchifiers.proj_2x, 1: patchifiers.proj}
     groups = []
     for (rate, times), latent in zip(past[wan.LAYOUT].groups, past[wan.CONTEXT], strict=True):
-        shown = latent[sample]
-        if reference.FAMILIES[family][0] != out:  # mask of ones, then the frame itself as image
-            shown = torch.cat([shown, torch.ones(4, *shown.shape[1:]), shown])
-        groups.append((rate, times, convs[rate].weight, convs[rate].bias, shown))
+        groups.append((rate, times, convs[rate].weight, convs[rate].bias, latent[sample]))
     steps = given["timestep"][sample].reshape(-1).expand(given["x"].shape[2])
     image = None if given["clip_fea"] is None else given["clip_fea"][sample]
     memory = (past[wan.TOKENS][sample], PLACES) if wan.TOKENS in past else None
@@ -202,16 +199,20 @@ def test_a_large_history_takes_few_rows_of_modulation():
 
 
 def test_patchifiers_begin_as_the_base_s_embedding_of_cell_means(loaded):
+    """For image-to-video each cell is a given frame's: a mask of ones, and itself as image."""
     family, patcher, _ = loaded
     fresh = wan.patchifiers_of(patcher)
     base = patcher.model.diffusion_model.patch_embedding
-    video = reference.drawn(2, base.in_channels, 8, 16, 8, seed=5)
+    channels, out, _ = reference.FAMILIES[family]
+    video = reference.drawn(2, out, 8, 16, 8, seed=5)
     for rate in (1, 2, 4):
-        means = torch.zeros(2, base.in_channels, 8 // rate, 16 // rate, 8 // rate)
+        means = torch.zeros(2, out, 8 // rate, 16 // rate, 8 // rate)
         for t in range(rate):
             for y in range(rate):
                 for x in range(rate):
                     means += video[:, :, t::rate, y::rate, x::rate] / rate**3
+        if channels != out:  # core's order: noise, mask, image
+            means = torch.cat([means, torch.ones_like(means[:, :4]), means], 1)
         with torch.no_grad():
             assert torch.allclose(fresh(video, rate), base(means).flatten(2).transpose(1, 2), atol=1e-5)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in fresh.parameters())

@@ -144,6 +144,7 @@ def test_presets_are_canonical_and_in_their_own_order():
         "F1 forward": "forward",
         "Vanilla": "forward",
         "Anti-drifting, both ends first": "both ends first",
+        "Helios": "forward",
     }
     for text in PRESETS.values():
         assert parse_schedule(text).text == text

@@ -1,0 +1,198 @@
+"""FRAME_MEMORY's other kind: encoders of frame preservation in a ModelPatcher of their own, for FramePack-F1 or Wan.
+
+Unlike a SemanticPack it has no gate and is told nothing of prompt or picture: its tokens stand in the visual sequence,
+clean, at their places in time. A fresh one already shows something, since its low branch is the base's own embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ..plan.preservation import THIN, Budget
+from . import wan
+from .base_signature import MODEL_PREFIX, Base
+from .framepack import is_framepack
+from .memory import (
+    FrameMemory,
+    MemoryMismatch,
+    attach,
+    check_fits,
+    check_model,
+    dtype_of,
+    encoder_of,
+    fingerprint_of,
+    fits_base,
+    load_weights,
+    patcher_of,
+    place_of,
+)
+from .memory_file import FRAME_PRESERVATION, LOAD_MEMORY, MemoryFile
+from .preservation import PreservationSpec
+from .preserved_history import PreservedHistory, initialise_all
+from .stored_weights import unpacked
+
+
+@dataclass(frozen=True)
+class PreservedMemory:
+    """What the socket carries.
+
+    encoder: ModelPatcher around a PreservedHistory. label: where it is from, for people. trained: False for fresh
+    weights. base: what it was made or trained for, None where nobody says. tokens: how many a run keeps at most; None
+    until 'Frame Preservation Encoder' says it.
+    """
+
+    kind: ClassVar[str] = FRAME_PRESERVATION
+    encoder: Any
+    specs: tuple[PreservationSpec, ...]
+    label: str
+    trained: bool
+    base: Base | None = None
+    tokens: int | None = None
+
+    @property
+    def history(self) -> PreservedHistory:
+        """The network."""
+        return self.encoder.model
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The rates of the encoders, as text."""
+        return tuple(spec.rate for spec in self.specs)
+
+    @property
+    def fingerprint(self) -> str:
+        """A few hex digits that change with the weights, for people."""
+        return fingerprint_of(self.history.state_dict())
+
+    @property
+    def budget(self) -> Budget:
+        """What a run keeps. Past it the oldest go; of an encoder at 2x2x8 beside others the others' tokens go first."""
+        first, *beside = sorted(self.rates, key=lambda rate: rate == THIN)
+        past = "thin" if beside and THIN in self.rates else "drop"
+        return Budget(self.tokens or 1, first, past, beside=tuple(beside))
+
+    def to_spec(self) -> dict:
+        """What the encoders are made of, as plain data for a file."""
+        return {"encoders": [spec.to_dict() for spec in self.specs]}
+
+    def describe(self) -> str:
+        """A line for people."""
+        size = sum(p.numel() for p in self.history.parameters())
+        branches = {spec.branches for spec in self.specs} - {"both"}
+        only = f", {' and '.join(sorted(branches))} only" if branches else ""
+        state = "" if self.trained else ", UNTRAINED: it shows the history coarsely, as the base embeds it"
+        return (
+            f"{self.label}: frame preservation {' + '.join(self.rates)}{only}, width {self.specs[0].hidden}, "
+            f"{size / 1e6:.1f} M numbers ({self.fingerprint}){state}"
+        )
+
+
+def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> PreservedMemory:
+    """Fresh encoders for a MODEL: the low branch as the MODEL's own patch embedding without LoRAs, all else untrained.
+
+    rates: one or several. options: of PreservationSpec, as `branches`. Raises MemoryMismatch for another MODEL.
+    """
+    check_base_model(model_patcher, LOAD_MEMORY)
+    weight, bias = _patch_embedding(model_patcher)
+    hidden, channels, *patch = weight.shape
+    made = {"hidden": hidden, "in_channels": channels, "patch": tuple(patch), **options}
+    specs = tuple(PreservationSpec(rate=rate, **made) for rate in rates)
+    place = place_of(model_patcher)
+    history = initialise_all(_build(specs, place["dtype"]), weight, bias, seed)
+    encoder = patcher_of(history, place["load_device"])
+    return PreservedMemory(encoder, specs, "new", False, Base.of(model_patcher))
+
+
+def memory_from_tensors(
+    tensors: Mapping[str, Tensor], specs: tuple[PreservationSpec, ...], *, label: str, trained: bool = True,
+    base: Base | None = None, dtype: torch.dtype | None = None, load_device=None,
+) -> PreservedMemory:  # fmt: skip
+    """A memory from PreservedHistory's state dict. dtype: None for that of the tensors that are not the base's.
+
+    Raises MemoryMismatch where names or shapes are not those of `specs`.
+    """
+    own = {name: value for name, value in tensors.items() if ".embed." not in name}
+    history = _build(specs, dtype or dtype_of(own))
+    load_weights(history, tensors, label)
+    return PreservedMemory(patcher_of(history, load_device), specs, label, trained, base)
+
+
+def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | PreservedMemory:
+    """The memory that a file holds, of either kind, in the numbers and for the device of a MODEL where there is one.
+
+    node: display name of the node that the file was chosen in. Raises MemoryMismatch for a file without a memory, or
+    with one that this version cannot read.
+    """
+    if not file.frames or file.spec is None:
+        return encoder_of(file, node, model_patcher)
+    try:
+        specs = tuple(PreservationSpec.from_dict(spec) for spec in file.spec["encoders"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{node}'.") from error
+    return memory_from_tensors(file.frames, specs, label=file.name, base=file.base, **place_of(model_patcher))
+
+
+def check_base_model(model_patcher, node: str) -> None:
+    """Raise MemoryMismatch unless a MODEL is one that frame preservation is for: FramePack-F1 or Wan."""
+    if is_framepack(model_patcher):
+        return check_model(model_patcher, node)
+    try:
+        wan.check(model_patcher)
+    except ValueError as error:
+        raise MemoryMismatch(
+            f"The MODEL of '{node}' takes no memory tokens. Expected FramePack-F1 or Wan. {error}"
+        ) from error
+    return None
+
+
+def check_preserved(memory: PreservedMemory, model_patcher, node: str) -> str:
+    """Raise MemoryMismatch, naming both fingerprints, unless a memory belongs to a MODEL; else how it was told."""
+    check_base_model(model_patcher, node)
+    spec, (hidden, channels, *_) = memory.specs[0], _patch_embedding(model_patcher)[0].shape
+    sizes = {"hidden": (spec.hidden, hidden), "in_channels": (spec.in_channels, channels)}
+    return fits_base(memory, model_patcher, node, sizes)
+
+
+def check_memory(memory: FrameMemory | PreservedMemory, model_patcher, node: str) -> str:
+    """`check_fits` or `check_preserved`, by kind."""
+    check = check_preserved if memory.kind == FRAME_PRESERVATION else check_fits
+    return check(memory, model_patcher, node)  # pyright: ignore[reportArgumentType]
+
+
+def with_tokens(memory: PreservedMemory, tokens: int) -> PreservedMemory:
+    """The same encoders with a limit on what a run keeps. Raises PlanError for less than one token."""
+    made = replace(memory, tokens=tokens)
+    Budget(tokens, memory.rates[0])
+    return made
+
+
+def attach_preserved(model_patcher, memory: PreservedMemory):
+    """A clone of a MODEL that brings the encoders with it and, on Wan, takes their tokens; the MODEL stays as it is."""
+    clone = attach(model_patcher, memory)
+    return clone if is_framepack(clone) or wan.is_attached(clone) else wan.attach(clone)
+
+
+def _patch_embedding(model_patcher) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the base's first convolution for finished frames, unpacked and without patches."""
+    if not is_framepack(model_patcher):
+        return wan.given_embedding(model_patcher)
+    name = "img_in.proj"
+    layer = model_patcher.model.diffusion_model.get_submodule(name)
+
+    def original(parameter: str) -> Tensor:
+        saved = model_patcher.backup.get(f"{MODEL_PREFIX}{name}.{parameter}")
+        return unpacked(layer, layer.get_parameter(parameter) if saved is None else saved.weight)
+
+    return original("weight"), original("bias")
+
+
+def _build(specs: tuple[PreservationSpec, ...], dtype: torch.dtype) -> PreservedHistory:
+    device = comfy.model_management.unet_offload_device()
+    return PreservedHistory(specs, dtype, device, comfy.ops.manual_cast).requires_grad_(False)

@@ -1,0 +1,41 @@
+"""Inputs that the nodes which load a checkpoint share."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+DIFFUSION_MODELS = "diffusion_models"
+DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+def model_file(shards: str) -> io.Combo.Input:
+    """The file. shards: what published checkpoints come in."""
+    return io.Combo.Input(
+        "model_name",
+        options=folder_paths.get_filename_list(DIFFUSION_MODELS),
+        tooltip=(
+            f"File in models/diffusion_models. Of a checkpoint in {shards} choose any one; the others "
+            "must lie beside it."
+        ),
+    )
+
+
+def number_format(saved: str) -> io.Combo.Input:
+    """The number format in memory. saved: what fp8 makes of a bf16 file."""
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(DTYPES),
+        default="default",
+        advanced=True,
+        tooltip=(
+            "Number format of the transformer blocks in memory. default keeps the file's. fp8 halves the "
+            f"memory of a bf16 file ({saved}) at a small loss; embedders and norms stay exact."
+        ),
+    )
