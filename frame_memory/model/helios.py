@@ -7,8 +7,8 @@ for one, under diffusers' names. `wan.py` does what else it does: patchifiers of
 history, mean phases for coarse tokens, timestep 0 for the history. One thing is left: the history does not read the
 text, so that the cross-attention of each block becomes a subclass of core's that sees the window alone.
 
-What the flags of its configuration switch is the published setting here; a configuration that says otherwise is
-refused (`EXPECTED`), as are keys of history that are amplified, which no published file has.
+What the flags of its configuration switch is diffusers' default here; a configuration that says otherwise is refused
+(`EXPECTED`), and so are amplified keys of the history: core's attention scales no part of its keys.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ RULES = "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder um
 # The largest patchifier, which no other family has under this name.
 SIGNATURE = "patch_long.weight"
 AMPLIFIED = "history_key_scale"
+# Left over from Wan's image-to-video network; diffusers passes over it in files too.
+UNUSED = ".norm_added_q."
 # Of the configuration beside the files: what core's Wan and `wan.py` compute.
 EXPECTED = {
     "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "cross_attn_norm": True,
@@ -99,7 +101,7 @@ def open_state_dict(paths: str | Sequence[str]) -> tuple[tuple[str, ...], dict[s
     _refuse_other(files[0], stored)
     table = {**names(count_blocks(stored, "blocks.{}.")), **_with(BOTH, _PATCHIFIERS)}
     try:
-        compare(set(table.values()), set(stored), "Helios")
+        compare(set(table.values()), {key for key in stored if UNUSED not in key}, "Helios")
     except KeyMapError as error:
         raise KeyMapError(f"{files[0]}: {error} {CHOOSE}", error.missing, error.unexpected) from None
     native = {ours: stored[theirs] for ours, theirs in table.items()}
@@ -139,7 +141,7 @@ def load_helios(paths, model_options=None, disable_dynamic=False):
 
 @torch.no_grad()
 def _patchifiers(path: str, network, stored: Mapping[str, Tensor]) -> wan.Patchifiers:
-    made = wan.Patchifiers(network.in_dim, network.dim)
+    made = wan.Patchifiers(network.out_dim, network.dim)
     for name, value in made.state_dict().items():
         if stored[name].shape != value.shape:
             raise CheckpointError(
@@ -163,7 +165,7 @@ def _refuse_other(path: str, stored: Mapping[str, Tensor]) -> None:
     if any(key.endswith(AMPLIFIED) for key in stored):
         raise CheckpointError(
             f"{path}: this Helios amplifies the history's keys ({AMPLIFIED}), which core's Wan blocks cannot do. "
-            f"Expected one without, as the published ones are. {CHOOSE}"
+            f"Expected one without, as diffusers makes it. {CHOOSE}"
         )
     _check_config(os.path.join(os.path.dirname(path), "config.json"))
 

@@ -202,6 +202,12 @@ def test_every_tensor_is_used_once(tensors):
     assert len(own) == 6 and set(table.values()) == set(tensors) - own and len(set(table.values())) == len(table)
 
 
+def test_a_tensor_that_diffusers_passes_over_is_passed_over(tmp_path, tensors, ours):
+    more = {**tensors, "blocks.0.attn2.norm_added_q.weight": torch.ones(256)}
+    loaded = load(cf.write_file(tmp_path / "a.safetensors", more))
+    assert loaded.model.state_dict().keys() == ours.model.state_dict().keys()
+
+
 def test_the_report_counts_what_the_folder_holds(folder, tensors):
     info, numbers = helios.inspect(str(folder)), sum(v.numel() for v in tensors.values())
     files = list((folder / "transformer").glob("*.safetensors"))
