@@ -9,9 +9,8 @@ from __future__ import annotations
 from . import wan
 from .context import PackedContext
 from .framepack import FRAME_CONTEXT_KEY, MODEL_OPTION, has_context_weights, is_framepack
-from .sources import LOAD_MODEL
+from .sources import LOAD_MODEL, LOAD_WAN, WAN_CONTEXT
 
-WAN_CONTEXT, LOAD_WAN = "Wan Frame Context", "Load Diffusion Model"
 # What 'Wan Image To Video' and the like put into a prompt: frames that are given inside the window.
 GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import comfy.samplers
 import torch
@@ -66,7 +67,7 @@ def low_noise_of(guider) -> comfy.samplers.CFGGuider | None:
     return guider.low if isinstance(guider, WanExpertGuider) else None
 
 
-def models_of(guider) -> dict[str, object]:
+def models_of(guider) -> dict[str, Any]:
     """The MODELs of a GUIDER by what comes before their name for people: "" for the only or high noise one."""
     low = low_noise_of(guider)
     return {"": guider.model_patcher, **({} if low is None else {"low noise ": low.model_patcher})}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..journal.fingerprint import fingerprint
-from ..model import wan
 from ..model.context import layout_of
 from ..plan import Section
 
@@ -101,7 +100,7 @@ def _outline_of_function(function, depth: int):
 
 
 def model_fields(patcher) -> dict[str, str]:
-    """Readable identity of a MODEL: its weights, what is patched onto them, its options, Wan's patchifiers."""
+    """Readable identity of a MODEL: its weights, what is patched onto them, and its options."""
     network = patcher.model.diffusion_model
     backup = {k.removeprefix("diffusion_model."): v.weight for k, v in patcher.backup.items()}
     # Where a LoRA is merged into the weights in memory, core keeps the originals aside.
@@ -109,13 +108,11 @@ def model_fields(patcher) -> dict[str, str]:
     left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
     options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
-    fields = {
+    return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
         "LoRA and patches": patches_of(patcher) or "none",
         "model options": short([outline(options, where="model_options"), outline(patcher.object_patches)]),
     }
-    beside = [[outline(p.model), outline(p.patches)] for p in patcher.get_additional_models_with_key(wan.KEY)]
-    return fields | ({"patchifiers": short(beside)} if beside else {})
 
 
 def patches_of(patcher) -> str:

@@ -19,6 +19,7 @@ from ..model import families
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..model.preserved_memory import PreservedMemory
+from ..model.sources import WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -99,7 +100,7 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
         if not said.get(families.TRAINED, True):
             warnings.append(
                 f"The patchifiers of the {which}MODEL are untrained: it was never taught to read history, and sections "
-                f"will not follow one another well. Choose a trained file in '{families.WAN_CONTEXT}'."
+                f"will not follow one another well. Choose a trained file in '{WAN_CONTEXT}'."
             )
         trained = said.get(families.SCHEDULE, "")
         if trained and trained != schedule.text:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..journal.files import JournalError, write_durable
 from ..journal.project import IF_CHANGED, Project
-from ..model import tensor_file
+from ..model import tensor_file, wan
 from ..model.families import pixels_a_latent, said
 from ..model.framepack import is_framepack
 from ..model.tensor_file import StoredTensor
@@ -26,7 +26,7 @@ from ..video.guards import warnings_of
 from ..video.writer import estimate_bytes
 from .experts import low_noise_of, models_of
 from .frames import LatentFrames
-from .identity import RunIdentity, guider_fields, model_fields, prompt_field, short
+from .identity import RunIdentity, guider_fields, model_fields, outline, prompt_field, short
 from .section_loop import Inputs, Made
 from .stored import front_name
 
@@ -68,7 +68,8 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     """Everything else of a run, a line for each cause of change, and the part that every section depends on."""
     shared = {}
     for which, patcher in models_of(runner.guider).items():
-        shared |= {which + name: value for name, value in model_fields(patcher).items()}
+        own = {**model_fields(patcher), **patchifiers_field(patcher)}
+        shared |= {which + name: value for name, value in own.items()}
     shared |= guider_fields(runner.guider, runner.sampler, runner.sigmas)
     low = low_noise_of(runner.guider)
     if low is not None:
@@ -92,6 +93,12 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     if runner.memory is not None:  # projects from before there was memory have no such line
         fields["memory"] = runner.memory.words()
     return fields, RunIdentity(shared)
+
+
+def patchifiers_field(patcher) -> dict[str, str]:
+    """Readable identity of the patchifiers beside a Wan MODEL; empty for other models."""
+    beside = [[outline(p.model), outline(p.patches)] for p in patcher.get_additional_models_with_key(wan.KEY)]
+    return {"patchifiers": short(beside)} if beside else {}
 
 
 def _change_words(change) -> str:
