@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from frame_memory.forcing.flow import Conditioning, add_noise, flow_loss, one_step_estimate, shifted_sigmas
+from frame_memory.forcing.flow import Conditioning
 from frame_memory.forcing.gradients import differentiable, training_options
 from frame_memory.forcing.loop import Trainer, TrainSettings, run
-from frame_memory.model.context import gather_context
+from frame_memory.forcing.sections import Disturbance, Sample, section_loss
 from frame_memory.model.transformer import FramePackTransformer
 
 from .clips import ClipSet, fit_codec, random_section
@@ -88,7 +88,7 @@ class SectionLoss:
         self, model, kinds: dict[str, ClipSet], batch: int, *, disturb: float, own: float, encode=None, device="cpu"
     ):
         self.model, self.kinds, self.batch, self.encode = model, kinds, batch, encode
-        self.disturb, self.own, self.device = disturb, own, device
+        self.disturbance, self.device = Disturbance(disturb, own), device
         self.options = training_options()
 
     def __call__(self, generator: torch.Generator) -> Tensor:
@@ -100,39 +100,8 @@ class SectionLoss:
         latents = latents.to(self.device)
         cond = Conditioning(*(t.to(self.device) for t in (cond.text, cond.pooled, cond.vision)))
         section, previous = random_section(kind, generator)
-        start = latents[:, :, :1]
-        history = latents
-        if previous is not None and float(torch.rand((), generator=generator)) < self.own:
-            history = self._with_own_estimate(latents, start, previous, cond, generator)
-        context = gather_context(section, history, start, None, 0.0)
-        if self.disturb:
-            context = self._with_noise(context, generator)
-        x = latents[:, :, section.start : section.stop]
-        noise, sigma = self._draw(x.shape, generator)
-        return flow_loss(self.model, x, noise, sigma, cond, context, self.options)
-
-    def _draw(self, shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise and noise levels, drawn on the CPU so that every device trains on the same numbers."""
-        noise = torch.randn(shape, generator=generator)
-        return noise.to(self.device), shifted_sigmas(self.batch, SHIFT, generator).to(self.device)
-
-    def _with_own_estimate(self, latents, start, previous, cond, generator) -> Tensor:
-        x = latents[:, :, previous.start : previous.stop]
-        noise, sigma = self._draw(x.shape, generator)
-        context = gather_context(previous, latents, start, None, 0.0)
-        estimate = one_step_estimate(self.model, x, noise, sigma, cond, context, self.options)
-        return torch.cat([latents[:, :, : previous.start], estimate, latents[:, :, previous.stop :]], dim=2)
-
-    def _with_noise(self, context, generator):
-        """Noise every history frame that exists; the start frame stays clean, blanks stay blank."""
-        level = (torch.rand(self.batch, generator=generator) * self.disturb).to(self.device)
-        disturbed = []
-        for latent, (_, positions) in zip(context.latents, context.layout.groups, strict=True):
-            noisy = add_noise(latent, torch.randn(latent.shape, generator=generator).to(self.device), level)
-            pinned = torch.tensor([p == 0 for p in positions], device=self.device).reshape(1, 1, -1, 1, 1)
-            keep = pinned | (latent == 0).all(1, keepdim=True)
-            disturbed.append(torch.where(keep, latent, noisy))
-        return type(context)(disturbed, context.layout)
+        sample = Sample(latents, cond, section, previous)
+        return section_loss(self.model, sample, self.disturbance, SHIFT, generator, self.options)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..model import wan
 from ..model.context import PackedContext
 
 GUIDANCE = 10.0
@@ -19,31 +20,61 @@ GUIDANCE = 10.0
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text `[B, L, .]`, pooled text `[B, .]` and vision tokens `[B, ., 1152]` of a batch."""
+    """Text `[B, L, .]`, pooled text `[B, .]` and vision tokens `[B, ., 1152]` of a batch, for FramePack's network."""
 
     text: Tensor
     pooled: Tensor
     vision: Tensor | None = None
 
+    def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
+        """The network's velocity at `sigma`."""
+        return model(
+            x_BCTHW,
+            sigma_B * 1000,
+            context=self.text,
+            y=self.pooled,
+            clip_fea=self.vision,
+            guidance=torch.full_like(sigma_B, GUIDANCE),
+            context_latents=context.latents,
+            context_layout=context.layout,
+            transformer_options=options,
+            memory_tokens=memory_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class WanConditioning:
+    """Text `[B, L, .]` and vision tokens `[B, ., 1280]` of a batch, for core's Wan with `model.wan.options`.
+
+    beside: channels that the network reads beside the noise. They stay zero, as core leaves them for a window that no
+    picture was given for: the first picture is among the context.
+    """
+
+    text: Tensor
+    vision: Tensor | None = None
+    beside: int = 0
+
+    def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
+        """The network's velocity at `sigma`. Raises ValueError for tokens of a memory that Wan has not."""
+        if memory_tokens is not None:
+            raise ValueError("Wan was given tokens of a MemoryPack; expected none.")
+        nothing = x_BCTHW.new_zeros((x_BCTHW.shape[0], self.beside, *x_BCTHW.shape[2:]))
+        return model(
+            torch.cat((x_BCTHW, nothing), dim=1),
+            sigma_B * 1000,
+            context=self.text,
+            clip_fea=self.vision,
+            transformer_options=options,
+            **{wan.CONTEXT: context.latents, wan.LAYOUT: context.layout},
+        )
+
 
 def predict_velocity(
-    model: nn.Module, x_BCTHW: Tensor, sigma_B: Tensor, cond: Conditioning, context: PackedContext, options: dict,
-    memory_tokens: Tensor | None = None,
+    model: nn.Module, x_BCTHW: Tensor, sigma_B: Tensor, cond: Conditioning | WanConditioning, context: PackedContext,
+    options: dict, memory_tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One call of the network at `sigma`. memory_tokens: `[B, M, D]` of a SemanticPack, None without memory."""
-    guidance = torch.full_like(sigma_B, GUIDANCE)
-    return model(
-        x_BCTHW,
-        sigma_B * 1000,
-        context=cond.text,
-        y=cond.pooled,
-        clip_fea=cond.vision,
-        guidance=guidance,
-        context_latents=context.latents,
-        context_layout=context.layout,
-        transformer_options=options,
-        memory_tokens=memory_tokens,
-    )
+    return cond.call(model, x_BCTHW, sigma_B, context, options, memory_tokens)
 
 
 def add_noise(x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:

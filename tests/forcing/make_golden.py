@@ -16,6 +16,7 @@ from frame_memory.forcing.draws import FORCINGS, Recipe, draw_video
 from . import reference_forcing, reference_preserving, small
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
+CONTEXT_GOLDEN = Path(__file__).with_name("golden_context.json")
 PRESERVING = Path(__file__).with_name("golden_preserving.json")
 TOLERANCE = 1e-5
 
@@ -31,6 +32,15 @@ def write() -> None:
         made = reference_forcing.losses(kind, model, pack, video, draw.sigmas, draw.noises, draw.rollout_noises)
         losses[kind] = [float(loss) for loss, _ in made]
     GOLDEN.write_text(json.dumps({"tolerance": TOLERANCE, "losses": losses}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def write_context() -> None:
+    """Of tests/forcing/test_sections.py, by the plain loop of reference_context.py."""
+    from . import test_sections
+
+    losses = {case: test_sections.plain_loss(case) for case in test_sections.CASES}
+    CONTEXT_GOLDEN.write_text(json.dumps({"tolerance": TOLERANCE, "losses": losses}, indent=1) + "\n")
 
 
 @torch.no_grad()
