@@ -31,7 +31,7 @@ def _inputs() -> list[io.Input]:
             "vae",
             tooltip=(
                 "The VAE that belongs to the model: HunyuanVideo's for FramePack, Wan's own for Wan. Another one "
-                "of the same shape is refused. What does not fit into memory is decoded in tiles, then smaller ones, then "
+                "of the same shape is refused. What does not fit into memory is decoded in tiles, then smaller, then "
                 "on the CPU, and the report says so."
             ),
         ),
