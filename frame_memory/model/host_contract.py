@@ -144,6 +144,7 @@ CONTEXT = _needs("""
 VAE_FAMILIES = _needs("""
     comfy.ldm.models.autoencoder.AutoencoderKL
     comfy.ldm.wan.vae.WanVAE
+    comfy.ldm.wan.vae2_2.WanVAE
     comfy.taesd.taehv.TAEHV
 """)
 
@@ -257,6 +258,20 @@ MEMORY_FILES = _needs("""
     comfy.utils.get_attr obj attr
     comfy_api.latest.io.Float.Input
     comfy_execution.graph_utils.ExecutionBlocker message
+""")
+
+WAN_NODES = _needs("""
+    comfy.conds.CONDList
+    comfy.ldm.common_dit.pad_to_patch_size img patch_size
+    comfy.ldm.wan.model.WanModel
+    comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
+    comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+    comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas denoise_mask callback disable_pbar seed
+    comfy.samplers.CFGGuider.set_conds
+    comfy_api.latest.io.Conditioning.Input
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Guider.Output
 """)
 
 VIDEO = _needs("""
@@ -467,6 +482,9 @@ TRAINING = _needs("""
 
 FAMILIES: dict[str, Family] = {
     "models": Family(("FrameMemoryLoadFramePack", "FrameMemoryLoraLoader"), API + MODEL_CLASS + CHECKPOINTS + PROMPTS),
+    "wan": Family(
+        ("FrameMemoryWanFrameContext", "FrameMemoryWanExpertGuider"), API + MODEL_CLASS + ENCODER + MEMORY + WAN_NODES
+    ),
     "memory_models": Family(("FrameMemoryLoadMemoryModel",), API + MODEL_CLASS + CHECKPOINTS + WAN),
     "context": Family(("FrameMemoryContextPacker", "FrameMemoryPromptTimeline"), API + CONTEXT + PROMPTS),
     "sampling": Family(

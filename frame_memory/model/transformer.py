@@ -90,8 +90,7 @@ class FramePackTransformer(HunyuanVideo):
         pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device, frame_memory_positions)
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
         img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
-        out = self.final_layer(img[:, -window.shape[1] :], vec)
-        return self._pixels(out, grid)[..., :height, :width]
+        return self._pixels(self.final_layer(img[:, -window.shape[1] :], vec), grid)[..., :height, :width]
 
     def _pixels(self, out_BNK: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens of the window back to `[B, C, T, H, W]`."""

@@ -154,6 +154,11 @@ def is_attached(model_patcher) -> bool:
     return bool(model_patcher.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY))
 
 
+def accepts_context(model_patcher) -> bool:
+    """Whether a MODEL has patchifiers too, for frames of history."""
+    return is_attached(model_patcher) and bool(model_patcher.get_additional_models_with_key(KEY))
+
+
 def check(model_patcher) -> WanModel:
     """The network of a MODEL. Raises ValueError unless core runs it by WanModel's own forward pass and its channels are
     those of a text-to-video or an image-to-video model."""
