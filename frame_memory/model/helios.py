@@ -25,6 +25,8 @@ from torch import Tensor
 
 from . import checkpoint, wan
 from .checkpoint import CheckpointError
+from .families import FPS_SAID
+from .framepack import MODEL_OPTION
 from .key_map import BOTH, WEIGHT, KeyMapError, compare
 from .sources import LOAD_MEMORY_MODEL, choose
 from .tensor_file import StoredTensor
@@ -32,6 +34,8 @@ from .tensor_file import StoredTensor
 CHOOSE = choose(LOAD_MEMORY_MODEL)
 # What the artist has to know, since no file says it.
 RULES = "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; 24 fps"
+# Of its videos, where other models on Wan 2.1's latents make 16.
+FPS = 24.0
 # The largest patchifier, which no other family has under this name.
 SIGNATURE = "patch_long.weight"
 AMPLIFIED = "history_key_scale"
@@ -135,6 +139,7 @@ def load_helios(paths, model_options=None, disable_dynamic=False):
     for block in network.blocks:
         block.cross_attn.__class__ = WindowCrossAttention
     attached = wan.attach(model, wan.patcher_of(_patchifiers(files[0], network, own)))
+    attached.model_options = {**attached.model_options, MODEL_OPTION: {FPS_SAID: FPS}}
     attached.cached_patcher_init = (load_helios, (paths, model_options))
     return attached
 

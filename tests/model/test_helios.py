@@ -14,7 +14,7 @@ import torch
 from diffusers import HeliosTransformer3DModel
 
 from benchmarks.parity_models import randomise, relative_rms
-from frame_memory.model import checkpoint, helios, wan
+from frame_memory.model import checkpoint, families, helios, wan
 from frame_memory.model.packing import ContextLayout
 from frame_memory.model.tensor_file import real
 
@@ -167,6 +167,11 @@ def test_core_samples_it_and_its_clones(folder, ours):
     # As core makes one for another device: from the file again.
     fresh = ours.clone(force_deepcopy=True)
     assert fresh.model is not ours.model and torch.equal(sample(fresh), wanted)
+
+
+def test_its_videos_are_made_at_24_frames_a_second(ours):
+    """Other models on Wan 2.1's latents make 16; the section loop asks this note first."""
+    assert families.said(ours)[families.FPS_SAID] == 24 and families.why_no_history(ours) is None
 
 
 def test_fp8_is_for_the_matrices_of_the_blocks(folder):
