@@ -31,6 +31,9 @@ TOPOLOGY = {
     "hidden": "hidden_size", "heads": "num_heads", "depth": "depth", "single_depth": "depth_single_blocks",
     "channels": "in_channels", "text": "context_in_dim",
 }  # fmt: skip
+WAN_TOPOLOGY = {
+    "hidden": "dim", "heads": "num_heads", "depth": "num_layers", "channels": "in_dim", "text": "text_dim"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def _bytes(numbers: tuple[float, ...]) -> bytes:
 class Base:
     """A base model as far as its memories and heads depend on it. family, kind: empty where nobody says.
 
-    family: of its latents, as 'Load FramePack Model' notes it. kind: "F0" or "F1". topology: sizes by TOPOLOGY's names.
+    family: of its latents, as 'Load FramePack Model' notes it, of Wan their format. kind: "F0" or "F1" of FramePack.
+    topology: sizes by TOPOLOGY's names.
     """
 
     family: str
@@ -99,22 +103,26 @@ class Base:
     @classmethod
     def of(cls, patcher) -> Base:
         """The base of a MODEL (core's ModelPatcher, not changed), whatever LoRAs or heads are patched onto it."""
-        known = patcher.model_options.get(MODEL_OPTION, {})
+        known, network = patcher.model_options.get(MODEL_OPTION, {}), patcher.model.diffusion_model
         originals = {k.removeprefix(MODEL_PREFIX): v.weight for k, v in patcher.backup.items()}
-        return cls.of_network(patcher.model.diffusion_model, known.get("base", ""), known.get("kind", ""), originals)
+        wan = "" if hasattr(network, "params") else type(patcher.model.latent_format).__name__
+        return cls.of_network(network, known.get("base", wan), known.get("kind", ""), originals)
 
     @classmethod
     def of_network(
         cls, network: torch.nn.Module, family: str, kind: str, originals: Mapping[str, Tensor] | None = None
     ) -> Base:
-        """The base that a FramePack network is. originals: weights by name, where patches have replaced them."""
-        sizes = {ours: getattr(network.params, core, None) for ours, core in TOPOLOGY.items()}
+        """The base that a FramePack or Wan network is. originals: weights by name, where patches have replaced them."""
+        named, table = (network.params, TOPOLOGY) if hasattr(network, "params") else (network, WAN_TOPOLOGY)
+        sizes = {ours: getattr(named, core, None) for ours, core in table.items()}
         topology = {name: int(size) for name, size in sizes.items() if size is not None}
         return cls(family, kind, topology, Signature.of(network, originals or {}))
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.topology.items())
-        what = " ".join(filter(None, (self.family, "FramePack", self.kind)))
+        # Blocks of a single kind are Wan's.
+        network = "FramePack" if "single_depth" in self.topology else "network"
+        what = " ".join(filter(None, (self.family, network, self.kind)))
         return f"{what} ({sizes}; fingerprint {self.signature.short})"
 
     def difference(self, other: Base) -> str:
