@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..frame_memory.plan import (
     PRESETS,
+    TEXT_BESIDE,
     check_size,
     parse_schedule,
     parse_timeline,
@@ -32,8 +33,9 @@ def _packer_inputs() -> list[io.Input]:
             default="F1 forward",
             tooltip=(
                 "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
-                "for FramePack_F1, 'Helios' for Helios (the same as F1). The others are the paper's, for experiments "
-                "and own training."
+                "for FramePack_F1, 'Helios' for Helios (the same as F1), 'Wan, 81 frames' for "
+                "Wan behind Wan Frame Context, '3 clean frames' with a memory of frame preservation. The others are "
+                "the paper's, for experiments and own training."
             ),
         ),
         io.String.Input(
@@ -93,8 +95,8 @@ class FrameMemoryContextPacker(io.ComfyNode):
                 ),
                 io.Int.Output(
                     display_name="tokens",
-                    tooltip="Tokens of one section: window, context, image (729) and about 120 of text. Constant in "
-                    "the length of the video.",
+                    tooltip="Tokens of one section: window and context, of FramePack also image (729) and about 120 of "
+                    "text. Constant in the length of the video.",
                 ),
             ],
         )
@@ -103,7 +105,8 @@ class FrameMemoryContextPacker(io.ComfyNode):
     def execute(cls, preset, schedule="", width=640, height=608) -> io.NodeOutput:
         parsed = parse_schedule(schedule if preset == FREE else PRESETS[preset])
         check_size(width, height, PACKER)
-        count = schedule_tokens(parsed, height // 8, width // 8, text_tokens=120)
+        beside = {"image_tokens": 0} if preset in TEXT_BESIDE else {"text_tokens": 120}
+        count = schedule_tokens(parsed, height // 8, width // 8, **beside)
         picture = draw(packing_picture(parsed, latent_height=height // 8, latent_width=width // 8))
         return io.NodeOutput(FrameContext(parsed), picture, count.total, ui=ui.PreviewImage(picture, cls=cls))
 

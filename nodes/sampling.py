@@ -25,7 +25,10 @@ CATEGORY = "model/sampling/framepack"
 def _picture_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input("positive", tooltip="Prompt from CLIP Text Encode; FluxGuidance 10 fits."),
-        io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+        io.Vae.Input(
+            "vae",
+            tooltip="The model's VAE: HunyuanVideo's for FramePack, Wan 2.1's for Wan, 2.2's for 5B.",
+        ),
         io.Image.Input("image", tooltip="Start picture, any size. A batch makes one video for each picture."),
         io.Int.Input(
             "size",
@@ -35,7 +38,8 @@ def _picture_inputs() -> list[io.Input]:
             step=16,
             tooltip=(
                 "Side in pixels of a square with the video's area; width and height follow the picture's shape "
-                "on FramePack's list of sizes (multiples of 16). Trained at 640; smaller is faster."
+                "on FramePack's list of sizes (multiples of 16, with Wan 2.2 5B of 32); 640 gives Wan's 832x480 "
+                "too. Trained at 640; smaller is faster."
             ),
         ),
     ]
@@ -51,7 +55,8 @@ def _optional_picture_inputs() -> list[io.Input]:
         io.ClipVision.Input(
             "clip_vision",
             optional=True,
-            tooltip="sigclip_vision_patch14_384. FramePack expects it; without it the picture weighs less.",
+            tooltip="sigclip_vision_patch14_384 for FramePack, clip_vision_h for Wan 2.1 image to video: both "
+            "expect it. None for other Wan models.",
         ),
         io.Image.Input(
             "end_image",
@@ -207,7 +212,9 @@ def _run_inputs() -> list[io.Input]:
     return [
         io.Noise.Input("noise", tooltip="RandomNoise: one generator draws the noise of every section in turn."),
         io.Guider.Input(
-            "guider", tooltip="BasicGuider, or CFGGuider for a negative prompt, around the FramePack model."
+            "guider",
+            tooltip="BasicGuider, or CFGGuider for a negative prompt, around FramePack, or around Wan behind Wan Frame "
+            "Context; Wan Expert Guider for the two experts of Wan 2.2.",
         ),
         io.Sampler.Input("sampler", tooltip="FramePack UniPC, or any stock sampler. Used for each section."),
         io.Sigmas.Input("sigmas", tooltip="FramePack Sigmas, or any scheduler's. Used for each section."),
@@ -226,8 +233,9 @@ def _run_inputs() -> list[io.Input]:
             max=3600.0,
             step=0.1,  # the editor shows and keeps as many decimals as the step has
             tooltip=(
-                "Length in seconds at 30 fps, in sections of 1.2 s (36 frames; other values go to the nearest). The "
-                "video has one frame more: the start picture. The exact length is shown before the first step."
+                "Length in seconds, in whole sections: of 1.2 s (36 frames at 30 fps) with FramePack, of 5 s (80 "
+                "frames at 16 fps) with Wan. The video has one frame more: the start picture. The exact length is "
+                "shown before the first step."
             ),
         ),
         io.String.Input(
@@ -324,7 +332,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
             display_name="Anti-Drift Sampler",
             category=CATEGORY,
             description=(
-                "Makes a long video section by section. Each section of 1.2 s is sampled with a packed context of what "
+                "Makes a long video section by section. Each section is sampled with a packed context of what "
                 "is finished, in the order that the schedule was trained for."
             ),
             search_aliases=["framepack sampler", "long video", "section sampler", "anti drifting"],
@@ -333,7 +341,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
             outputs=[
                 io.Latent.Output(
                     display_name="samples",
-                    tooltip="The whole video as a latent: 1 + 9 latent frames a section. For Save Long Video.",
+                    tooltip="The whole video as a latent: 1 + 9 (Wan 20) latent frames a section. For Save Long Video.",
                 ),
                 io.String.Output(
                     display_name="report",
@@ -342,7 +350,7 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
                 io.String.Output(display_name="project", tooltip="Name of the project that holds the sections."),
                 io.Video.Output(
                     display_name="video",
-                    tooltip="The finished mp4 (H.264, 30 fps) in the project's folder; nothing without a vae.",
+                    tooltip="The finished mp4 (H.264, at the model's fps) in the project; nothing without a vae.",
                 ),
                 io.Image.Output(
                     display_name="contact_sheet",

@@ -30,21 +30,21 @@ def _inputs() -> list[io.Input]:
         io.Vae.Input(
             "vae",
             tooltip=(
-                "The VAE that belongs to the model: the HunyuanVideo VAE for FramePack. Another one with the "
-                "same shape is refused. What does not fit into memory is decoded in tiles, then in smaller ones, then "
+                "The VAE that belongs to the model: HunyuanVideo's for FramePack, Wan's own for Wan. Another one "
+                "of the same shape is refused. What does not fit into memory is decoded in tiles, then smaller ones, then "
                 "on the CPU, and the report says so."
             ),
         ),
         io.Float.Input(
             "fps",
-            default=30.0,
+            default=0.0,
             min=0.0,
             max=240.0,
             step=0.001,  # the editor keeps as many decimals as the step has; 23.976 needs three
             tooltip=(
-                "Frames per second of the file, 1 to 240. Must be the rate the video was made at (FramePack: "
-                "30); another rate would only change its speed and is refused. 0 takes the rate the latent "
-                "carries. 29.97 and 23.976 are stored exactly."
+                "Frames per second of the file, 1 to 240. 0 takes the rate the latent carries (FramePack 30, Wan 16, "
+                "Wan 2.2 5B 24); another rate would only change its speed and is refused. 29.97 and 23.976 are "
+                "stored exactly."
             ),
         ),
         io.String.Input(
@@ -145,7 +145,7 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, samples=None, vae=None, fps=30.0, filename_prefix="video/FrameMemory", crf=float(DEFAULT_CRF),
+        cls, samples=None, vae=None, fps=0.0, filename_prefix="video/FrameMemory", crf=float(DEFAULT_CRF),
         decode=CARRIED, project="",
     ) -> io.NodeOutput:  # fmt: skip
         source = choose(projects_folder(), samples, project)

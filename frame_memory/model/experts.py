@@ -28,3 +28,18 @@ def expert_of(name: str) -> str | None:
             if said:
                 return said.pop() if len(said) == 1 else None
     return None
+
+
+def check_pair(high, low) -> None:
+    """Raise ValueError for two MODELs that cannot be the experts of one video, or whose names say they are swapped."""
+    formats = [type(patcher.model.latent_format).__name__ for patcher in (high, low)]
+    if formats[0] != formats[1]:
+        raise ValueError(
+            f"'high' of 'Wan Expert Guider' works on {formats[0]} latents and 'low' on {formats[1]}. Expected the two "
+            "experts of one Wan 2.2 A14B. Change the file in one of the two 'Load Diffusion Model' nodes."
+        )
+    if (loaded_expert(high), loaded_expert(low)) == ("low", "high"):
+        raise ValueError(
+            "'high' of 'Wan Expert Guider' was loaded from a file that calls itself low noise, and 'low' from one that "
+            "calls itself high noise. Swap the two."
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import tensor_file
 from .base_signature import Base, Signature
 from .key_map import GLOBAL_ROWS, is_diffusers, is_native, swap_halves
-from .sources import LOAD_MODEL
+from .sources import LOAD_MODEL, WAN_CONTEXT
 
 FOLDER = "frame_memory"
 FORMAT = "1"
@@ -33,6 +33,8 @@ HEAD = tuple(f"{row.target}.{param}" for row in HEAD_ROWS for param in row.param
 PREFIXES = (PACK_PREFIX, HEAD_PREFIX, FRAMES_PREFIX)
 LOAD_MEMORY, LOAD_DIRECT_FORCING = "Load Memory Encoder", "Load Direct Forcing Checkpoint"
 OURS = "frame_memory."
+# Of wan_file.py: tensors that only its node reads.
+WAN_PREFIX = "wan_frame_context."
 NAMED = 3
 
 
@@ -127,7 +129,7 @@ def write(
         raise MemoryFileError(f"A head is a '{REPLACEMENT}' or a '{DIFFERENCE}', not '{head_form}'.")
     parts = {PACK_PREFIX: pack, HEAD_PREFIX: head, FRAMES_PREFIX: frames}
     tensors = {prefix + k: v for prefix, part in parts.items() for k, v in part.items()}
-    _check_finite(path, tensors)
+    check_finite(path, tensors)
     said = {
         "format": FORMAT,
         "kind": DIRECT_FORCING if head else FRAME_PRESERVATION if frames else SEMANTIC_PACK,
@@ -152,23 +154,23 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
     if not any(name.startswith(PREFIXES) for name in entries):
         _refuse_other_files(path, entries, node)
         bare = _bare_head(entries, path, node)
-        _check_finite(path, bare[0])
+        check_finite(path, bare[0])
         form = DIFFERENCE if said.get("head") == DIFFERENCE else REPLACEMENT
         return MemoryFile(path, DIRECT_FORCING, None, bare[0], form, licence=said.get("licence", ""), source=bare[1])
-    _check_format(path, said, node)
+    check_format(path, said, node)
     tensors = {name: entry.read() for name, entry in entries.items()}
-    _check_finite(path, tensors)
+    check_finite(path, tensors)
     head, pack, frames = (
         {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for prefix in (HEAD_PREFIX, PACK_PREFIX, FRAMES_PREFIX)
     )
     base = Base.from_metadata(said)
     if base is None:
-        raise _damaged(path, "its metadata does not say which base it was trained on", node)
+        raise damaged(path, "its metadata does not say which base it was trained on", node)
     left = [k for k in tensors if not k.startswith(PREFIXES)]
     if left or (head and set(head) != set(HEAD)):
         odd = left or sorted(set(head) ^ set(HEAD))
-        raise _damaged(path, f"its tensors are not those of the format: {_shown(odd)}", node)
+        raise damaged(path, f"its tensors are not those of the format: {shown(odd)}", node)
     return MemoryFile(
         path=path,
         kind=said["kind"],
@@ -177,13 +179,14 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
         head_form=said.get("head", REPLACEMENT),
         pack=pack,
         frames=frames,
-        spec=_plain(path, said, "spec", node) if pack or frames else None,
-        recipe=_plain(path, said, "recipe", node) if "recipe" in said else {},
+        spec=plain_data(path, said, "spec", node) if pack or frames else None,
+        recipe=plain_data(path, said, "recipe", node) if "recipe" in said else {},
         licence=said.get("licence", ""),
     )
 
 
-def _check_format(path: str, said: Mapping[str, str], node: str) -> None:
+def check_format(path: str, said: Mapping[str, str], node: str, kinds: Sequence[str] = KINDS) -> None:
+    """Raise MemoryFileError unless a file's metadata (without prefix) is of our format and of one of `kinds`."""
     if said.get("format") != FORMAT:
         given = said.get("format")
         newer = f"has format version {given}, this pack reads {FORMAT}. Update Frame Memory" if given else (
@@ -191,36 +194,40 @@ def _check_format(path: str, said: Mapping[str, str], node: str) -> None:
             "Use the file as it was written"
         )  # fmt: skip
         raise MemoryFileError(f"{path} {newer}, or choose another file in '{node}'.")
-    wanted = {"kind": KINDS, "head": (REPLACEMENT, DIFFERENCE)}
+    wanted = {"kind": tuple(kinds), "head": (REPLACEMENT, DIFFERENCE)}
     for key, allowed in wanted.items():
         if (key == "kind" or key in said) and said.get(key) not in allowed:
-            raise _damaged(path, f"{OURS}{key} is '{said.get(key)}', expected one of {', '.join(allowed)}", node)
+            raise damaged(path, f"{OURS}{key} is '{said.get(key)}', expected one of {', '.join(allowed)}", node)
 
 
-def _plain(path: str, said: Mapping[str, str], key: str, node: str) -> dict:
+def plain_data(path: str, said: Mapping[str, str], key: str, node: str) -> dict:
+    """A mapping that a file's metadata holds as JSON. Raises MemoryFileError."""
     try:
         value = json.loads(said[key])
         if not isinstance(value, dict):
             raise TypeError(f"it is a {type(value).__name__}")
     except (KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, f"{OURS}{key} in its metadata cannot be read ({error})", node) from error
+        raise damaged(path, f"{OURS}{key} in its metadata cannot be read ({error})", node) from error
     return value
 
 
-def _damaged(path: str, what: str, node: str) -> MemoryFileError:
+def damaged(path: str, what: str, node: str) -> MemoryFileError:
+    """The error for a file that is not what it says."""
     return MemoryFileError(f"{path} is damaged: {what}. Write it anew, or choose another file in '{node}'.")
 
 
-def _check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise MemoryFileError for NaN or infinity."""
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())]
     if bad:
         raise MemoryFileError(
-            f"{path}: {_shown(bad)} hold numbers that are not finite (NaN or infinity): the training that made them "
+            f"{path}: {shown(bad)} hold numbers that are not finite (NaN or infinity): the training that made them "
             "went wrong, and every video would be black. Use an earlier checkpoint of it."
         )
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: list[str]) -> str:
+    """The first few names, for people."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -229,7 +236,9 @@ def _refuse_other_files(path: str, keys: Mapping, node: str) -> None:
     """Say what a file is that holds no tensors of ours: a whole checkpoint, a LoRA, another model."""
     bare = [k.split("diffusion_model.")[-1].removeprefix("transformer.") for k in keys]
     looks = ""
-    if any(".lora_" in k or k.startswith("lora_") for k in keys):
+    if any(k.startswith(WAN_PREFIX) for k in keys):
+        looks = f"It holds patchifiers for Wan, which go into '{WAN_CONTEXT}'"
+    elif any(".lora_" in k or k.startswith("lora_") for k in keys):
         looks = "It looks like a LoRA, which goes into 'Load Video LoRA'"
     elif is_diffusers(bare) or is_native(bare):
         looks = f"It looks like a whole model, which goes into '{LOAD_MODEL}'"
@@ -257,7 +266,7 @@ def _bare_head(entries: Mapping[str, tensor_file.Entry], path: str, node: str) -
             return out, f"{style} names, without Frame Memory's metadata"
     wanted = ", ".join(f"{row.sources[0]}.{param}" for row in HEAD_ROWS for param in row.params)
     raise MemoryFileError(
-        f"{path} holds {_shown(list(entries)) or 'nothing'}. Expected a file that Frame Memory wrote, or a head alone "
+        f"{path} holds {shown(list(entries)) or 'nothing'}. Expected a file that Frame Memory wrote, or a head alone "
         f"({wanted}, or the same in ComfyUI's names: {', '.join(HEAD)}). Choose another file in '{node}'."
     )
 

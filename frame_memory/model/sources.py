@@ -6,6 +6,7 @@ import re
 
 LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load Video LoRA"
 LOAD_MEMORY_MODEL = "Load Memory Model"
+WAN_CONTEXT, LOAD_WAN = "Wan Frame Context", "Load Diffusion Model"
 HOME = "https://huggingface.co/"
 # What a path holds, to the model page of that file; the first that fits counts.
 PAGES = (

@@ -6,7 +6,7 @@ from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
 from .kinds import KINDS, check_kind
 from .layout import Label, PackingPicture, Rect, packing_picture
-from .schedule import PRESETS, Group, Schedule, ScheduleError, parse_schedule
+from .schedule import PRESETS, TEXT_BESIDE, Group, Schedule, ScheduleError, parse_schedule
 from .sections import (
     ORDERS,
     ContextGroup,
@@ -47,6 +47,7 @@ __all__ = [
     "ORDERS",
     "PRESETS",
     "START",
+    "TEXT_BESIDE",
     "ContextGroup",
     "DecodeWindow",
     "Group",

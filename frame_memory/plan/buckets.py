@@ -9,7 +9,8 @@ from __future__ import annotations
 from .errors import IMAGE, PlanError, refusal
 
 BASE = 640
-# Sides must be multiples of this: the autoencoder halves a side three times, the patches once more.
+# Sides must be multiples of this: the autoencoder halves a side three times, the patches once more. Wan 2.2 5B's
+# autoencoder halves it four times, so its sides are multiples of 32; those of the buckets are that too.
 MULTIPLE = 16
 
 # (height, width) at base 640, in the published order, which decides ties.
@@ -31,19 +32,20 @@ BUCKETS: tuple[tuple[int, int], ...] = (
 )
 
 
-def nearest_bucket(height: int, width: int, base: int = BASE) -> tuple[int, int]:
+def nearest_bucket(height: int, width: int, base: int = BASE, multiple: int = MULTIPLE) -> tuple[int, int]:
     """The (height, width) of the bucket whose shape is nearest: min |h*bw - w*bh|, the later of equals.
 
-    base other than 640 scales the bucket and rounds its sides to multiples of 16. Raises PlanError for empty pictures.
+    base other than 640 scales the bucket and rounds its sides to multiples of `multiple`. Raises PlanError for empty
+    pictures.
     """
     if height < 1 or width < 1:
         raise PlanError(refusal(f"a picture of {width}x{height}", "at least 1x1 pixels", "a loaded image", IMAGE))
-    if base < MULTIPLE:
-        raise PlanError(refusal(f"size {base}", f"at least {MULTIPLE}", str(BASE), IMAGE))
+    if base < multiple:
+        raise PlanError(refusal(f"size {base}", f"at least {multiple}", str(BASE), IMAGE))
     chosen = min(reversed(BUCKETS), key=lambda bucket: abs(height * bucket[1] - width * bucket[0]))
     if base == BASE:
         return chosen
-    tall, wide = (max(round(side * base / BASE / MULTIPLE), 1) * MULTIPLE for side in chosen)
+    tall, wide = (max(round(side * base / BASE / multiple), 1) * multiple for side in chosen)
     return tall, wide
 
 
@@ -53,17 +55,17 @@ def nearest_valid(width: int, height: int, multiple: int = MULTIPLE) -> tuple[in
     return wide, tall
 
 
-def off_grid(width: int, height: int, node: str = IMAGE) -> str | None:
-    """What is wrong with a size, with the nearest valid pair; None where both sides are positive multiples of 16."""
-    nearest = nearest_valid(width, height)
+def off_grid(width: int, height: int, node: str = IMAGE, multiple: int = MULTIPLE) -> str | None:
+    """What is wrong with a size, with the nearest valid pair; None where both sides are positive multiples."""
+    nearest = nearest_valid(width, height, multiple)
     if (width, height) == nearest:
         return None
-    expected = f"both sides multiples of {MULTIPLE}"
+    expected = f"both sides multiples of {multiple}"
     return refusal(f"width x height {width}x{height}", expected, f"{nearest[0]}x{nearest[1]}", node)
 
 
-def check_size(width: int, height: int, node: str = IMAGE) -> None:
-    """Raise PlanError with the nearest valid pair unless both sides are positive multiples of 16 (fault 23)."""
-    wrong = off_grid(width, height, node)
+def check_size(width: int, height: int, node: str = IMAGE, multiple: int = MULTIPLE) -> None:
+    """Raise PlanError with the nearest valid pair unless both sides are positive multiples (fault 23)."""
+    wrong = off_grid(width, height, node, multiple)
     if wrong is not None:
         raise PlanError(wrong)

@@ -19,6 +19,8 @@ KEY = "frame_memory"
 SELFTEST_BASE = "selftest"
 # What FramePack checkpoints were trained at (reference framepack.md section 6).
 DEFAULT_FPS = 30.0
+# By latent format, where models were trained at another rate: Wan 2.1 and 2.2 A14B, and Wan 2.2 5B.
+FPS = {"Wan21": 16.0, "Wan22": 24.0}
 NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -44,6 +46,11 @@ class LatentMark:
     source: str = ""
 
 
+def fps_of(latent_format: str) -> float:
+    """Frames per second that models of a latent format (core's class name) make."""
+    return FPS.get(latent_format, DEFAULT_FPS)
+
+
 def as_fps(value: float | int | Fraction) -> Fraction:
     """Frames per second as an exact fraction: 23.976, 29.97 and 59.94 mean the 1000/1001 rates, 12.5 means 25/2.
 
@@ -53,7 +60,7 @@ def as_fps(value: float | int | Fraction) -> Fraction:
     if not isinstance(value, Fraction):
         rate = next((ntsc for ntsc in NTSC if abs(ntsc - rate) < Fraction(1, 400)), rate)
     if not 1 <= rate <= 240:
-        raise MarkError(f"fps is {float(value):g}, expected 1 to 240; FramePack makes {DEFAULT_FPS:g}.")
+        raise MarkError(f"fps is {float(value):g}, expected 1 to 240; FramePack makes {DEFAULT_FPS:g}, Wan 16.")
     return rate
 
 
@@ -87,14 +94,14 @@ def read_mark(samples: Mapping) -> LatentMark | None:
 
 
 def resolve_fps(mark: LatentMark | None, asked: float | int | Fraction) -> Fraction:
-    """The frame rate to save at. `asked` 0 means: as it was made, or 30 where the LATENT does not say.
+    """The frame rate to save at. `asked` 0 means: as it was made, or its family's rate where the LATENT does not say.
 
     Raises MarkError when a LATENT made at one rate is to be saved at another: that would only change how fast it
     plays (fault 25).
     """
     made = mark.fps if mark is not None else None
     if asked == 0:
-        return made if made is not None else as_fps(DEFAULT_FPS)
+        return made if made is not None else as_fps(fps_of(mark.latent_format or mark.base if mark else ""))
     wanted = as_fps(asked)
     if made is not None and wanted != made:
         factor = float(wanted / made)

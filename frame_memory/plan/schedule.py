@@ -32,7 +32,13 @@ PRESETS: dict[str, str] = {
     "Anti-drifting, both ends first": "td_f16k4f2k2f1k1_g9_x_f1k1",
     # Its own rules (arXiv 2603.04379; history sizes 16, 2, 1 and the first frame) are those of F1.
     "Helios": "f1k1_td_f16k4f2k2f1k1_g9",
+    # Wan makes 81 frames at once: the first one, which is given, and a window of 20 latent frames.
+    "Wan, 81 frames": "f1k1_td_f16k4f2k2f1k1_g20",
+    # For memories of frame preservation, which hold all that came before (arXiv 2512.23851).
+    "Wan, 3 clean frames": "td_f3k1_g20",
 }
+# Of them, those of Wan, whose blocks read text and picture beside the sequence.
+TEXT_BESIDE = ("Helios", "Wan, 81 frames", "Wan, 3 clean frames")
 
 _FLAGS = re.IGNORECASE | re.ASCII
 _GROUP = re.compile(r"f([0-9]*)(k?)([0-9]*)", _FLAGS)

@@ -359,8 +359,8 @@ def _check_end(schedule: Schedule, order: str) -> None:
     given = f"an end frame with order {order} and {schedule.text}"
     if order != "inverted":
         raise PlanError(
-            f"F1 cannot aim at an end picture. Take the end picture out of '{IMAGE}' (or bypass its Load Image), "
-            "'bridge_to' out of 'Video History', or load an F0 model with the preset 'F0 inverted'. "
+            f"F1 cannot aim at an end picture, nor can Wan. Take the end picture out of '{IMAGE}' (or bypass its "
+            "Load Image), 'bridge_to' out of 'Video History', or load an F0 model with the preset 'F0 inverted'. "
             f"Given: {given}. Nearest valid: {PRESETS['F0 inverted']}, or {schedule.text}_x_f1k1 with a model "
             f'trained for an end anchor. Change it in the node "{IMAGE}".'
         )

@@ -15,7 +15,9 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.wan.model import WanModel
 
+from .experts import low_noise_of
 from .guards import attention_name, with_safe_attention
 
 # A length that is no multiple of a kernel's tile, so that its edge is looked at too.
@@ -30,11 +32,25 @@ _found: dict[tuple, str | None] = {}
 def checked_attention(guider) -> tuple[Any, list[str]]:
     """The guider, and no warning, where its attention agrees with PyTorch's to 10 % (relative L2 norm of one call).
 
-    Elsewhere a copy of it that uses PyTorch's, and a warning that names backend, device, head size and format.
+    Elsewhere a copy of it that uses PyTorch's, and a warning that names backend, device, head size and format. Of two
+    experts each is looked at.
     """
+    checked, warnings = _checked(guider)
+    low = low_noise_of(guider)
+    if low is not None:
+        safe, more = _checked(low)
+        if more:
+            checked = copy.copy(checked)
+            checked.low = safe
+        warnings = list(dict.fromkeys([*warnings, *more]))
+    return checked, warnings
+
+
+def _checked(guider) -> tuple[Any, list[str]]:
     patcher = guider.model_patcher
     transformer = patcher.model.diffusion_model
-    head = transformer.hidden_size // transformer.num_heads
+    width = transformer.dim if isinstance(transformer, WanModel) else transformer.hidden_size
+    head = width // transformer.num_heads
     dtype, device = patcher.model.get_dtype_inference(), patcher.load_device
     override = guider.model_options.get("transformer_options", {}).get("optimized_attention_override")
     name = attention_name() if override is None else getattr(override, "__qualname__", type(override).__name__)

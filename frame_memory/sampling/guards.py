@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comfy.model_management
@@ -10,6 +11,8 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
+
+from .experts import low_noise_of
 
 
 class SectionError(RuntimeError):
@@ -48,6 +51,21 @@ def with_safe_attention(model_options: dict) -> dict:
     transformer["optimized_attention_override"] = _plain_attention
     options["transformer_options"] = transformer
     return options
+
+
+def made_safe(guider) -> tuple[Any, str]:
+    """A copy of a GUIDER with plain attention and numbers that reach further, and what is other in these, in words.
+
+    Of two experts both are made so.
+    """
+    safe = copy.copy(guider)
+    safe.model_patcher, words = with_safe_numbers(guider.model_patcher)
+    safe.model_options = with_safe_attention(guider.model_options)
+    low = low_noise_of(guider)
+    if low is not None:
+        safe.low, other = made_safe(low)
+        words = words or other
+    return safe, words
 
 
 def with_safe_numbers(patcher) -> tuple[Any, str]:

@@ -134,7 +134,7 @@ def encoder_outline(memory) -> list:
 
 def guider_fields(guider, sampler, sigmas: Tensor) -> dict[str, str]:
     """Readable identity of a GUIDER without its model and prompts, of the SAMPLER and of the SIGMAS."""
-    skipped = {"model_patcher", "original_conds", "conds", "model_options", "inner_model", "loaded_models"}
+    skipped = {"model_patcher", "original_conds", "conds", "model_options", "inner_model", "loaded_models", "low"}
     settings = {k: v for k, v in vars(guider).items() if k not in skipped}
     cfg = getattr(guider, "cfg", None)
     named = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)

@@ -15,9 +15,11 @@ import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
 
-from ..model.framepack import MODEL_OPTION, is_framepack, latent_families
+from ..model import families
+from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..model.preserved_memory import PreservedMemory
+from ..model.sources import WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -32,11 +34,12 @@ from ..plan import (
     unused_entries,
     validate_timeline,
 )
-from ..plan.errors import SAMPLER
-from ..plan.mark import DEFAULT_FPS, KEY, read_mark
+from ..plan.errors import PACKER, SAMPLER
+from ..plan.mark import DEFAULT_FPS, KEY, fps_of, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
+from .experts import models_of
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
 from .memory import with_memory
@@ -70,12 +73,13 @@ def latent_of(name: str, latent: Mapping | None, node: str = SAMPLER) -> Tensor 
 
 def check_model(guider, schedule: Schedule) -> list[str]:
     """Refuse a model that cannot look at a frame context, or one of the other kind; return softer warnings."""
+    for which, patcher in models_of(guider).items():
+        wrong = families.why_no_history(patcher)
+        if wrong:
+            raise PlanError(f"{which.capitalize()}expert: {wrong}" if which else wrong)
     if not is_framepack(guider.model_patcher):
-        raise PlanError(
-            f"The model behind the guider is a {type(guider.model_patcher.model).__name__}: this checkpoint has no "
-            "packed-context weights. Expected a FramePack model from 'Load FramePack Model'."
-        )
-    kind = guider.model_patcher.model_options.get(MODEL_OPTION, {}).get("kind")
+        return check_wan(guider, schedule)
+    kind = families.said(guider.model_patcher).get("kind")
     if kind is None:
         return [
             "The model was loaded by another loader, so nobody knows whether it is F0 or F1; the schedule must fit."
@@ -86,6 +90,31 @@ def check_model(guider, schedule: Schedule) -> list[str]:
     if (kind == "F0") != (natural_order(schedule) == "inverted"):
         raise PlanError(note)
     return [note]
+
+
+def check_wan(guider, schedule: Schedule) -> list[str]:
+    """What an artist should know before Wan is run with history: warnings."""
+    warnings = []
+    for which, patcher in models_of(guider).items():
+        said = families.said(patcher)
+        if not said.get(families.TRAINED, True):
+            warnings.append(
+                f"The patchifiers of the {which}MODEL are untrained: it was never taught to read history, and sections "
+                f"will not follow one another well. Choose a trained file in '{WAN_CONTEXT}'."
+            )
+        trained = said.get(families.SCHEDULE, "")
+        if trained and trained != schedule.text:
+            warnings.append(
+                f"{said[families.PATCHIFIERS]} was trained on the schedule {trained}, and this one is {schedule.text}. "
+                f"Choose that one in '{PACKER}'."
+            )
+    entries = [entry for conds in guider.original_conds.values() for entry in conds]
+    if any(entry.get(key) is not None for entry in entries for key in families.GIVEN_FRAMES):
+        warnings.append(
+            "The prompt brings frames of its own ('Wan Image To Video'), which no window here begins with. They are "
+            "left out: the start picture is 'start', and every section sees it in its context."
+        )
+    return warnings
 
 
 def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
@@ -107,14 +136,34 @@ def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
     return allowed[0]
 
 
-def make_plan(schedule: Schedule, order: str, seconds: float, inputs: Inputs) -> LongVideoPlan:
+def frame_rate(patcher, latents: Mapping[str, Mapping | None]) -> float:
+    """Frames a second that a MODEL makes. Raises PlanError for an existing video of another rate.
+
+    latents: by socket.
+    """
+    known = families.said(patcher).get(families.FPS_SAID)
+    fps = float(known or fps_of(type(patcher.model.latent_format).__name__))
+    for name, latent in latents.items():
+        mark = None if latent is None else read_mark(latent)
+        if mark is not None and mark.fps is not None and mark.fps != fps:
+            raise PlanError(
+                f"'{name}' of {SAMPLER} holds {float(mark.fps):g} frames a second, and the MODEL makes {fps:g}: one of "
+                "the two would play at a wrong speed. Expected a video of the same rate: from 'Video History' with the "
+                f"VAE of this MODEL, or from another {SAMPLER} with a model of this kind."
+            )
+    return fps
+
+
+def make_plan(
+    schedule: Schedule, order: str, seconds: float, inputs: Inputs, fps: float = DEFAULT_FPS
+) -> LongVideoPlan:
     """The plan of the whole video. Raises PlanError for lengths, orders and end frames that cannot be."""
     given = inputs.given.shape[2] if inputs.given is not None else 0
     plan = plan_sections(
         schedule,
-        sections=section_count(seconds, schedule.window, DEFAULT_FPS),
+        sections=section_count(seconds, schedule.window, fps),
         order=None if order == ORDER_AUTO else order,
-        fps=DEFAULT_FPS,
+        fps=fps,
         history_frames=given,
         has_end=inputs.end is not None,
     )
@@ -156,20 +205,24 @@ def check_timeline(timeline: EncodedTimeline | None, guider, plan: LongVideoPlan
         )
     validate_timeline(timeline.timeline, plan.seconds, asked_seconds=seconds)
     starts = tuple(plan.span_seconds(s)[0] for s in plan.sections)
+    each = 4 * plan.schedule.window / plan.fps
     return [
-        f"The prompt at {e.start_s:g} s is never shown: it begins and ends inside one section (1.2 s each): {e.text!r}"
+        f"The prompt at {e.start_s:g} s is never shown: it begins and ends inside one section ({each:g} s each): "
+        f"{e.text!r}"
         for e in unused_entries(timeline.timeline, starts)
     ]
 
 
-def memory_needs(plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int) -> dict[str, int]:
+def memory_needs(
+    plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int, pixels_a_latent: int = 8
+) -> dict[str, int]:
     """Bytes of system RAM a run will hold: weights, latents of the whole video, one decode window pair, the writer.
 
     latent_shape: `[B, C, T, H, W]` of the start latent. The decode holds two windows of pixels at most, whatever the
     length; the writer holds frames of one of them as bytes.
     """
     batch, channels, _, height, width = latent_shape
-    pixels = batch * pixel_frames(2 * plan.schedule.window) * height * 8 * width * 8 * 3
+    pixels = batch * pixel_frames(2 * plan.schedule.window) * height * width * pixels_a_latent**2 * 3
     return {
         "weights": weights,
         "latents": batch * latent_bytes(plan.total_frames, height, width, channels),
@@ -230,13 +283,14 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
     if inputs.given is not None:
         lines.append("The given video takes the place of the start picture; 'start' only gives the size and the batch.")
     height, width = inputs.start.shape[-2:]
-    off = off_grid(width * 8, height * 8)
+    pixels = families.pixels_a_latent(guider.model_patcher)
+    off = off_grid(width * pixels, height * pixels, multiple=2 * pixels)
     if off is not None:
         warnings.append(f"The edge of the picture is padded for the model and cut off again. {off}")
-    weights = guider.model_patcher.model_size()
-    needs = memory_needs(plan, inputs.start.shape, weights)
+    models = models_of(guider).values()
+    needs = memory_needs(plan, inputs.start.shape, sum(model.model_size() for model in models), pixels)
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    memory, shortage = describe_needs(needs, free, weights_to_come(guider.model_patcher))
+    memory, shortage = describe_needs(needs, free, sum(map(weights_to_come, models)))
     lines.append(memory)
     return "\n".join(lines), warnings + ([shortage] if shortage else [])
 
@@ -298,10 +352,12 @@ def sample_long_video(
         raise PlanError(
             f"'sigmas' holds {sigmas.shape[0]} values; expected at least 2 (one step). See 'FramePack Sigmas'."
         )
-    plan = make_plan(schedule, order, seconds, inputs)
+    fps = frame_rate(guider.model_patcher, {"history": history, "initial": initial})
+    plan = make_plan(schedule, order, seconds, inputs, fps)
     remembered, plan, said, more = with_memory(memory, guider.model_patcher, plan, inputs)
     warnings += [*more, *check_timeline(timeline, guider, plan, seconds)]
-    warnings += too_long(guider.original_conds.get("positive", [])) if timeline is None else []
+    if timeline is None and is_framepack(guider.model_patcher):
+        warnings += too_long(guider.original_conds.get("positive", []))
     described, more = _describe(guider, plan, inputs)
     described, warnings = "\n".join([described, *said]), warnings + more
     for warning in warnings:

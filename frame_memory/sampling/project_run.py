@@ -17,14 +17,16 @@ from torch import Tensor
 
 from ..journal.files import JournalError, write_durable
 from ..journal.project import IF_CHANGED, Project
-from ..model import tensor_file
-from ..model.framepack import MODEL_OPTION
+from ..model import tensor_file, wan
+from ..model.families import pixels_a_latent, said
+from ..model.framepack import is_framepack
 from ..model.tensor_file import StoredTensor
 from ..plan import LongVideoPlan, Section, latent_bytes
 from ..video.guards import warnings_of
 from ..video.writer import estimate_bytes
+from .experts import low_noise_of, models_of
 from .frames import LatentFrames
-from .identity import RunIdentity, guider_fields, model_fields, prompt_field, short
+from .identity import RunIdentity, guider_fields, model_fields, outline, prompt_field, short
 from .section_loop import Inputs, Made
 from .stored import front_name
 
@@ -46,13 +48,15 @@ class ProjectRequest:
     if_changed: str = IF_CHANGED[0]
 
 
-def shape_fields(patcher, kind: str | None, base: str, plan: LongVideoPlan, inputs: Inputs) -> dict[str, str]:
+def shape_fields(patcher, base: str, plan: LongVideoPlan, inputs: Inputs) -> dict[str, str]:
     """What all sections of one video must share."""
     batch, channels, _, height, width = inputs.start.shape
+    kind = f" {said(patcher).get('kind') or 'F0 or F1, not known'}" if is_framepack(patcher) else ""
+    pixels = pixels_a_latent(patcher)
     return {
-        "model family": f"{type(patcher.model).__name__} {kind or 'F0 or F1, not known'}",
+        "model family": f"{type(patcher.model).__name__}{kind}",
         "latents": base,
-        "size": f"{width * 8}x{height * 8}",
+        "size": f"{width * pixels}x{height * pixels}",
         "latent channels": str(channels),
         "batch": str(batch),
         "window": str(plan.schedule.window),
@@ -62,8 +66,14 @@ def shape_fields(patcher, kind: str | None, base: str, plan: LongVideoPlan, inpu
 
 def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[dict[str, str], RunIdentity]:
     """Everything else of a run, a line for each cause of change, and the part that every section depends on."""
-    shared = model_fields(runner.guider.model_patcher)
+    shared = {}
+    for which, patcher in models_of(runner.guider).items():
+        own = {**model_fields(patcher), **patchifiers_field(patcher)}
+        shared |= {which + name: value for name, value in own.items()}
     shared |= guider_fields(runner.guider, runner.sampler, runner.sigmas)
+    low = low_noise_of(runner.guider)
+    if low is not None:
+        shared["low noise guidance"] = guider_fields(low, runner.sampler, runner.sigmas)["guidance"]
     timeline = runner.timeline
     words = [] if timeline is None else [timeline.timeline, prompt_field({"timeline": list(timeline.conditionings)})]
     fields = {
@@ -83,6 +93,12 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     if runner.memory is not None:  # projects from before there was memory have no such line
         fields["memory"] = runner.memory.words()
     return fields, RunIdentity(shared)
+
+
+def patchifiers_field(patcher) -> dict[str, str]:
+    """Readable identity of the patchifiers beside a Wan MODEL; empty for other models."""
+    beside = [[outline(p.model), outline(p.patches)] for p in patcher.get_additional_models_with_key(wan.KEY)]
+    return {"patchifiers": short(beside)} if beside else {}
 
 
 def _change_words(change) -> str:
@@ -110,8 +126,7 @@ def open_project(
     Raises JournalError before any sampling: locked, conflicting, full, not writable.
     """
     patcher = runner.guider.model_patcher
-    kind = patcher.model_options.get(MODEL_OPTION, {}).get("kind")
-    shape = shape_fields(patcher, kind, base, plan, inputs)
+    shape = shape_fields(patcher, base, plan, inputs)
     fields, runner.identity = run_fields(runner, plan, inputs, changes)
     memory = 0 if runner.memory is None else runner.memory.bytes_a_section(inputs.start.shape)
     name = request.name.strip() or f"{AUTOMATIC}-{short([shape, inputs.start, fields['existing video']])}"
@@ -122,20 +137,21 @@ def open_project(
         fields=fields,
         plan=plan_record(plan, mark, inputs.first),
         if_changed=request.if_changed,
-        section_bytes=section_bytes(plan.schedule.window, inputs.start.shape, live) + memory,
+        section_bytes=section_bytes(plan.schedule.window, inputs.start.shape, live, pixels_a_latent(patcher)) + memory,
         sections=len(plan.sections),
     )
 
 
-def section_bytes(window: int, latent_shape: tuple[int, ...], live: bool) -> int:
+def section_bytes(window: int, latent_shape: tuple[int, ...], live: bool, pixels: int = 8) -> int:
     """Bytes on disk that a section of `window` latent frames needs at most. latent_shape: `[B, C, T, H, W]`.
 
+    pixels: of a side for one latent pixel.
     Its latent lies there twice: in its own file and, once all are there, in that of the whole video. Its pixels (live)
     three times: as pieces, in the preview and in the finished mp4, of the batch's first video.
     """
     batch, channels, _, height, width = latent_shape
     latents = 2 * batch * latent_bytes(window, height, width, channels)
-    return latents + (3 * estimate_bytes(8 * width, 8 * height, 4 * window) if live else 0)
+    return latents + (3 * estimate_bytes(pixels * width, pixels * height, 4 * window) if live else 0)
 
 
 def attach(runner, project: Project | None) -> JournalKeeper | None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
-from ..model.framepack import FRAME_CONTEXT_KEY, unscaled_blank
+from ..model.families import carried_context
+from ..model.framepack import unscaled_blank
 from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .device import named_if_lost
@@ -34,9 +35,8 @@ from .guards import (
     SectionError,
     attention_name,
     broken_share,
+    made_safe,
     out_of_memory,
-    with_safe_attention,
-    with_safe_numbers,
 )
 from .identity import RunIdentity
 from .memory import MemoryRun
@@ -248,12 +248,11 @@ class SectionSampler:
 
     def _retry(self, guider, number: int, noise, begin, callback, seed: int, share: float, where: str):
         """Once more with plain attention in numbers that reach further: what overflows is one of the two (fault 13)."""
-        patcher, numbers = with_safe_numbers(guider.model_patcher)
+        guider, numbers = made_safe(guider)
         safe = "plain PyTorch attention" + (f", {numbers}" if numbers else "")
         note = f"came out with {share:.1%} NaN or infinite values (first {where}); it was made again with {safe}."
         logging.warning("Section %d %s", number, note)
         self.notes.append(f"Section {number} {note}")
-        guider.model_patcher, guider.model_options = patcher, with_safe_attention(guider.model_options)
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
@@ -313,14 +312,15 @@ class SectionSampler:
     def _guider_for(self, conds: Mapping, section: Section, frames: LatentFrames, inputs: Inputs):
         """A copy of the guider that sees this section's prompts and context."""
         first = frames.first
-        blank = unscaled_blank(self.guider.model_patcher.model, (1, first.shape[1], 1, 1, 1))
+        base_model = self.guider.model_patcher.model
+        blank = unscaled_blank(base_model, (1, first.shape[1], 1, 1, 1))
         end = inputs.end
         if end is not None:
             end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
         context = gather_context(section, frames.frame, inputs.start, end, blank)
-        carried = {FRAME_CONTEXT_KEY: {"latents": context.latents, "layout": context.layout}}
+        carried = carried_context(base_model, context)
         if self.memory is not None:
-            carried |= self.memory.carried(section)
+            carried = with_carried(carried, self.memory.carried(section))
         guider = copy.copy(self.guider)
         guider.original_conds = {k: [with_carried(c, carried) for c in v] for k, v in conds.items()}
         return guider

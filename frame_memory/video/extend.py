@@ -15,9 +15,9 @@ import torch
 from comfy_api.latest import Input
 from torch import Tensor
 
-from ..plan.buckets import nearest_bucket, nearest_valid
+from ..plan.buckets import MULTIPLE, nearest_bucket, nearest_valid
 from ..plan.frames import pixel_frames
-from ..plan.mark import DEFAULT_FPS, KEY
+from ..plan.mark import DEFAULT_FPS, KEY, fps_of
 from .audio import samples_of
 from .clips import Clip, describe_clip, describe_sound, fitting, open_clip
 from .history import encode_stream, latent_frames_of, read_video
@@ -46,17 +46,17 @@ class Continuation:
     report: str
 
 
-def latents_for(seconds: float, available: int) -> int:
+def latents_for(seconds: float, available: int, fps: float = DEFAULT_FPS) -> int:
     """Latent frames of history for a wish in seconds: one, and one more for every 4 frames; 0 s means all there are."""
-    wanted = available if seconds == 0 else 1 + round(seconds * DEFAULT_FPS / 4)
+    wanted = available if seconds == 0 else 1 + round(seconds * fps / 4)
     return min(wanted, available)
 
 
-def size_for(clip: Clip, base: int) -> tuple[int, int]:
-    """(width, height): the bucket of side `base` nearest to the clip's shape; 0 for its own size on the grid of 16."""
+def size_for(clip: Clip, base: int, multiple: int = MULTIPLE) -> tuple[int, int]:
+    """(width, height): the bucket of side `base` nearest to the clip's shape; 0 for its own size on the grid."""
     if base == 0:
-        return nearest_valid(clip.facts.width, clip.facts.height)
-    height, width = nearest_bucket(clip.facts.height, clip.facts.width, base)
+        return nearest_valid(clip.facts.width, clip.facts.height, multiple)
+    height, width = nearest_bucket(clip.facts.height, clip.facts.width, base, multiple)
     return width, height
 
 
@@ -69,11 +69,12 @@ def prepare(
     Raises HistoryError for files that cannot be read, VAEError for a VAE of pictures. Only 73 frames are held as
     pixels, whatever the length.
     """
-    check_video_vae(vae)
-    clip = open_clip(video, Fraction(DEFAULT_FPS), folder, NODE)
+    found = check_video_vae(vae)
+    fps = fps_of(found.family)
+    clip = open_clip(video, Fraction(fps), folder, NODE)
     target = None if bridge_to is None else open_clip(bridge_to, clip.fps, folder, NODE)
-    width, height = size_for(clip, base)
-    count = latents_for(seconds, latent_frames_of(len(clip.frames)))
+    width, height = size_for(clip, base, 2 * found.spatial)
+    count = latents_for(seconds, latent_frames_of(len(clip.frames)), fps)
     used = clip.last(pixel_frames(count))
     last = _Last(read_video(clip.facts, used, fps=clip.fps, size=(width, height), interrupt=interrupt))
     history = encode_stream(vae, last, count, interrupt=interrupt)

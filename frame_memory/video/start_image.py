@@ -30,7 +30,7 @@ class StartImage:
 
 
 def encode_pictures(vae, picture_BHWC: Tensor) -> dict:
-    """Each picture alone through a video VAE: LATENT of `[B, 16, 1, h, w]` (core would read a batch as time)."""
+    """Each picture alone through a video VAE: LATENT of `[B, C, 1, h, w]` (core would read a batch as time)."""
     latents = [vae.encode(picture_BHWC[i : i + 1, :, :, :3]) for i in range(picture_BHWC.shape[0])]
     return {"samples": torch.cat(latents), KEY: {"base": identify_vae(vae).family}}
 
@@ -38,7 +38,10 @@ def encode_pictures(vae, picture_BHWC: Tensor) -> dict:
 def mean_vision(a: comfy.clip_vision.Output, b: comfy.clip_vision.Output) -> comfy.clip_vision.Output:
     """Average of two vision outputs, as FramePack's end-frame variants feed them (framepack.md 3.3)."""
     out = comfy.clip_vision.Output()
-    out["last_hidden_state"] = (a.last_hidden_state + b.last_hidden_state) / 2
+    for name in ("last_hidden_state", "penultimate_hidden_states"):  # FramePack reads the first, Wan the second
+        one, other = getattr(a, name, None), getattr(b, name, None)
+        if one is not None and other is not None:
+            out[name] = (one + other) / 2
     return out
 
 
@@ -51,11 +54,11 @@ def prepare(
     base: side of the square the bucket is taken from, pixels. mask, end_mask: 1 where their picture is transparent.
     Raises ImageError (empty batch, wrong shape, a mask without its picture), VAEError (no VAE of such a model).
     """
-    check_video_vae(vae)
+    multiple = 2 * check_video_vae(vae).spatial
     check_image(image, "image")
     if end_mask is not None and end_image is None:
         raise ImageError("The socket 'end_mask' is connected and 'end_image' is not; connect both or neither.")
-    height, width = nearest_bucket(image.shape[1], image.shape[2], base)
+    height, width = nearest_bucket(image.shape[1], image.shape[2], base, multiple)
     start_picture, report = to_bucket(with_mask(image, mask, "mask"), width, height, background=background)
     vision = clip_vision.encode_image(start_picture, crop=False) if clip_vision is not None else None
     start, end = encode_pictures(vae, start_picture), None

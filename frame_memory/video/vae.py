@@ -5,6 +5,7 @@ the wrong pair makes a plausible-looking but wrong video. What core keeps after 
 
 - HunyuanVideo: `AutoencoderKL` with 3-D convolutions, or the tiny TAEHV with HunyuanVideo's latent format;
 - Wan 2.1: core's `WanVAE` at its only published width, 96, or the tiny TAEHV without a latent format;
+- Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4;
 - self-test: core's `WanVAE`, narrower than that (core reads the width from the file).
 
 Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.wan.vae import WanVAE
+from comfy.ldm.wan.vae2_2 import WanVAE as Wan22VAE
 from comfy.taesd.taehv import TAEHV
 
 from ..plan.mark import LatentMark
@@ -26,18 +28,22 @@ from .decode import LatentSource
 
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"
+WAN_5B = "Wan22"
 SELFTEST = "selftest"
 # `WanVAE.dim` of the published Wan 2.1 file.
 WAN_WIDTH = 96
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
 CHANNELS = 16
+# (channels, pixels per latent pixel) of the autoencoders whose latents a model here can read.
+READABLE = ((CHANNELS, SPATIAL_RATIO), (48, 16))
 # safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE.
 METADATA_BASE = "frame_memory.base"
 
 EXPECTED_FILES = {
     HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
     WAN: "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
+    WAN_5B: "the Wan 2.2 VAE (wan2.2_vae.safetensors)",
     SELFTEST: "the small VAE that ships with Frame Memory's self-test models",
 }
 
@@ -80,6 +86,8 @@ def _family(vae) -> tuple[str, str]:
         if said in ("", SELFTEST):
             return SELFTEST, f"a self-test VAE (WanVAE of width {model.dim})"
         return "", f'a VAE that belongs to "{said}"'
+    if isinstance(model, Wan22VAE):
+        return WAN_5B, "a Wan 2.2 VAE"
     if isinstance(model, TAEHV) and vae.latent_channels == CHANNELS:
         if model.latent_format is None:
             return WAN, "a tiny Wan 2.1 VAE (TAEHV)"
@@ -125,16 +133,17 @@ def _check_ratio(found: VAEIdentity, of: str, ratio: int | None, wanted: int, ch
 
 
 def check_video_vae(vae) -> VAEIdentity:
-    """Refuse a VAE whose latents no FramePack model can read, whatever is encoded; return what it is.
+    """Refuse a VAE whose latents neither FramePack nor Wan can read, whatever is encoded; return what it is.
 
     Whether it belongs to this very model is known only where both meet (`check_vae`). Raises VAEError.
     """
     found = identify_vae(vae)
-    change = f"Change the file in the node 'Load VAE' to {EXPECTED_FILES[HUNYUAN]}."
+    change = f"Change the file in the node 'Load VAE' to {EXPECTED_FILES[HUNYUAN]}, or with Wan to its own."
     _check_time(found, change)
-    _check_ratio(found, "channels", found.channels, CHANNELS, change)
+    wide, pixels = next((pair for pair in READABLE if pair[0] == found.channels), READABLE[0])
+    _check_ratio(found, "channels", found.channels, wide, change)
     _check_ratio(found, "pixel frames per latent frame", found.temporal, TEMPORAL_RATIO, change)
-    _check_ratio(found, "pixels per latent pixel", found.spatial, SPATIAL_RATIO, change)
+    _check_ratio(found, "pixels per latent pixel", found.spatial, pixels, change)
     return found
 
 
@@ -155,11 +164,12 @@ def check_vae(vae, latents_BCTHW: torch.Tensor | LatentSource, mark: LatentMark 
     _check_ratio(found, "pixel frames per latent frame", found.temporal, TEMPORAL_RATIO, change)
     if not wanted:
         return found
-    _check_ratio(found, "pixels per latent pixel", found.spatial, SPATIAL_RATIO, change)
+    pixels = dict(READABLE).get(channels, SPATIAL_RATIO)
+    _check_ratio(found, "pixels per latent pixel", found.spatial, pixels, change)
     if found.family != wanted:
         raise VAEError(
             f"'Load VAE' gave {found}, but this latent was made with {expected}. Both have {channels} channels at "
-            f"{SPATIAL_RATIO}x{SPATIAL_RATIO}x{TEMPORAL_RATIO}, yet the numbers mean other pictures. {change}"
+            f"{pixels}x{pixels}x{TEMPORAL_RATIO}, yet the numbers mean other pictures. {change}"
         )
     return found
 

@@ -145,6 +145,8 @@ def test_presets_are_canonical_and_in_their_own_order():
         "Vanilla": "forward",
         "Anti-drifting, both ends first": "both ends first",
         "Helios": "forward",
+        "Wan, 81 frames": "forward",
+        "Wan, 3 clean frames": "forward",
     }
     for text in PRESETS.values():
         assert parse_schedule(text).text == text

@@ -301,8 +301,8 @@ def test_fault_27_end_frame_with_a_forward_order_is_refused(name):
     message = str(caught.value)
     assert "end frame with order forward" in message
     assert message.startswith(
-        "F1 cannot aim at an end picture. Take the end picture out of 'FramePack Image' (or bypass its Load Image), "
-        "'bridge_to' out of 'Video History', or load an F0 model with the preset 'F0 inverted'."
+        "F1 cannot aim at an end picture, nor can Wan. Take the end picture out of 'FramePack Image' (or bypass its "
+        "Load Image), 'bridge_to' out of 'Video History', or load an F0 model with the preset 'F0 inverted'."
     )
     assert PRESETS["F0 inverted"] in message
     # The schedule it names does have a place.

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from benchmarks import parity_models
 from frame_memory.model import checkpoint
+from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.plan import PRESETS, flow_shift, parse_schedule, sigma_schedule
-from frame_memory.sampling.long_video import MODEL_OPTION, sample_long_video
+from frame_memory.sampling.long_video import sample_long_video
 from frame_memory.sampling.unipc import framepack_unipc
 
 HEIGHT, WIDTH = 6, 10

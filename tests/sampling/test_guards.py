@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -248,12 +249,10 @@ def test_the_network_refuses_what_it_has_no_input_for(model, name):
 
 
 def test_a_model_of_another_family_is_refused_by_name(model):
-    class Other:
-        model = torch.nn.Linear(1, 1)
-        model_options: dict = {}
-
     guider = guider_for(of_kind(model, "F1"))
-    guider.model_patcher = Other()
+    guider.model_patcher = comfy.model_patcher.ModelPatcher(
+        torch.nn.Linear(1, 1), torch.device("cpu"), torch.device("cpu")
+    )
     with pytest.raises(PlanError, match="no packed-context weights.*Load FramePack Model"):
         run(model, guider=guider)
 

@@ -1,0 +1,65 @@
+"""What the section loop asks of a MODEL's family: does it take history, its frame rate, its pixels, what prompts carry.
+
+FramePack reads a section's context in its own `extra_conds`; on Wan it goes past core's classes to the wrapper of
+`wan.attach`. Source: reference/comfyui-host.md section 2 (extra conds), pfp reference 2.4.
+"""
+
+from __future__ import annotations
+
+from . import wan
+from .context import PackedContext
+from .framepack import FRAME_CONTEXT_KEY, MODEL_OPTION, has_context_weights, is_framepack
+from .sources import LOAD_MODEL, LOAD_WAN, WAN_CONTEXT
+
+# What 'Wan Image To Video' and the like put into a prompt: frames that are given inside the window.
+GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
+# In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
+# patchifiers are called, whether they are trained, and the schedule that they are trained on.
+FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
+
+
+def said(model_patcher) -> dict:
+    """What a loader of ours has noted on a MODEL."""
+    return model_patcher.model_options.get(MODEL_OPTION, {})
+
+
+def is_wan(model_patcher) -> bool:
+    """Whether a MODEL is one of core's Wan models that could take history."""
+    try:
+        wan.check(model_patcher)
+    except ValueError:
+        return False
+    return True
+
+
+def why_no_history(model_patcher) -> str | None:
+    """Why a MODEL cannot look at a frame context, and what to do; None where it can."""
+    if is_framepack(model_patcher) or wan.accepts_context(model_patcher):
+        return None
+    name = type(model_patcher.model).__name__
+    if is_wan(model_patcher):
+        return (
+            f"The MODEL behind the guider is a {name} that has no patchifiers for frames of history. Put "
+            f"'{WAN_CONTEXT}' between '{LOAD_WAN}' (or the last LoRA) and the guider."
+        )
+    return (
+        f"The model behind the guider is a {name}: this checkpoint has no packed-context weights. Expected a FramePack "
+        f"model from '{LOAD_MODEL}', or Wan 2.1 or 2.2 with '{WAN_CONTEXT}' behind its loader."
+    )
+
+
+def pixels_a_latent(model_patcher) -> int:
+    """Pixels of width or height for one latent pixel: 8, of Wan 2.2 5B 16."""
+    return model_patcher.model.latent_format.spacial_downscale_ratio
+
+
+def carried_context(base_model, context: PackedContext) -> dict:
+    """What every prompt of a section carries of its context.
+
+    A Wan window holds no given frame: core then makes image and mask of an image-to-video model zeros, and the start
+    picture is seen in front of the window.
+    """
+    packed = {"latents": context.latents, "layout": context.layout}
+    if has_context_weights(base_model):
+        return {FRAME_CONTEXT_KEY: packed}
+    return {**dict.fromkeys(GIVEN_FRAMES), "model_conds": wan.conditions(base_model, packed)}

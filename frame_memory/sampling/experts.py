@@ -1,0 +1,73 @@
+"""Wan 2.2 A14B's two experts as one GUIDER: one for high noise, one for low noise, switched inside a section.
+
+The sigmas are cut in two at the boundary and each part is sampled by core's CFGGuider around its own expert, the second
+from where the first ended: what two KSampler (Advanced) nodes do. So each expert is loaded, patched and offloaded by
+core for its part, and only one has to be in VRAM at a time.
+Source: Wan 2.2's published inference (a step at noise level `boundary` or above is the high expert's).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+# Noise levels, 0 to 1, as published for text-to-video and image-to-video.
+BOUNDARY_T2V, BOUNDARY_I2V = 0.875, 0.9
+
+
+class WanExpertGuider(comfy.samplers.CFGGuider):
+    """CFG on a high noise MODEL down to `boundary`, from there on a low noise one.
+
+    Its own model and cfg are the high noise expert's; `low` is a GUIDER for the other, whose prompts are not used.
+    """
+
+    def __init__(self, high, low, cfg_high: float, cfg_low: float, boundary: float):
+        super().__init__(high)
+        self.set_cfg(cfg_high)
+        self.low = comfy.samplers.CFGGuider(low)
+        self.low.set_cfg(cfg_low)
+        self.boundary = boundary
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False,
+               seed=None):  # fmt: skip
+        """As CFGGuider's; `callback` counts the steps of both experts as one row."""
+        steps = len(sigmas) - 1
+        cut = steps_above(sigmas, self.boundary)
+        common = {"denoise_mask": denoise_mask, "disable_pbar": disable_pbar, "seed": seed}
+        if cut:
+            latent_image = super().sample(
+                noise, latent_image, sampler, sigmas[: cut + 1], callback=_shifted(callback, 0, steps), **common
+            )
+            noise = torch.zeros_like(noise)  # it is in the latent now
+        if cut == steps:
+            return latent_image
+        low = copy.copy(self.low)
+        low.original_conds = self.original_conds
+        return low.sample(noise, latent_image, sampler, sigmas[cut:], callback=_shifted(callback, cut, steps), **common)
+
+
+def steps_above(sigmas: Tensor, boundary: float) -> int:
+    """How many steps begin at noise level `boundary` or above. sigmas: from noise to none, one more than steps."""
+    return int((sigmas[:-1] >= boundary).sum())
+
+
+def _shifted(callback: Callable | None, first: int, steps: int) -> Callable | None:
+    if callback is None:
+        return None
+    return lambda step, x0, x, total: callback(first + step, x0, x, steps)
+
+
+def low_noise_of(guider) -> comfy.samplers.CFGGuider | None:
+    """The GUIDER of the low noise expert inside a GUIDER of two; None in any other."""
+    return guider.low if isinstance(guider, WanExpertGuider) else None
+
+
+def models_of(guider) -> dict[str, Any]:
+    """The MODELs of a GUIDER by what comes before their name for people: "" for the only or high noise one."""
+    low = low_noise_of(guider)
+    return {"": guider.model_patcher, **({} if low is None else {"low noise ": low.model_patcher})}
