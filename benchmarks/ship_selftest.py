@@ -1,8 +1,8 @@
 """Pack trained self-test weights as the files that ship: `python scripts/run.py -m benchmarks.ship_selftest`.
 
 FramePack models become files in core's layout and scaled fp8, as most files that artists have, the Wan-class model one
-in bf16; the autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together they must
-stay under 24 MB. Draws the pictures that the self-test graphs start from.
+in bf16; the autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together
+they must stay under 24 MB. Draws the pictures that the self-test graphs start from.
 
 From nothing: `benchmarks.train_selftest`, `benchmarks.ship_selftest --F0 ... --F1 ...`, `benchmarks.claims memorypack`,
 `benchmarks.ship_selftest --claims ...`.
