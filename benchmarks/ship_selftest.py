@@ -63,7 +63,7 @@ COMPOSITION = shots.Shot(
 
 
 # Less than it is trained with, for the limit on all files together.
-CONTEXT_RANK = 10
+CONTEXT_RANK = 9
 CONTEXT = f"{memory_file.FOLDER}/frame_memory_selftest_wan_context.safetensors"
 CONTEXT_LORA = "loras/frame_memory_selftest_wan_context.safetensors"
 CONTEXT_METADATA = {
