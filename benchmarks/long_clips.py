@@ -7,7 +7,7 @@ Shape legend: N scenes, B batch, C latent channels, T latent frames, H W latent 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,11 @@ FRAMES_A_LATENT = 4
 TURN = PERIOD // FRAMES_A_LATENT
 
 
-def codec_of(folder: Path) -> LinearCodec:
-    """The codec that the self-test models were trained with, fitted once and kept in `folder`."""
-    path = folder / "codec.safetensors"
+def codec_of(folder: Path, fit: Callable[[], LinearCodec] = fit_codec, name: str = "codec") -> LinearCodec:
+    """The codec that the self-test models were trained with, fitted once and kept in `folder` under its name."""
+    path = folder / f"{name}.safetensors"
     if not path.exists():
-        codec = fit_codec()
+        codec = fit()
         folder.mkdir(parents=True, exist_ok=True)
         parts = {"mean": codec.mean, "encoder": codec.encoder, "decoder": codec.decoder}
         safetensors.torch.save_file({name: part.contiguous() for name, part in parts.items()}, path)
@@ -49,7 +49,7 @@ def one_turn(scene: LongScene, codec: LinearCodec) -> Tensor:
 def latents_of(turn: Tensor, frames: int) -> Tensor:
     """Videos of any number of latent frames `[..., C, T, H, W]` out of one turn each."""
     index = torch.arange(frames)
-    return turn[..., torch.where(index == 0, index, 1 + (index - 1) % TURN), :, :]
+    return turn[..., torch.where(index == 0, index, 1 + (index - 1) % (turn.shape[-3] - 1)), :, :]
 
 
 def conditioning(captions: Iterable[str], pictures_BHWC: Tensor) -> Conditioning:

@@ -1,8 +1,8 @@
 """Pack trained self-test weights as the files that ship: `python scripts/run.py -m benchmarks.ship_selftest`.
 
-Video models become bf16 files in core's layout, F0 in core's scaled fp8 as most files that artists have; the
-autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together they must
-stay under 24 MB. Draws the pictures that the self-test graphs start from.
+FramePack models become files in core's layout and scaled fp8, as most files that artists have, the Wan-class model one
+in bf16; the autoencoder becomes one that the stock VAE loader reads. All say what they are in their metadata. Together
+they must stay under 24 MB. Draws the pictures that the self-test graphs start from.
 
 From nothing: `benchmarks.train_selftest`, `benchmarks.ship_selftest --F0 ... --F1 ...`, `benchmarks.claims memorypack`,
 `benchmarks.ship_selftest --claims ...`.
@@ -15,16 +15,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import comfy.sd
 import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
 
-from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file
+from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.semantic_pack import PackSpec
 
-from . import ffgo, shots
+from . import ffgo, shots, train_wan_context
 from .claims_rows import MODEL, PACK, STAGE_2, TRAINING, VARIANTS, slug
 from .long_world import LongScene
 from .long_world import render as render_long
@@ -61,6 +62,14 @@ COMPOSITION = shots.Shot(
 )  # fmt: skip
 
 
+# Less than it is trained with, for the limit on all files together.
+CONTEXT_RANK = 9
+CONTEXT = f"{memory_file.FOLDER}/frame_memory_selftest_wan_context.safetensors"
+CONTEXT_LORA = "loras/frame_memory_selftest_wan_context.safetensors"
+CONTEXT_METADATA = {
+    "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_wan_context",
+    "modelspec.license": METADATA["modelspec.license"],
+}
 FP8, BLOCKS = torch.float8_e4m3fn, ("double_blocks.", "single_blocks.")
 CLAIMS_RECIPE = "python scripts/run.py -m benchmarks.claims memorypack"
 # What of the claims' rows ships: files by the variant that they are of.
@@ -107,7 +116,7 @@ def ship_claims(folder: Path) -> None:
     base = folder / "base-F1.safetensors"
     if base.exists():
         metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: _settings(base)}
-        checkpoint.save_native(parts(base, MODEL), str(model), metadata, "F1", source=base.name)
+        checkpoint.save_native(in_fp8(parts(base, MODEL)), str(model), metadata, "F1", source=base.name)
     network = checkpoint.load_framepack(str(model)).model.diffusion_model
     its, files = Base.of_network(network, "selftest", "F1"), MODELS / memory_file.FOLDER
     for file, variant in SHIPPED.items():
@@ -119,6 +128,34 @@ def ship_claims(folder: Path) -> None:
         else:
             spec = PackSpec.of(network).to_dict()
             memory_file.write(str(files / file), its, pack=parts(row, PACK), spec=spec, **said)
+
+
+def of_rank(weights: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """LoRA pairs (`<layer>.down`, `.up`) as the nearest ones of a smaller rank."""
+    out = dict(weights)
+    for name in (name for name in weights if name.endswith(".down")):
+        up = name.removesuffix("down") + "up"
+        u, values, v = torch.linalg.svd(weights[up] @ weights[name], full_matrices=False)
+        root = values[:rank].sqrt()
+        out[name], out[up] = root[:, None] * v[:rank], u[:, :rank] * root
+    return out
+
+
+def ship_context(weights_file: Path) -> None:
+    """What benchmarks.train_wan_context learned: patchifiers and a LoRA beside the Wan-class model, both in bf16."""
+    held = weights(weights_file)
+    rank = next(value for name, value in held.items() if name.endswith(".down")).shape[0]
+    model = comfy.sd.load_diffusion_model(str(MODELS / ffgo.BASE))
+    trained = train_wan_context.trained_of(model, rank)
+    smaller = trained.lora(of_rank(held, CONTEXT_RANK))
+    lora = {name: value.to(torch.bfloat16).contiguous() for name, value in smaller.items()}
+    safetensors.torch.save_file(lora, MODELS / CONTEXT_LORA, {"format": "pt", **CONTEXT_METADATA})
+    prefix = f"{train_wan_context.PATCHIFIERS}."
+    patchifiers = wan.patchifiers_of(model)
+    patchifiers.load_state_dict({n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)})
+    recipe = {"command": CONTEXT_METADATA["frame_memory.recipe"], "schedule": train_wan_context.SCHEDULE_TEXT}
+    said = {"recipe": recipe, "licence": METADATA["modelspec.license"]}
+    wan_file.write(str(MODELS / CONTEXT), Base.of(model), patchifiers, **said, dtype=torch.bfloat16)
 
 
 def _settings(path: Path) -> str:
@@ -133,6 +170,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="folder of benchmarks.claims: F1, its memory and heads")
     parser.add_argument("--autoencoder", type=Path, help="trained autoencoder weights")
     parser.add_argument("--wan", type=Path, help="trained weights of the Wan-class model")
+    parser.add_argument("--wan-context", type=Path, help="trained weights of benchmarks.train_wan_context")
     parser.add_argument("--wan-autoencoder", type=Path, help="trained weights of its autoencoder")
     args = parser.parse_args()
     for kind in ("F0", "F1"):
@@ -141,10 +179,11 @@ def main() -> None:
             target = MODELS / "diffusion_models" / FILES[kind]
             target.parent.mkdir(parents=True, exist_ok=True)
             native = {k: v.to(torch.bfloat16) for k, v in weights(source).items()}
-            native = in_fp8(native) if kind == "F0" else native
-            checkpoint.save_native(native, str(target), METADATA, kind, source=source.name)
+            checkpoint.save_native(in_fp8(native), str(target), METADATA, kind, source=source.name)
     if args.claims is not None:
         ship_claims(args.claims)
+    if args.wan_context is not None:
+        ship_context(args.wan_context)
     plain = {"format": "pt"}
     for source, file, metadata in (
         (args.autoencoder, f"vae/{AUTOENCODER}", METADATA | plain),

@@ -101,7 +101,7 @@ class SectionLoss:
         cond = Conditioning(*(t.to(self.device) for t in (cond.text, cond.pooled, cond.vision)))
         section, previous = random_section(kind, generator)
         sample = Sample(latents, cond, section, previous)
-        return section_loss(self.model, sample, self.disturbance, SHIFT, generator, self.options)
+        return section_loss(self.model, sample, self.disturbance, SHIFT, generator, self.options)[0]
 
 
 def main() -> None:

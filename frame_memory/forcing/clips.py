@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model.transformer import without_padding
 from ..plan import PRESETS, Section, parse_schedule, plan_sections
 from ..plan.mark import read_mark
-from .flow import Conditioning
+from .flow import Conditioning, WanConditioning
 
 SCHEDULE = "F1 forward"
 VIDEO_CLIPS, TRAIN = "Video Clips", "Train Direct Forcing"
@@ -42,7 +42,7 @@ class TrainingVideo:
     """latents `[B, C, 1 + 9k, H, W]`: the start frame, then k clips in order. name: for messages."""
 
     latents: Tensor = field(repr=False)
-    cond: Conditioning = field(repr=False)
+    cond: Conditioning | WanConditioning = field(repr=False)
     name: str = ""
 
     @property
@@ -52,12 +52,9 @@ class TrainingVideo:
 
     def to(self, device) -> TrainingVideo:
         """The same video as fp32 tensors on another device; tensors of the host's inference mode become plain ones."""
-        cond = Conditioning(
-            _plain(self.cond.text, device),
-            _plain(self.cond.pooled, device),
-            None if self.cond.vision is None else _plain(self.cond.vision, device),
-        )
-        return TrainingVideo(_plain(self.latents, device), cond, self.name)
+        held = {part.name: getattr(self.cond, part.name) for part in fields(self.cond)}
+        moved = {name: _plain(value, device) for name, value in held.items() if isinstance(value, Tensor)}
+        return TrainingVideo(_plain(self.latents, device), replace(self.cond, **moved), self.name)
 
 
 def _plain(value: Tensor, device) -> Tensor:
@@ -65,16 +62,20 @@ def _plain(value: Tensor, device) -> Tensor:
     return moved.clone() if moved.is_inference() else moved
 
 
-def conditioning_of(entries: Sequence, name: str) -> Conditioning:
-    """A CONDITIONING (core's list of `[text, more]`) as the network's inputs; padding tokens are left out.
+def conditioning_of(entries: Sequence, name: str, wan: bool = False) -> Conditioning | WanConditioning:
+    """A CONDITIONING (core's list of `[text, more]`) as the network's inputs.
 
-    Raises ForcingError where it holds no prompt, or several.
+    wan: core's Wan reads all tokens of the text, no pooled text and another layer's vision tokens; else padding tokens
+    are left out. Raises ForcingError where it holds no prompt, or several.
     """
     if len(entries) != 1:
         raise ForcingError(
             f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{TRAIN}'."
         )
     text, more = entries[0]
+    if wan:
+        seen = more.get("clip_vision_output")
+        return WanConditioning(text, None if seen is None else seen.penultimate_hidden_states)
     pooled = more.get("pooled_output")
     if pooled is None:
         raise ForcingError(
@@ -94,20 +95,22 @@ class StoredVideo:
     """
 
     samples: Tensor = field(repr=False)
-    cond: Conditioning = field(repr=False)
+    cond: Conditioning | WanConditioning = field(repr=False)
     name: str
     clips: int
     family: str = ""
 
-    def open(self, process_in: Callable[[Tensor], Tensor], device) -> TrainingVideo:
-        """Its numbers, ready to train on. process_in: VAE space to model space."""
-        frames = 1 + clip_frames() * self.clips
+    def open(self, process_in: Callable[[Tensor], Tensor], device, window: int | None = None) -> TrainingVideo:
+        """Its numbers, ready to train on. process_in: VAE space to model space. window: latent frames of a clip where
+        they are not F1's; the video is then used up to its last whole one."""
+        length = clip_frames() * self.clips if window is None else (self.samples.shape[2] - 1) // window * window
+        frames = 1 + length
         latents = process_in(self.samples[:, :, :frames].to(device=device, dtype=torch.float32))
         return TrainingVideo(latents, self.cond, self.name).to(device)
 
 
-def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVideo]:
-    """LATENT and CONDITIONING lists as videos, in their order.
+def stored_videos(latents: Sequence[dict], positive: Sequence, wan: bool = False) -> list[StoredVideo]:
+    """LATENT and CONDITIONING lists as videos, in their order. wan: for a Wan model.
 
     Tensors given are neither changed nor copied. A video that is longer than whole clips is used up to its last whole
     one. Raises ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one
@@ -136,7 +139,7 @@ def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVid
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
         family = "" if mark is None else mark.base or mark.latent_format
-        made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole, family))
+        made.append(StoredVideo(samples, conditioning_of(entries, name, wan), name, whole, family))
     return made
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..model import tensor_file
 from .clips import TRAIN, ForcingError, StoredVideo, clip_frames
-from .flow import Conditioning
+from .flow import Conditioning, WanConditioning
 
 FORMAT = "frame_memory training video 1"
 
@@ -27,7 +27,9 @@ def write_videos(folder: Path, videos: Sequence[StoredVideo], family: str) -> li
     paths = []
     for number, video in enumerate(videos, 1):
         path = folder / f"video-{number:05d}.safetensors"
-        tensors = {"samples": video.samples, "text": video.cond.text, "pooled": video.cond.pooled}
+        tensors = {"samples": video.samples, "text": video.cond.text}
+        if isinstance(video.cond, Conditioning):
+            tensors["pooled"] = video.cond.pooled
         if video.cond.vision is not None:
             tensors["vision"] = video.cond.vision
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -72,12 +74,12 @@ def _read(path: Path) -> tuple[StoredVideo, str]:
     entries, metadata = tensor_file.read_header(str(path), TRAIN)
     if metadata.get("format") != FORMAT:
         raise tensor_file.FileError(f"{path} is not a training video of this version.")
-    text, pooled = entries["text"].read(), entries["pooled"].read()
-    vision = entries["vision"].read() if "vision" in entries else None
+    held = {part: entries[part].read() for part in ("text", "pooled", "vision") if part in entries}
+    cond = Conditioning(**held) if "pooled" in held else WanConditioning(**held)
     samples = entries["samples"].mapped()
-    if not all(bool(torch.isfinite(t.float()).all()) for t in (text, pooled, samples)):
+    if not all(bool(torch.isfinite(t.float()).all()) for t in (*held.values(), samples)):
         raise tensor_file.FileError(f"{path} holds numbers that are not finite.")
     clips = (samples.shape[2] - 1) // clip_frames()
     name = metadata.get("name", path.stem)
     family = metadata["base"]
-    return StoredVideo(samples, Conditioning(text, pooled, vision), name, clips, family), family
+    return StoredVideo(samples, cond, name, clips, family), family

@@ -6,6 +6,7 @@ noise and 0 at data. All is drawn from the generator given, on the CPU, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from ..model.context import PackedContext, gather_context
 from ..plan import BLANK, START, Section
-from .flow import Conditioning, WanConditioning, add_noise, flow_loss, one_step_estimate, shifted_sigmas
+from .flow import Conditioning, WanConditioning, add_noise, one_step_estimate, predict_velocity, shifted_sigmas
+
+# The first section has the least to go by, and all others build on it: it is trained so often beside its own share.
+FIRST_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,17 @@ class Sample:
     previous: Section | None
 
 
+def random_section(sections: Sequence[Section], generator: torch.Generator) -> tuple[Section, Section | None]:
+    """One of a plan's sections, and the one made just before it."""
+    first = float(torch.rand((), generator=generator)) < FIRST_SHARE
+    i = 0 if first else int(torch.randint(len(sections), (), generator=generator))
+    return sections[i], sections[i - 1] if i else None
+
+
 def section_loss(
     network, sample: Sample, disturbance: Disturbance, shift: float, generator: torch.Generator, options: dict
-) -> Tensor:
-    """Flow matching on the section's window behind the context that the plan shows it.
+) -> tuple[Tensor, Tensor]:
+    """(loss with its graph, one-step estimate of the window without): flow matching behind the plan's context.
 
     shift: of the noise levels. The truth is what the network shall predict, whatever its history is. The sample's
     tensors are not changed.
@@ -59,7 +70,11 @@ def section_loss(
     if disturbance.noise:
         context = with_noise(context, section, disturbance.noise, generator)
     x = latents[:, :, section.start : section.stop]
-    return flow_loss(network, x, *draw(x), sample.cond, context, options)
+    noise, sigma = draw(x)
+    noisy = add_noise(x, noise, sigma)
+    velocity = predict_velocity(network, noisy, sigma, sample.cond, context, options).float()
+    loss = (velocity - (noise - x)).square().mean()
+    return loss, (noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity).detach()
 
 
 def with_noise(context: PackedContext, section: Section, most: float, generator: torch.Generator) -> PackedContext:

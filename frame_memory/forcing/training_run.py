@@ -29,6 +29,7 @@ from ..model.semantic_pack import SemanticPack, open_gate
 from ..plan.preservation import PRESERVATION
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, check_families
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
+from .flow import Conditioning
 from .forcings import LOSSES
 from .stages import HEAD_PART, LORA, MEMORY, Trained
 from .training_state import TrainingFolder
@@ -181,6 +182,8 @@ class TrainingRun:
     def _check_videos(self) -> None:
         channels = self.patcher.model.latent_format.latent_channels
         for video in self.videos:
+            if not isinstance(video.cond, Conditioning):
+                raise ForcingError(f"{video.name} was prepared for a Wan model. Write it anew for FramePack-F1.")
             if video.samples.shape[1] != channels:
                 raise ForcingError(
                     f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "

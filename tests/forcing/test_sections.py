@@ -68,8 +68,10 @@ def test_golden_losses(case):
     before = sample.latents.clone()
     with trained.ready():
         generator = torch.Generator().manual_seed(4)
-        loss = section_loss(trained, sample, Disturbance(noise, own), SHIFT, generator, trained.forced.options)
+        disturbance = Disturbance(noise, own)
+        loss, estimate = section_loss(trained, sample, disturbance, SHIFT, generator, trained.forced.options)
         loss.backward()
+    assert estimate.shape == sample.latents[:, :, 1:10].shape and not estimate.requires_grad
     assert float(loss.detach()) == pytest.approx(GOLDEN["losses"][case], rel=GOLDEN["tolerance"])
     assert torch.equal(sample.latents, before)
     grads = {name: p.grad for name, p in trained.parameters.items()}
