@@ -54,16 +54,21 @@ class Shown:
 def measure(video_THWC: np.ndarray, shot: Shot) -> Shown:
     """Measure a video that was asked to show `shot`'s cast over its ground."""
     frames = np.asarray(video_THWC, dtype=np.float32)[list(LOOKED_AT)]
-    nearest = np.stack([np.square(frames - c).sum(-1) for c in PALETTE], axis=-1).argmin(-1)
+    nearest = nearest_colours(frames)
     white = (nearest == NAMES.index(STUDIO)).mean(axis=(1, 2))
     gone = white < WHITE_SHARE
     found, right = [], []
     for sprite in shot.cast:
         spots = nearest == NAMES.index(f"sprite {sprite.colour}")
-        seen = [_look(spot, sprite) if g else (False, False) for spot, g in zip(spots, gone, strict=True)]
+        seen = [look(spot, sprite) if g else (False, False) for spot, g in zip(spots, gone, strict=True)]
         found.append(float(np.mean([s[0] for s in seen])))
         right.append(float(np.mean([s[1] for s in seen])))
     return Shown(bool(gone.mean() > 0.5), tuple(found), tuple(right), _ground(nearest, shot))
+
+
+def nearest_colours(frames_THWC: np.ndarray) -> np.ndarray:
+    """The colour of this world that is nearest to each pixel, `[T, H, W]`: an index of NAMES."""
+    return np.stack([np.square(frames_THWC - c).sum(-1) for c in PALETTE], axis=-1).argmin(-1)
 
 
 def _ground(nearest_THW: np.ndarray, shot: Shot) -> bool:
@@ -72,7 +77,7 @@ def _ground(nearest_THW: np.ndarray, shot: Shot) -> bool:
     return bool(grounds) and max(set(grounds), key=grounds.count) == shot.ground_colour
 
 
-def _look(spot_HW: np.ndarray, sprite: Sprite) -> tuple[bool, bool]:
+def look(spot_HW: np.ndarray, sprite: Sprite) -> tuple[bool, bool]:
     """Whether a spot of one colour is a sprite, and one of the right shape."""
     ideal = world.shape_mask(sprite.shape, RADIUS, np.array([[WIDTH / 2, HEIGHT / 2]]), WIDTH, HEIGHT).sum()
     if not FOUND_SHARE[0] * ideal < spot_HW.sum() < FOUND_SHARE[1] * ideal:

@@ -55,6 +55,11 @@ START = tidied(
 )
 # Who comes and leaves in workflows/memory_selftest.json, which starts from the ground alone.
 VISITOR = LongScene(colour="red", shape="circle", side="left", ground="stripes", ground_colour="navy")
+# What workflows/wan_memory.json starts from.
+PAIR = shots.Shot(
+    cast=(shots.Sprite("red", "circle"), shots.Sprite("yellow", "square")), starts=(28.0, 64.0), direction="right",
+    ground="stripes", ground_colour="navy", phase=64.0,
+)  # fmt: skip
 # What workflows/ffgo_selftest.json composes, as an artist would bring it: cut-outs and a place.
 COMPOSITION = shots.Shot(
     cast=(shots.Sprite("green", "circle"), shots.Sprite("pink", "diamond"), shots.Sprite("blue", "square")),
@@ -194,12 +199,13 @@ def main() -> None:
             (MODELS / file).parent.mkdir(parents=True, exist_ok=True)
             native = {k: v.to(torch.bfloat16).contiguous() for k, v in weights(source).items()}
             safetensors.torch.save_file(native, MODELS / file, metadata)
-    for file, picture, scene in (
-        ("start.png", render(START, np.arange(1))[0], START),
-        ("night.png", render_long(VISITOR, np.arange(1))[0], VISITOR),
+    for file, picture, caption in (
+        ("start.png", render(START, np.arange(1))[0], START.caption),
+        ("night.png", render_long(VISITOR, np.arange(1))[0], VISITOR.caption),
+        ("pair.png", shots.render(PAIR, np.arange(1))[0], PAIR.caption()),
     ):
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(MODELS / file)
-        print(f"{file} is the beginning of: {scene.caption}")
+        print(f"{file} is the beginning of: {caption}")
     for i, sprite in enumerate(COMPOSITION.cast, 1):
         shots.cut_out(sprite).save(MODELS / f"ffgo_reference_{i}.png")
     place = (shots.ground(COMPOSITION, np.arange(1))[0] * 255).round().astype(np.uint8)

@@ -25,7 +25,7 @@ from scripts.client import PromptError, Run
 from scripts.server import CPU_FLAGS, PACK_NAME, Server, ServerError
 
 GRAPH = host.REPO / "workflows" / "selftest.json"
-START, START_NAME = host.REPO / "selftest_models" / "start.png", "frame_memory_start.png"  # the name in that graph
+PICTURES, PREFIX = host.REPO / "selftest_models", "frame_memory_"  # what ships, and what graphs put before its names
 SAMPLER, SAVER = "FrameMemoryAntiDriftSampler", "FrameMemorySaveLongVideo"
 ACCELERATOR = """
 import torch
@@ -107,7 +107,7 @@ def has_accelerator(found: host.Host) -> bool:
 def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
     """The graph in API format with what was asked for put in."""
     prompt = workflow.to_api(graph, server.client.object_info())
-    server.client.upload_image(START, START_NAME)
+    upload_pictures(server, prompt)
     if asked.image:
         prompt = workflow.set_inputs(prompt, "LoadImage", {"image": server.client.upload_image(asked.image)})
     if asked.prompt is not None:
@@ -120,6 +120,15 @@ def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
         prompt = workflow.set_inputs(prompt, "RandomNoise", {"noise_seed": seed})
         host.say(f"Seed: {seed}")
     return prompt
+
+
+def upload_pictures(server: Server, prompt: dict) -> None:
+    """Give the server the pictures that ship with the pack and that the graph names."""
+    for node in prompt.values():
+        name = str(node["inputs"].get("image", "")) if node["class_type"] == "LoadImage" else ""
+        shipped = PICTURES / name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and shipped.is_file():
+            server.client.upload_image(shipped, name)
 
 
 def text_node(prompt: dict) -> str:

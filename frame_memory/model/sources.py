@@ -7,6 +7,8 @@ import re
 LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load Video LoRA"
 LOAD_MEMORY_MODEL = "Load Memory Model"
 WAN_CONTEXT, LOAD_WAN = "Wan Frame Context", "Load Diffusion Model"
+# In messages about a number format, where a video of either family may have been made.
+LOADERS = f"'{LOAD_MODEL}' (Wan: '{LOAD_WAN}')"
 HOME = "https://huggingface.co/"
 # What a path holds, to the model page of that file; the first that fits counts.
 PAGES = (

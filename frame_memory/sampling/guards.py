@@ -12,6 +12,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
+from ..model.sources import LOADERS
 from .experts import low_noise_of
 
 
@@ -122,6 +123,6 @@ def out_of_memory(patcher, shape: tuple[int, ...], number: int, done: int, secti
     return (
         f"Out of memory while sampling section {number} of {sections} on {device}: model and one step may "
         f"need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free now. {there} Cheaper: a smaller 'size' in "
-        "'FramePack Image'; an fp8 checkpoint, or weight_dtype fp8_e4m3fn in 'Load FramePack Model'; a schedule with "
+        f"'FramePack Image'; an fp8 checkpoint, or weight_dtype fp8_e4m3fn in {LOADERS}; a schedule with "
         "fewer frames at full rate in 'Frame Context Packer'."
     )

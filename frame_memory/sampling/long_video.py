@@ -19,7 +19,7 @@ from ..model import families
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..model.preserved_memory import PreservedMemory
-from ..model.sources import WAN_CONTEXT
+from ..model.sources import LOADERS, WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -254,7 +254,7 @@ def describe_needs(needs: Mapping[str, int], free: int, to_come: int) -> tuple[s
         return line, None
     return line, (
         f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or "
-        "weight_dtype fp8_e4m3fn in 'Load FramePack Model', a smaller 'size' in 'FramePack Image', or close programs."
+        f"weight_dtype fp8_e4m3fn in {LOADERS}, a smaller 'size' in 'FramePack Image', or close programs."
     )
 
 

@@ -26,6 +26,7 @@ from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
 from ..model.families import carried_context
 from ..model.framepack import unscaled_blank
+from ..model.sources import LOADERS
 from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .device import named_if_lost
@@ -260,7 +261,7 @@ class SectionSampler:
             raise SectionError(
                 f"Section {number} holds NaN or infinite values, first {where}, and again with {safe} "
                 f"(weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
-                "'default' in 'Load FramePack Model', or take out the last LoRA."
+                f"'default' in {LOADERS}, or take out the last LoRA."
             )
         return made, note
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import torch
 
+from ..model.sources import LOADERS
 from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
 from ..plan.mark import LatentMark, read_mark, resolve_fps
 from .carried import CarriedDecoder, can_carry, steps
@@ -47,7 +48,7 @@ class LookedAt:
             raise DecodeError(
                 f"The latent at the socket 'samples' of '{NODE}' holds NaN or Inf in latent frames {start} to {stop}, "
                 "which would be saved as black. The sampling broke: try another attention backend or weight dtype in "
-                "'Load FramePack Model'."
+                f"{LOADERS}."
             )
         return frames_BCTHW
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from ..model.sources import LOADERS
 from ..plan.mark import as_fps
 from .files import full_words, put_in_place, reserve_part
 from .fragments import cut_to_finished
@@ -118,7 +119,7 @@ def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
             raise VideoWriteError(
                 f"Frame {frame} holds NaN or Inf: sampling or decoding broke, and it would be saved as black. "
                 "Try the VAE in fp32 (--fp32-vae), another attention backend, or another weight dtype in "
-                "'Load FramePack Model'."
+                f"{LOADERS}."
             )
         frames_THWC = frames_THWC.float().mul(255.0).round().clamp(0, 255)
     return np.ascontiguousarray(frames_THWC.to(device="cpu", dtype=torch.uint8).numpy())

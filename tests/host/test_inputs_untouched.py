@@ -41,6 +41,7 @@ from first_frame import clip_folders
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
 HELIOS = "helios.safetensors"
+WAN, WAN_CONTEXT = "frame_memory_selftest_wan_i2v.safetensors", "frame_memory_selftest_wan_context.safetensors"
 VIDEO = InputImpl.VideoFromFile(str(SELFTEST / "frame_memory_before.mp4"))
 PACK = "frame_memory_pack_of_input_tests"
 IDS = [node for family in FAMILIES.values() for node in family.nodes]
@@ -128,6 +129,7 @@ def graph(nodes):
     preserved = importlib.import_module(f"{PACK}.frame_memory.model.preserved_memory")
     frames = preserved.with_tokens(preserved.new_memory(model, "2x2x2"), 1000)
     return SimpleNamespace(
+        wan=comfy.sd.load_diffusion_model(str(SELFTEST / "diffusion_models" / WAN)),
         memory=memory, frames=frames, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider,
         positive=positive,
         negative=negative, context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
@@ -149,7 +151,7 @@ def folders(tmp_path, monkeypatch, graph):
     path, parts = str(tmp_path / "head.safetensors"), {"pack": pack.state_dict(), "spec": spec.to_dict(), "head": head}
     memory_file.write(path, Base.of(graph.model), **parts)
     known = folder_paths.folder_names_and_paths
-    monkeypatch.setitem(known, "frame_memory", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(known, "frame_memory", ([str(tmp_path), str(SELFTEST / "frame_memory")], {".safetensors"}))
     config = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 64, "text_dim": 8}
     save_file(HeliosTransformer3DModel(**config).state_dict(), str(tmp_path / HELIOS))
     places = [str(SELFTEST / "diffusion_models"), str(tmp_path)]
@@ -202,6 +204,11 @@ def of_all_others(g) -> dict:
         "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
         "FrameMemoryLoadMemoryModel": lambda: {"model_name": HELIOS},
         "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
+        "FrameMemoryWanFrameContext": lambda: {"model": g.wan, "file": WAN_CONTEXT},
+        "FrameMemoryWanExpertGuider": lambda: {
+            "high": g.wan, "low": g.wan.clone(), "positive": g.positive, "negative": g.negative, "cfg_high": 3.5,
+            "cfg_low": 1.0, "boundary": 0.9,
+        },
         "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
         "FrameMemoryPromptTimeline": lambda: {
             "clip": SelfTestText(), "text": "0-1.2: a\n1.2-: b", "blend_sections": 1,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import long_world
-from benchmarks.ship_selftest import START, VISITOR
+from benchmarks import long_world, shots
+from benchmarks.ship_selftest import PAIR, START, VISITOR
 from benchmarks.world import render
 from scripts.workflow import NOT_RUN, WIDGET_TYPES
 
@@ -149,10 +149,13 @@ def test_only_graphs_and_thumbnails_lie_in_the_folder():
 
 @pytest.mark.parametrize("name", [n for n in SELFTEST_GRAPHS if n not in ("drift_and_recall", "ffgo_selftest")])
 def test_the_selftest_asks_for_what_its_picture_shows(name):
-    scene, draw, picture = START, render, START_PICTURE
+    scene, caption, draw, picture = START, START.caption, render, START_PICTURE
     if name == "memory_selftest":
-        scene, draw, picture = VISITOR, long_world.render, REPO / "selftest_models" / "night.png"
-    assert f'"{scene.caption}"' in json.dumps(ui_graph(REPO / "workflows" / f"{name}.json"))
+        scene, caption, draw = VISITOR, VISITOR.caption, long_world.render
+        picture = REPO / "selftest_models" / "night.png"
+    elif name == "wan_memory":
+        scene, caption, draw, picture = PAIR, PAIR.caption(), shots.render, REPO / "selftest_models" / "pair.png"
+    assert f'"{caption}"' in json.dumps(ui_graph(REPO / "workflows" / f"{name}.json"))
     truth = draw(scene, np.arange(1))[0]
     shown = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32) / 255
     assert shown.shape == truth.shape and np.abs(shown - truth).max() <= 0.51 / 255

@@ -42,12 +42,13 @@ SELFTEST_GRAPHS = (
     "memory_selftest",
     "resume_and_reroll",
     "selftest",
+    "wan_memory",
 )  # those made for the models that ship with the pack
 START_PICTURE = REPO / "selftest_models" / "start.png"
 SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
 # Graphs that begin with a picture; the others are run in test_extend.py, test_ffgo_graphs.py, test_drift_graph.py,
-# test_memory_selftest.py and test_train_direct_forcing.py.
-OTHERS = ("drift_and_recall", "extend_and_bridge", "memory_selftest", "train_direct_forcing")
+# test_memory_selftest.py, test_train_direct_forcing.py and test_wan_memory.py.
+OTHERS = ("drift_and_recall", "extend_and_bridge", "memory_selftest", "train_direct_forcing", "wan_memory")
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
