@@ -19,7 +19,8 @@ from ..plan.mark import read_mark
 from .flow import Conditioning
 
 SCHEDULE = "F1 forward"
-VIDEO_CLIPS, TRAIN = "Video Clips", "Train Direct Forcing"
+VIDEO_CLIPS = "Video Clips"
+TRAIN, TRAIN_FRAMES = "Train Direct Forcing", "Train Frame Preservation"
 
 
 class ForcingError(ValueError):
@@ -65,14 +66,14 @@ def _plain(value: Tensor, device) -> Tensor:
     return moved.clone() if moved.is_inference() else moved
 
 
-def conditioning_of(entries: Sequence, name: str) -> Conditioning:
+def conditioning_of(entries: Sequence, name: str, node: str = TRAIN) -> Conditioning:
     """A CONDITIONING (core's list of `[text, more]`) as the network's inputs; padding tokens are left out.
 
-    Raises ForcingError where it holds no prompt, or several.
+    node: display name of the one that trains. Raises ForcingError where it holds no prompt, or several.
     """
     if len(entries) != 1:
         raise ForcingError(
-            f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{TRAIN}'."
+            f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{node}'."
         )
     text, more = entries[0]
     pooled = more.get("pooled_output")
@@ -106,20 +107,20 @@ class StoredVideo:
         return TrainingVideo(latents, self.cond, self.name).to(device)
 
 
-def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVideo]:
+def stored_videos(latents: Sequence[dict], positive: Sequence, node: str = TRAIN) -> list[StoredVideo]:
     """LATENT and CONDITIONING lists as videos, in their order.
 
     Tensors given are neither changed nor copied. A video that is longer than whole clips is used up to its last whole
-    one. Raises ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one
-    clip.
+    one. node: display name of the one that trains. Raises ForcingError for no videos, another count of prompts, several
+    videos in one LATENT, and videos under one clip.
     """
     window = clip_frames()
     if not latents:
-        raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{TRAIN}'.")
+        raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{node}'.")
     if len(positive) != len(latents):
         raise ForcingError(
             f"{len(latents)} videos came with {len(positive)} prompts; expected one prompt a video. Connect 'latents' "
-            f"and 'positive' of the same '{VIDEO_CLIPS}' to '{TRAIN}'."
+            f"and 'positive' of the same '{VIDEO_CLIPS}' to '{node}'."
         )
     made = []
     for number, (latent, entries) in enumerate(zip(latents, positive, strict=True), 1):
@@ -136,7 +137,7 @@ def stored_videos(latents: Sequence[dict], positive: Sequence) -> list[StoredVid
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
         family = "" if mark is None else mark.base or mark.latent_format
-        made.append(StoredVideo(samples, conditioning_of(entries, name), name, whole, family))
+        made.append(StoredVideo(samples, conditioning_of(entries, name, node), name, whole, family))
     return made
 
 
