@@ -19,7 +19,8 @@ from ..model.memory import check_model, of_kind
 from ..model.memory_file import FRAME_PRESERVATION, LOAD_MEMORY
 from ..model.preserved_history import PreservedHistory
 from ..model.preserved_memory import PreservedMemory, check_preserved, new_memory
-from ..plan.preservation import RATES
+from ..plan.errors import PlanError
+from ..plan.preservation import RATES, token_grid
 from .clips import TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
 from .preserving import FOLLOW, LOSSES, QUERY, SHIFT, draw_follow, draw_query
 from .stages import LORA, MEMORY, Trained
@@ -109,12 +110,26 @@ class PreservingRun(TrainingRun):
 
     def _check_videos(self) -> None:
         super()._check_videos()
+        for video in self.videos:
+            self._check_size(video)
         longest = max(video.clips for video in self.videos)
         if self.request.stage == STAGE_FOLLOW and min(longest, self.request.clips) < 2:
             raise ForcingError(
                 f"The longest video has {longest} clip(s) and 'clips' is {self.request.clips}; stage '{STAGE_FOLLOW}' "
                 f"needs 2, one to remember and one to make. Give longer videos to '{VIDEO_CLIPS}', or raise 'clips'."
             )
+
+    def _check_size(self, video: StoredVideo) -> None:
+        height, width = video.samples.shape[3:]
+        try:
+            for name in self.memory.rates:
+                token_grid(RATES[name], 0, 0, height, width)
+        except PlanError as error:
+            raise ForcingError(
+                f"{video.name} has latents of {height}x{width}, too small for a memory at "
+                f"{' + '.join(self.memory.rates)}. Raise 'size' in '{VIDEO_CLIPS}', or choose a finer rate in "
+                f"'{LOAD_MEMORY}'. {error}"
+            ) from error
 
     def _cheaper(self) -> list[str]:
         return ["fewer 'clips'", "a lower 'rank'", "encoders of a coarser rate, as 4x4x2"]

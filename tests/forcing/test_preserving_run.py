@@ -94,6 +94,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, 
         run_of(model, None, tmp_path, STAGE_FOLLOW)
     with pytest.raises(MemoryMismatch, match="is new: SemanticPack"):
         run_of(model, new_encoder(model), tmp_path, STAGE_QUERY)
+    with pytest.raises(ForcingError, match="video 0 has latents of 4x6, too small for a memory at 4x4x2. Raise 'size'"):
+        run_of(model, new_memory(model, "4x4x2", **SMALL), tmp_path, STAGE_QUERY)
     given = new_memory(model, "2x2x2", **SMALL)
     with pytest.raises(ForcingError, match="needs 2, one to remember and one to make"):
         PreservingRun(model, given, videos(clips=1), request(STAGE_FOLLOW), tmp_path)
