@@ -145,7 +145,7 @@ def _train(args: argparse.Namespace) -> int:
         if workers.first:
             if outcome.stopped:
                 say(outcome.stopped)
-            result = write_result(run, outcome, args.name, args.output, args.output, say)
+            result = write_result(run, outcome, args.name, args.output, args.output / "loras", say)
             say(f"{result.checkpoint}: copy it into models/frame_memory of ComfyUI.")
             if result.lora is not None:
                 say(f"{result.lora}: copy it into models/loras.")

@@ -136,7 +136,9 @@ def test_the_command_line_trains_both_stages(tiny_file, tmp_path, capsys, monkey
     follow = [*arguments, "--stage", "follow", "--memory", first]
     assert main([*arguments, "--stage", "query", "--memory", first, "--name", "asked"]) == 0
     assert main([*follow, "--name", "second", "--freeze-encoder"]) == 0
-    assert "step 1/1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 1/1" in said and "is of another run" not in said
+    assert tensor_file.read(str(out / "loras" / "second.safetensors")), "not beside the memory, which has its name"
     asked, second = (memory_file.read(str(out / f"{name}.safetensors")).frames for name in ("asked", "second"))
     was = given.history.state_dict()
     assert all(torch.equal(second[n], v) for n, v in was.items()) and any(
