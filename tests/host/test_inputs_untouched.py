@@ -195,6 +195,11 @@ def of_memory(g) -> dict:
             "stage": ["1: memory and LoRA"], "name": ["inputs"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
             "training_seed": [0], "rank": [2], "save_every": [1],
         },
+        "FrameMemoryTrainPreservation": lambda: {
+            "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.frames],
+            "stage": ["2: next section"], "name": ["frames"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
+            "training_seed": [0], "rank": [2], "save_every": [1],
+        },
     }  # fmt: skip
 
 
