@@ -1,4 +1,4 @@
-"""Nodes of the family "memory": SemanticPack encoders, and what they remember of prompt and picture."""
+"""Nodes of the family "memory": encoders from files or new ones, and what they remember of prompt and picture."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from ..frame_memory.model.memory import (
     MemoryMismatch,
     attach,
     check_fits,
-    encoder_of,
     new_encoder,
+    of_kind,
     with_features_of,
 )
+from ..frame_memory.model.preserved_memory import check_memory, memory_of, new_memory
+from ..frame_memory.plan.preservation import PRESERVATION, RATES
 from .shown import show
 from .sockets import FrameMemorySocket
 
 NEW = "new (untrained)"
+# New encoders of frame preservation, and their rates.
+NEW_FRAMES = {
+    f"new frame preservation {' + '.join(rates)} (untrained)": rates
+    for rates in (("4x4x2",), *((rate,) for rate in RATES if rate != "4x4x2"), ("4x4x2", "2x2x8"))
+}
 
 
 def file_names() -> list[str]:
@@ -37,7 +44,7 @@ def state_of_file(name: str) -> str:
 
 
 class FrameMemoryLoadEncoder(io.ComfyNode):
-    """A SemanticPack from a file, or a fresh one for training."""
+    """A memory encoder from a file, or a fresh one for training."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,35 +53,37 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             display_name=LOAD_MEMORY,
             category="model/loaders",
             description=(
-                "Loads a memory encoder (SemanticPack), which sums up the whole video so far in a few hundred tokens. "
-                "A new one is for training: it changes nothing until it is trained, and the node says so."
+                "Loads a memory encoder: SemanticPack, which sums up the video so far in a few hundred tokens, or "
+                "frame preservation, which keeps its frames in few tokens each. A new one is for training, and the "
+                "node says so."
             ),
-            search_aliases=["memorypack", "semanticpack", "long term memory", "psi", "framepack memory"],
+            search_aliases=["memorypack", "semanticpack", "long term memory", "psi", "pfp", "tinyhistory"],
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
-                    options=[NEW, *file_names()],
+                    options=[NEW, *NEW_FRAMES, *file_names()],
                     default=NEW,
                     tooltip=(
                         "File in models/frame_memory (safetensors only), or a new, untrained encoder, which needs "
-                        "'model'. A Direct Forcing checkpoint with a memory in it counts too."
+                        "'model': SemanticPack, or frame preservation at height x width x time patches a token."
                     ),
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
                     tooltip=(
-                        "FramePack-F1 from Load FramePack Model. Needed for a new encoder, which begins with this "
+                        "FramePack-F1, or Wan for frame preservation. Needed for a new encoder, which begins with this "
                         "MODEL's own embedders. With a file: checks now that the two belong together."
                     ),
                 ),
             ],
             outputs=[
                 FrameMemorySocket.Output(
-                    display_name="memory", tooltip="The encoder, for MemoryPack Encoder or Train Direct Forcing."
+                    display_name="memory",
+                    tooltip="The encoder, for MemoryPack Encoder or Frame Preservation Encoder, or for training.",
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="Size, variant and gate of the encoder, its base, trained or not."
+                    display_name="report", tooltip="Kind, size and variant of the encoder, its base, trained or not."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -88,18 +97,19 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, encoder_name, model=None) -> io.NodeOutput:
         lines = []
-        if encoder_name == NEW:
+        if encoder_name in (NEW, *NEW_FRAMES):
             if model is None:
                 raise MemoryMismatch(
                     f"'{LOAD_MEMORY}' makes a new encoder to the measure of a MODEL, and 'model' is not connected. "
                     "Connect 'Load FramePack Model', or choose a file in 'encoder_name'."
                 )
-            memory = new_encoder(model)
+            rates = NEW_FRAMES.get(encoder_name)
+            memory = new_encoder(model) if rates is None else new_memory(model, *rates)
         else:
             path = folder_paths.get_full_path_or_raise(memory_file.FOLDER, encoder_name)
-            memory = encoder_of(memory_file.read(path, LOAD_MEMORY), LOAD_MEMORY, model)
+            memory = memory_of(memory_file.read(path, LOAD_MEMORY), LOAD_MEMORY, model)
             if model is not None:
-                lines.append(check_fits(memory, model, LOAD_MEMORY))
+                lines.append(check_memory(memory, model, LOAD_MEMORY))
         report = "\n".join([memory.describe(), *lines])
         show(cls, report)
         return io.NodeOutput(memory, report, ui=ui.PreviewText(report))
@@ -156,6 +166,7 @@ class FrameMemoryMemoryPack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, memory, conditioning, clip_vision_output=None) -> io.NodeOutput:
+        memory = of_kind(memory, memory_file.SEMANTIC_PACK, MEMORY_PACK, PRESERVATION)
         fits = check_fits(memory, model, MEMORY_PACK)
         anchored, words = with_features_of(memory, conditioning, clip_vision_output)
         report = "\n".join([anchored.describe(), fits, words])

@@ -22,9 +22,11 @@ from torch import Tensor
 from ..model.base_signature import MODEL_PREFIX, Base
 from ..model.framepack import MODEL_OPTION, latent_families
 from ..model.head import HEADS
-from ..model.memory import FrameMemory, check_fits, check_model, new_encoder
-from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING
+from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of_kind
+from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, SEMANTIC_PACK
+from ..model.preserved_memory import PreservedMemory
 from ..model.semantic_pack import SemanticPack, open_gate
+from ..plan.preservation import PRESERVATION
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, check_families
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
 from .forcings import LOSSES
@@ -120,7 +122,7 @@ class Outcome:
 
     trained: Trained
     weights: dict[str, Tensor] = field(repr=False)
-    memory: FrameMemory | None
+    memory: FrameMemory | PreservedMemory | None
     base: Base
     losses: list[float] = field(repr=False)
     resumed: int
@@ -144,7 +146,7 @@ class TrainingRun:
         if memory is None and MEMORY in request.parts:
             memory = new_encoder(patcher)
         elif memory is not None:
-            check_fits(memory, patcher, TRAIN)
+            check_fits(of_kind(memory, SEMANTIC_PACK, TRAIN, PRESERVATION), patcher, TRAIN)
         self.faces, self.workers = faces or Faces(), workers
         if memory is not None and MEMORY not in request.parts and not bool(memory.pack.gate):
             self.faces.say(WITHOUT_MEMORY.format(label=memory.label))

@@ -147,10 +147,11 @@ VAE_FAMILIES = _needs("""
     comfy.taesd.taehv.TAEHV
 """)
 
-SAMPLING = _needs("""
+SECTIONS = _needs("""
+    comfy_extras.nodes_custom_sampler.Noise_RandomNoise
+    latent_preview.get_previewer device latent_format
     comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas callback disable_pbar seed
     comfy.samplers.CFGGuider.set_conds
-    comfy.samplers.KSAMPLER sampler_function
     comfy.clip_vision.Output
     comfy.ldm.modules.attention.attention_pytorch
     comfy.ldm.modules.attention.optimized_attention
@@ -172,9 +173,11 @@ SAMPLING = _needs("""
     comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview
     comfy.utils.repeat_to_batch_size tensor batch_size
-    comfy_extras.nodes_custom_sampler.Noise_RandomNoise
-    latent_preview.get_previewer device latent_format
     node_helpers.conditioning_set_values conditioning values
+""")
+
+SAMPLING = SECTIONS + _needs("""
+    comfy.samplers.KSAMPLER sampler_function
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Hidden.extra_pnginfo
     comfy_api.latest.io.Hidden.prompt
@@ -233,6 +236,20 @@ MEMORY = _needs("""
     folder_paths.get_filename_list folder_name
     folder_paths.get_full_path folder_name filename
     folder_paths.get_full_path_or_raise folder_name filename
+""")
+
+PRESERVATION = _needs("""
+    comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas disable_pbar seed
+    comfy.samplers.CFGGuider.set_cfg cfg
+    comfy.samplers.CFGGuider.set_conds positive negative
+    comfy.samplers.sampler_object name
+    comfy_api.latest.io.Float.Input
+    comfy_api.latest.io.Float.Output
+    comfy_api.latest.io.Image.Output
+    comfy_api.latest.io.Int.Input
+    comfy_api.latest.io.Latent.Input
+    comfy_api.latest.io.Vae.Input
+    comfy_api.latest.ui.PreviewImage image cls
 """)
 
 MEMORY_FILES = _needs("""
@@ -340,6 +357,7 @@ FIRST_FRAME = _needs("""
 """)
 
 FIRST_FRAME_TRAINING = _needs("""
+    comfy.ldm.wan.model.WanSelfAttention.forward
     comfy.model_management.in_training
     comfy.model_management.throw_exception_if_processing_interrupted
     comfy.model_patcher.ModelPatcher.add_object_patch name obj
@@ -415,6 +433,7 @@ DIAGNOSTICS = _needs("""
 """)
 
 TRAINING = _needs("""
+    comfy.ldm.wan.model.WanSelfAttention.forward
     comfy.lora.calculate_weight patches weight key
     comfy.model_management.is_oom
     comfy.model_management.OOM_EXCEPTION
@@ -457,10 +476,16 @@ FAMILIES: dict[str, Family] = {
             "FrameMemoryUniPC",
             "FrameMemoryAntiDriftSampler",
         ),
-        API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + SAMPLING,
+        API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + WAN + SAMPLING,
     ),
-    "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + MEMORY),
-    "memory_files": Family(("FrameMemoryLoadDirectForcing",), API + MODEL_CLASS + ENCODER + MEMORY + MEMORY_FILES),
+    "memory": Family(("FrameMemoryLoadEncoder", "FrameMemoryMemoryPack"), API + MODEL_CLASS + ENCODER + WAN + MEMORY),
+    "preservation": Family(
+        ("FrameMemoryFramePreservation", "FrameMemoryRetrieveFrame"),
+        API + MODEL_CLASS + ENCODER + WAN + VAE_FAMILIES + PROMPTS + SECTIONS + MEMORY + PRESERVATION,
+    ),
+    "memory_files": Family(
+        ("FrameMemoryLoadDirectForcing",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + MEMORY_FILES
+    ),
     "journal": Family(
         ("FrameMemoryPickSection", "FrameMemoryVideoHistory"), API + VAE_FAMILIES + VIDEO_SOCKETS + JOURNAL
     ),
@@ -477,7 +502,7 @@ FAMILIES: dict[str, Family] = {
     "diagnostics": Family(
         ("FrameMemoryDriftMeter", "FrameMemoryRecall"), API + VAE_FAMILIES + VIDEO + VIDEO_SOCKETS + DIAGNOSTICS
     ),
-    "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + TRAINING),
+    "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + WAN + TRAINING),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.model_patcher
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .base_signature import MODEL_PREFIX, Base
 from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
-from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile
+from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK, MemoryFile
 from .semantic_pack import PackSpec, SemanticPack, initialise
 from .sources import LOAD_MODEL
 from .transformer import without_padding
@@ -31,7 +31,6 @@ ATTACHED = "frame_memory"
 MEMORY_PACK = "MemoryPack Encoder"
 SHOWN = 8
 _NUMBERS = 64
-Kind = TypeVar("Kind")
 
 
 class MemoryMismatch(ValueError):
@@ -47,6 +46,7 @@ class FrameMemory:
     `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
     """
 
+    kind: ClassVar[str] = SEMANTIC_PACK
     encoder: Any
     spec: PackSpec
     label: str
@@ -174,12 +174,12 @@ def patcher_of(network: nn.Module, load_device=None):
     )
 
 
-def of_kind(memory, kind: type[Kind], node: str, other: str) -> Kind:
+def of_kind(memory, kind: str, node: str, other: str) -> Any:
     """A FRAME_MEMORY of the kind that a node works with. Raises MemoryMismatch for the other one.
 
-    other: the node that the other kind belongs into.
+    kind: as in a file. other: the node that the other kind belongs into.
     """
-    if not isinstance(memory, kind):
+    if memory.kind != kind:
         raise MemoryMismatch(
             f"'memory' of '{node}' is {memory.describe()}, which this node does not work with. It belongs into "
             f"'{other}'; connect another memory here, or choose another file in '{LOAD_MEMORY}'."

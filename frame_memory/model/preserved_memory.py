@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.ops
@@ -23,6 +23,7 @@ from .memory import (
     FrameMemory,
     MemoryMismatch,
     attach,
+    check_fits,
     check_model,
     dtype_of,
     encoder_of,
@@ -32,7 +33,7 @@ from .memory import (
     patcher_of,
     place_of,
 )
-from .memory_file import LOAD_MEMORY, MemoryFile
+from .memory_file import FRAME_PRESERVATION, LOAD_MEMORY, MemoryFile
 from .preservation import PreservationSpec
 from .preserved_history import PreservedHistory, initialise_all
 from .stored_weights import unpacked
@@ -47,6 +48,7 @@ class PreservedMemory:
     until 'Frame Preservation Encoder' says it.
     """
 
+    kind: ClassVar[str] = FRAME_PRESERVATION
     encoder: Any
     specs: tuple[PreservationSpec, ...]
     label: str
@@ -98,9 +100,10 @@ def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> Preserve
     rates: one or several. options: of PreservationSpec, as `branches`. Raises MemoryMismatch for another MODEL.
     """
     check_base_model(model_patcher, LOAD_MEMORY)
-    layer, weight, bias = _patch_embedding(model_patcher)
-    channels = model_patcher.model.latent_format.latent_channels
-    specs = tuple(PreservationSpec.of(layer, channels, rate=rate, **options) for rate in rates)
+    weight, bias = _patch_embedding(model_patcher)
+    hidden, channels, *patch = weight.shape
+    made = {"hidden": hidden, "in_channels": channels, "patch": tuple(patch), **options}
+    specs = tuple(PreservationSpec(rate=rate, **made) for rate in rates)
     place = place_of(model_patcher)
     history = initialise_all(_build(specs, place["dtype"]), weight, bias, seed)
     encoder = patcher_of(history, place["load_device"])
@@ -152,10 +155,15 @@ def check_base_model(model_patcher, node: str) -> None:
 def check_preserved(memory: PreservedMemory, model_patcher, node: str) -> str:
     """Raise MemoryMismatch, naming both fingerprints, unless a memory belongs to a MODEL; else how it was told."""
     check_base_model(model_patcher, node)
-    layer, *_ = _patch_embedding(model_patcher)
-    spec, channels = memory.specs[0], model_patcher.model.latent_format.latent_channels
-    sizes = {"hidden": (spec.hidden, layer.out_channels), "in_channels": (spec.in_channels, channels)}
+    spec, (hidden, channels, *_) = memory.specs[0], _patch_embedding(model_patcher)[0].shape
+    sizes = {"hidden": (spec.hidden, hidden), "in_channels": (spec.in_channels, channels)}
     return fits_base(memory, model_patcher, node, sizes)
+
+
+def check_memory(memory: FrameMemory | PreservedMemory, model_patcher, node: str) -> str:
+    """`check_fits` or `check_preserved`, by kind."""
+    check = check_preserved if memory.kind == FRAME_PRESERVATION else check_fits
+    return check(memory, model_patcher, node)  # pyright: ignore[reportArgumentType]
 
 
 def with_tokens(memory: PreservedMemory, tokens: int) -> PreservedMemory:
@@ -171,16 +179,18 @@ def attach_preserved(model_patcher, memory: PreservedMemory):
     return clone if is_framepack(clone) or wan.is_attached(clone) else wan.attach(clone)
 
 
-def _patch_embedding(model_patcher) -> tuple[Any, Tensor, Tensor]:
-    """The base's first convolution, its weight and bias, unpacked and without patches."""
-    name = "img_in.proj" if is_framepack(model_patcher) else "patch_embedding"
+def _patch_embedding(model_patcher) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the base's first convolution for finished frames, unpacked and without patches."""
+    if not is_framepack(model_patcher):
+        return wan.given_embedding(model_patcher)
+    name = "img_in.proj"
     layer = model_patcher.model.diffusion_model.get_submodule(name)
 
     def original(parameter: str) -> Tensor:
         saved = model_patcher.backup.get(f"{MODEL_PREFIX}{name}.{parameter}")
         return unpacked(layer, layer.get_parameter(parameter) if saved is None else saved.weight)
 
-    return layer, original("weight"), original("bias")
+    return original("weight"), original("bias")
 
 
 def _build(specs: tuple[PreservationSpec, ...], dtype: torch.dtype) -> PreservedHistory:

@@ -65,8 +65,7 @@ class FramePackTransformer(HunyuanVideo):
         conditioning of other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        context_latents = context_latents or []
-        _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents, x)
+        _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
         lengths = _valid_lengths(attention_mask)
         if lengths is not None:
             per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
@@ -77,7 +76,7 @@ class FramePackTransformer(HunyuanVideo):
 
         height, width = x.shape[-2:]
         x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
-        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
+        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents or ()]
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)

@@ -83,9 +83,18 @@ def initialise(patchifiers: Patchifiers, weight: Tensor, bias: Tensor) -> Patchi
 
 
 def patchifiers_of(model_patcher) -> Patchifiers:
-    """Fresh patchifiers for a MODEL, trainable, from its checkpoint's own patch embedding (LoRAs left out).
+    """Fresh patchifiers for a MODEL, trainable, from its checkpoint's own patch embedding.
 
     Raises ValueError as `check` does.
+    """
+    weight, bias = given_embedding(model_patcher)
+    return initialise(Patchifiers(weight.shape[1], weight.shape[0]), weight, bias)
+
+
+def given_embedding(model_patcher) -> tuple[Tensor, Tensor]:
+    """Weight `[D, C, 1, 2, 2]` and bias `[D]`, fp32, by which the base embeds a finished frame's own channels.
+
+    LoRAs are left out. Raises ValueError as `check` does.
     """
     network = check(model_patcher)
     layer = network.patch_embedding
@@ -98,7 +107,7 @@ def patchifiers_of(model_patcher) -> Patchifiers:
     if network.in_dim != own:
         noise, mask, image = weight.split((own, _MASK, own), dim=1)
         weight, bias = noise + image, bias + mask.sum(dim=(1, 2, 3, 4))
-    return initialise(Patchifiers(own, layer.out_channels), weight, bias)
+    return weight, bias
 
 
 def patcher_of(patchifiers: Patchifiers, load_device=None):

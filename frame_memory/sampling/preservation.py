@@ -24,6 +24,7 @@ from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..model.wan import is_attached
 from ..plan import LongVideoPlan, PlanError, Section
 from ..plan.errors import PACKER, SAMPLER
+from ..plan.mark import DEFAULT_FPS
 from ..plan.preservation import (
     PRESERVATION,
     RATES,
@@ -34,18 +35,21 @@ from ..plan.preservation import (
     token_bytes,
     token_count,
     token_grid,
+    tokens_a_second,
     waiting_frames,
 )
 from .guards import SectionError
 from .identity import encoder_outline, short
 
 NAME = "preserved.{}.{}"
+# What Wan 2.1 was trained at.
+WAN_FPS = 16.0
 # Bytes of work memory for each number of a chunk at full resolution: the widest convolution there, in and out.
 _WORK = 8
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """Latent frames [start, stop) of the video and, by rate, their tokens `[B, N, D]`; none once they are not kept."""
 
     start: int
@@ -64,14 +68,14 @@ class PreservationRun:
         self.memory, self.patcher, self.first, self.window = memory, patcher, first, window
         self.rates = tuple(RATES[name] for name in memory.rates)
         given = first.shape[2]
-        self._chunks = [_Chunk(*span) for span in chunks(segment_ends(given, window), *self.rates)]
+        self.chunks = [Chunk(*span) for span in chunks(segment_ends(given, window), *self.rates)]
         self._waiting = first[:, :, given - waiting_frames(given, *self.rates) :]
         self._seen = fingerprint([encoder_outline(memory), first, window, type(patcher.model.latent_format).__name__])
 
     @property
     def seen(self) -> str | None:
         """What says the memory of the next section exactly; None where that section is shown none."""
-        return fingerprint([self._seen, self._kept()]) if self._chunks else None
+        return fingerprint([self._seen, self._kept()]) if self.chunks else None
 
     def take(self, window_BCTHW: Tensor, held: Callable[[str], Tensor | None] | None = None) -> dict[str, Tensor]:
         """Take in a finished section; returns what is to be kept beside it, by name.
@@ -81,7 +85,7 @@ class PreservationRun:
         """
         self._seen = fingerprint([self._seen, window_BCTHW])
         frames = torch.cat((self._waiting, window_BCTHW), dim=2)
-        start = self._chunks[-1].stop if self._chunks else 0
+        start = self.chunks[-1].stop if self.chunks else 0
         whole = frames.shape[2] - waiting_frames(frames.shape[2], *self.rates)
         self._waiting = frames[:, :, whole:].clone()
         if not whole:
@@ -90,13 +94,13 @@ class PreservationRun:
         found = {rate: None if held is None else held(name) for rate, name in names.items()}
         known = {rate: tokens for rate, tokens in found.items() if tokens is not None}
         made = known if len(known) == len(names) else self._encoded(frames[:, :, :whole])
-        self._chunks.append(_Chunk(start, start + whole, made))
+        self.chunks.append(Chunk(start, start + whole, made))
         self._forget()
         return {names[rate]: tokens for rate, tokens in made.items()}
 
     def carried(self, section: Section) -> dict:
         """What a section's prompts carry of the memory."""
-        tokens, places = self._shown()
+        tokens, places = self.shown()
         if not tokens:
             return {}
         return {"model_conds": token_conditions(torch.cat(tokens, dim=1), seen_from(places, section))}
@@ -112,17 +116,17 @@ class PreservationRun:
         known = short(encoder_outline(self.memory))
         return f"{self.memory.label}, {' + '.join(self.memory.rates)}, at most {self.memory.tokens} tokens ({known})"
 
-    def _shown(self) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+    def shown(self) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
         """Tokens that are kept, encoder by encoder, and their places in the video."""
         self._forget()
         wanted = self._kept()
-        for chunk, names in zip(self._chunks, wanted, strict=True):
+        for chunk, names in zip(self.chunks, wanted, strict=True):
             if names and not chunk.tokens:  # of the existing video, which nobody has kept
                 made = self._encoded(self.first[:, :, chunk.start : chunk.stop])
                 chunk.tokens = {name: made[name] for name in names}
         tokens, places = [], []
         for name, rate in zip(self.memory.rates, self.rates, strict=True):
-            for chunk in self._chunks:
+            for chunk in self.chunks:
                 if name in chunk.tokens:
                     tokens.append(chunk.tokens[name])
                     places += token_grid(rate, chunk.start, chunk.stop, *self.first.shape[-2:]).positions()
@@ -130,11 +134,11 @@ class PreservationRun:
 
     def _kept(self) -> list[tuple[str, ...]]:
         """By chunk, the rates whose tokens are kept."""
-        lengths = [chunk.stop - chunk.start for chunk in self._chunks]
+        lengths = [chunk.stop - chunk.start for chunk in self.chunks]
         return kept_rates(lengths, self.memory, *self.first.shape[-2:])
 
     def _forget(self) -> None:
-        for chunk, names in zip(self._chunks, self._kept(), strict=True):
+        for chunk, names in zip(self.chunks, self._kept(), strict=True):
             chunk.tokens = {name: tokens for name, tokens in chunk.tokens.items() if name in names}
 
     def _encoded(self, chunk_BCTHW: Tensor) -> dict[str, Tensor]:
@@ -197,12 +201,28 @@ def with_preserved(
     return run, [f"{line}. {fits}"], warnings
 
 
-def _check(memory: PreservedMemory, patcher, plan: LongVideoPlan) -> None:
+def words_of_budget(memory: PreservedMemory, patcher) -> str:
+    """How far back a memory's tokens reach, at 832x480 and the rate of frames that a MODEL is made for."""
+    fps = DEFAULT_FPS if is_framepack(patcher) else WAN_FPS
+    rate = sum(tokens_a_second(RATES[name], 60, 104, fps) for name in memory.rates)
+    first = "; before that its tokens finer than 2x2x8" if memory.budget.past == "thin" else ""
+    return (
+        f"At most {memory.tokens} tokens, which are about {float((memory.tokens or 0) / rate):.0f} s of 832x480 at "
+        f"{fps:g} fps. Past that the oldest go{first}."
+    )
+
+
+def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
+    """Raise PlanError unless memory and MODEL come from the node that lets the MODEL take the memory's tokens."""
     if memory.tokens is None or not (is_framepack(patcher) or is_attached(patcher)):
         raise PlanError(
-            f"'memory' of '{SAMPLER}' comes straight from the node that loads or trains it. Expected both outputs of "
-            f"'{PRESERVATION}': its MODEL behind the guider, its memory here."
+            f"'memory' of '{node}' comes straight from the node that loads or trains it, or the MODEL does. Expected "
+            f"both outputs of '{PRESERVATION}'."
         )
+
+
+def _check(memory: PreservedMemory, patcher, plan: LongVideoPlan) -> None:
+    check_tokens_taken(memory, patcher, SAMPLER)
     if plan.order != "forward":
         raise PlanError(
             f"'memory' of '{SAMPLER}' holds what came before, and order {plan.order} with {plan.schedule.text} makes "

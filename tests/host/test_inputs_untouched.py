@@ -124,8 +124,11 @@ def graph(nodes):
     encoders = importlib.import_module(f"{PACK}.frame_memory.model.memory")
     memory, _ = encoders.with_features_of(encoders.new_encoder(model), positive)
     memory.pack.gate.fill_(0.5)
+    preserved = importlib.import_module(f"{PACK}.frame_memory.model.preserved_memory")
+    frames = preserved.with_tokens(preserved.new_memory(model, "2x2x2"), 1000)
     return SimpleNamespace(
-        memory=memory, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider, positive=positive,
+        memory=memory, frames=frames, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider,
+        positive=positive,
         negative=negative, context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
@@ -178,6 +181,11 @@ def of_memory(g) -> dict:
         "FrameMemoryMemoryPack": lambda: {
             "model": g.model, "memory": g.memory, "conditioning": g.positive,
             "clip_vision_output": SelfTestVision().encode_image(picture),
+        },
+        "FrameMemoryFramePreservation": lambda: {"model": g.model, "memory": g.frames, "tokens": 50},
+        "FrameMemoryRetrieveFrame": lambda: {
+            "model": g.model, "memory": g.frames, "positive": g.positive, "samples": g.latent(5, 9), "vae": g.vae,
+            "seconds": 0.2, "steps": 1, "seed": 0,
         },
         "FrameMemoryTrainDirectForcing": lambda: {
             "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.memory],

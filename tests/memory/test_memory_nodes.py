@@ -69,7 +69,7 @@ def test_a_model_whose_file_says_another_kind_is_refused_for_all_that_is_made_on
 def test_a_file_is_loaded_as_it_was_and_offered_in_the_list(nodes, model, memory, files):
     save(files / "mine.safetensors", memory)
     options = nodes.FrameMemoryLoadEncoder.define_schema().inputs[0].options
-    assert options == [nodes.NEW, "mine.safetensors"]
+    assert options == [nodes.NEW, *nodes.NEW_FRAMES, "mine.safetensors"]
     made, report = nodes.FrameMemoryLoadEncoder.execute("mine.safetensors", model).result
     assert made.trained and made.fingerprint == memory.fingerprint and "UNTRAINED" not in report
     for name, value in memory.pack.state_dict().items():

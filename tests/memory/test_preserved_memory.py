@@ -151,11 +151,11 @@ def test_another_base_width_or_kind_is_refused_with_both_fingerprints(model, mem
 
 
 def test_each_kind_is_refused_where_the_other_is_meant(model, memory):
-    assert of_kind(memory, PreservedMemory, "A", "B") is memory
+    assert of_kind(memory, memory_file.FRAME_PRESERVATION, "A", "B") is memory
     with pytest.raises(MemoryMismatch, match="'A' is new: frame preservation 4x4x2 \\+ 2x2x8.*belongs into 'B'"):
-        of_kind(memory, FrameMemory, "A", "B")
+        of_kind(memory, memory_file.SEMANTIC_PACK, "A", "B")
     with pytest.raises(MemoryMismatch, match="is new: SemanticPack"):
-        of_kind(new_encoder(model), PreservedMemory, "A", "B")
+        of_kind(new_encoder(model), memory_file.FRAME_PRESERVATION, "A", "B")
 
 
 def test_it_is_attached_to_a_copy_and_taken_off_without_trace(model, memory):

@@ -233,5 +233,5 @@ def test_what_is_held_does_not_grow_with_the_length_of_the_video(model, memory):
         made._waiting = made._waiting.clone()
         made._encoded = lambda chunk: {"2x2x2": torch.zeros(1, chunk.shape[2] // 2, 128)}
         made.take(torch.full((1, 16, 9, 4, 4), float(number)))
-        held.append(sum(t.numel() for chunk in made._chunks for t in chunk.tokens.values()) + made._waiting.numel())
+        held.append(sum(t.numel() for chunk in made.chunks for t in chunk.tokens.values()) + made._waiting.numel())
     assert max(held) == max(held[:40]) <= 60 * 128 + 16 * 16

@@ -1,0 +1,116 @@
+"""Ask a memory for one frame of a video, and show what comes beside the frame itself.
+
+The frame is denoised from noise at its own time, behind nothing but the memory's tokens, as in stage 1 of the training
+(frame query). The memory is what a run would hold: the whole video, encoded segment by segment, within its budget.
+
+Shape legend: B batch, C latent channels, T latent frames, H W latent pixels (VAE space).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..model import wan
+from ..model.framepack import FRAME_CONTEXT_KEY, is_framepack, token_conditions
+from ..model.packing import ContextLayout
+from ..model.preserved_memory import PreservedMemory, check_preserved
+from ..plan import PlanError, pixel_frames, sigma_schedule
+from ..plan.mark import DEFAULT_FPS, read_mark
+from ..video.decode import decode_window
+from ..video.fidelity import psnr, ssim
+from ..video.vae import check_vae
+from .long_video import latent_of
+from .preservation import PreservationRun, check_tokens_taken
+from .section_loop import with_carried
+
+RETRIEVE = "Retrieve Frame"
+# Latent frames decoded before the one that is asked for, since a causal VAE begins each clip with a still.
+BEFORE = 2
+# Where training's noise levels lie (forcing/preserving.py).
+SHIFT = 5.0
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """picture `[1, height, 2 x width, 3]`: the frame itself, then what the memory made of it; psnr in dB."""
+
+    picture: Tensor
+    psnr: float
+    ssim: float
+    report: str
+
+
+def retrieve_frame(
+    *, model, memory: PreservedMemory, positive: list, latent: Mapping, vae, seconds: float, steps: int, seed: int
+) -> Retrieved:
+    """Of a batch the first video counts. Raises PlanError for a time past the end, a memory that holds nothing yet, or
+    one that comes from no encoder node; MemoryMismatch for one of another base, VAEError for another VAE."""
+    check_tokens_taken(memory, model, RETRIEVE)
+    fits = check_preserved(memory, model, RETRIEVE)
+    video, mark = latent_of("samples", latent, RETRIEVE), read_mark(latent)
+    assert video is not None
+    check_vae(vae, video, mark)
+    video = video[:1]
+    fps = DEFAULT_FPS if mark is None or mark.fps is None else float(mark.fps)
+    picture = round(seconds * fps)
+    place = -(-picture // 4)
+    if place >= video.shape[2]:
+        last = (pixel_frames(video.shape[2]) - 1) / fps
+        raise PlanError(
+            f"'seconds' of '{RETRIEVE}' is {seconds:g}, and the video ends at {last:.2f} s. Nearest valid: {last:.2f}."
+        )
+    run = PreservationRun(memory, model, video, 9 if mark is None else mark.window)
+    tokens, places = run.shown()
+    if not tokens:
+        raise PlanError(
+            f"The memory at {' + '.join(memory.rates)} holds nothing of a video of {video.shape[2]} latent frames yet: "
+            f"no block is full. Feed a longer video into 'samples' of '{RETRIEVE}'."
+        )
+    layout = ContextLayout(positions=(place,), groups=())
+    made = _denoised(model, positive, layout, torch.cat(tokens, 1), places, video[:, :, :1], steps, seed)
+    start, shown = max(place - BEFORE, 0), -1 - (4 * place - picture)
+    pair = []
+    for frame in (video[:, :, place : place + 1], made):
+        around = torch.cat((video[:, :, start:place], frame), dim=2)
+        pair.append(decode_window(vae.decode, around)[shown].cpu().clamp(0, 1))
+    near, like = psnr(*pair), ssim(*pair)
+    held = any(chunk.start <= place < chunk.stop and chunk.tokens for chunk in run.chunks)
+    lines = [
+        *([] if held else [_forgotten(place, video.shape[2])]),
+        f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
+        f"SSIM {like:.3f}.",
+        f"Left the frame itself, right what the memory holds of it: {sum(t.shape[1] for t in tokens)} tokens for "
+        f"{video.shape[2]} latent frames.",
+        f"{memory.describe()}. {fits}",
+    ]
+    return Retrieved(torch.cat(pair, dim=1)[None], near, like, "\n".join(lines))
+
+
+def _forgotten(place: int, frames: int) -> str:
+    why = "its block is not full yet" if place > frames // 2 else "the budget of tokens has let it go"
+    return f"Warning: the memory holds no token of latent frame {place}: {why}. The picture is a guess from the rest."
+
+
+def _denoised(
+    model, positive: list, layout: ContextLayout, tokens: Tensor, places, like: Tensor, steps: int, seed: int
+) -> Tensor:
+    """One latent frame `[1, C, 1, H, W]` made from noise behind the memory alone."""
+    context = {"latents": [], "layout": layout}
+    if is_framepack(model):
+        carried = {FRAME_CONTEXT_KEY: context, "model_conds": token_conditions(tokens, places)}
+    else:
+        carried = {"model_conds": wan.conditions(model.model, context, tokens, places)}
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, positive)
+    guider.set_cfg(1.0)
+    guider.original_conds = {k: [with_carried(c, carried) for c in v] for k, v in guider.original_conds.items()}
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    sigmas = torch.tensor(sigma_schedule(steps, SHIFT))
+    sampler = comfy.samplers.sampler_object("euler")
+    made = guider.sample(noise, torch.zeros_like(like), sampler, sigmas, disable_pbar=True, seed=seed)
+    return made.float().cpu()

@@ -1,0 +1,129 @@
+"""The nodes of frame preservation: attaching with a limit, and asking a memory for a frame."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from frame_memory.model import memory_file
+from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS
+from frame_memory.model.transformer import FramePackTransformer
+from frame_memory.video.fidelity import psnr, ssim
+
+from .conftest import prompt
+from .runs import start_latent
+from .test_memory_nodes import PACK, files, nodes  # noqa: F401 (fixtures)
+from .test_preserved_run import SMALL, filled
+
+
+@pytest.fixture
+def faces(nodes):  # noqa: F811 (the fixture of that name)
+    return importlib.import_module(f"{PACK}.nodes.preservation")
+
+
+@pytest.fixture
+def own(nodes):  # noqa: F811 (the fixture of that name)
+    """The library as the nodes import it, whose classes are its own."""
+    return importlib.import_module(f"{PACK}.frame_memory.model.preserved_memory")
+
+
+class Pixels:
+    """A VAE whose pictures are the first three channels of the latent, each frame four times but the first."""
+
+    first_stage_model, latent_channels, latent_dim = object(), 16, 3
+
+    def decode(self, latent):
+        frames = torch.sigmoid(latent[:, :3].movedim(1, -1))
+        frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return torch.cat((frames[:, :1], frames[:, 1:].repeat_interleave(4, 1)), 1)
+
+    def spacial_compression_decode(self):
+        return 8
+
+    def temporal_compression_decode(self):
+        return 4
+
+
+def test_new_encoders_of_every_rate_are_offered(nodes, own, model):  # noqa: F811
+    for name, rates in nodes.NEW_FRAMES.items():
+        made, report = nodes.FrameMemoryLoadEncoder.execute(name, model).result
+        assert isinstance(made, own.PreservedMemory) and made.rates == rates
+        assert "frame preservation" in report and "UNTRAINED" in report
+    with pytest.raises(ValueError, match="'model' is not connected"):
+        nodes.FrameMemoryLoadEncoder.execute(next(iter(nodes.NEW_FRAMES)))
+
+
+def test_a_file_is_loaded_and_attached_with_a_limit(nodes, faces, own, model, files):  # noqa: F811
+    given = own.new_memory(model, "4x4x2", **SMALL)
+    parts = {"frames": given.history.state_dict(), "spec": given.to_spec()}
+    memory_file.write(str(files / "mine.safetensors"), given.base, **parts)
+    made, report = nodes.FrameMemoryLoadEncoder.execute("mine.safetensors", model).result
+    assert made.trained and made.fingerprint == given.fingerprint and "Trained on this base" in report
+    patched, limited, report = faces.FrameMemoryFramePreservation.execute(model, made, 5460).result
+    assert limited.tokens == 5460 and made.tokens is None and not model.additional_models
+    assert patched.get_additional_models()[0].model is made.history
+    assert "At most 5460 tokens, which are about 16 s of 832x480 at 30 fps. Past that the oldest go." in report
+
+
+def test_each_node_refuses_the_other_kind(nodes, faces, own, model):  # noqa: F811
+    packs = importlib.import_module(f"{PACK}.frame_memory.model.memory")
+    with pytest.raises(ValueError, match="'Frame Preservation Encoder' is new: SemanticPack.*'MemoryPack Encoder'"):
+        faces.FrameMemoryFramePreservation.execute(model, packs.new_encoder(model), 100)
+    frames = own.new_memory(model, "4x4x2", **SMALL)
+    with pytest.raises(ValueError, match="is new: frame preservation.*into 'Frame Preservation Encoder'"):
+        nodes.FrameMemoryMemoryPack.execute(model, frames, prompt())
+
+
+def ask(faces, own, model, seconds=0.5, tokens=1000, frames=13, **more):
+    memory = own.with_tokens(filled(own.new_memory(model, "2x2x2", **SMALL)), tokens)
+    patched = own.attach_preserved(model, memory)
+    asked = {"model": patched, "memory": memory, "positive": prompt(), "samples": start_latent(2, frames, 3)}
+    asked |= {"vae": Pixels(), "seconds": seconds, "steps": 2, "seed": 1, **more}
+    with torch.inference_mode():
+        return faces.FrameMemoryRetrieveFrame.execute(**asked).result
+
+
+def test_a_frame_is_asked_at_its_own_time_behind_the_whole_memory(faces, own, model, monkeypatch):
+    transformer = importlib.import_module(f"{PACK}.frame_memory.model.transformer").FramePackTransformer
+    calls, real = [], FramePackTransformer._forward
+
+    def seen(self, x, *args, **kwargs):
+        calls.append((x.shape, kwargs))
+        return real(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(FramePackTransformer, "_forward", seen)
+    monkeypatch.setattr(transformer, "_forward", seen)
+    pair, near, like, report = ask(faces, own, model)  # picture 15, latent frame 4
+    assert len(calls) == 2 and calls[0][0] == (1, 16, 1, 6, 10)
+    given = calls[0][1]
+    assert given["context_layout"].positions == (4,) and given["context_latents"] == []
+    assert given[FRAME_TOKENS].shape[1] == 12
+    assert given[FRAME_POSITIONS][:, 0].tolist() == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11]
+    assert pair.shape == (1, 48, 160, 3)
+    expected = Pixels().decode(start_latent(2, 13, 3)["samples"][:1, :, 2:5])[0, -2]
+    assert torch.allclose(pair[0, :, :80], expected)
+    sides = pair[0, :, :80], pair[0, :, 80:]
+    assert near == pytest.approx(psnr(*sides)) and like == pytest.approx(ssim(*sides))
+    assert "Frame at 0.50 s (picture 15, latent frame 4)" in report and "Warning" not in report
+    assert torch.equal(ask(faces, own, model)[0], pair), "the same seed, the same picture"
+
+
+def test_frames_that_are_not_remembered_are_warned_of(faces, own, model):
+    assert "holds no token of latent frame 12: its block is not full yet" in ask(faces, own, model, 1.6)[3]
+    assert "no token of latent frame 0: the budget of tokens has let it go" in ask(faces, own, model, 0.0, tokens=8)[3]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"seconds": 1.62}, r"the video ends at 1.60 s. Nearest valid: 1.60"),
+    ({"frames": 1, "seconds": 0.0}, "no block is full"),
+])  # fmt: skip
+def test_what_cannot_be_asked_is_refused_in_words(faces, own, model, change, said):
+    with pytest.raises(ValueError, match=said):
+        ask(faces, own, model, **change)
+
+
+def test_a_memory_that_skipped_its_node_is_refused(faces, own, model):
+    with pytest.raises(ValueError, match="'memory' of 'Retrieve Frame' comes straight.*'Frame Preservation Encoder'"):
+        ask(faces, own, model, memory=own.new_memory(model, "2x2x2", **SMALL))
