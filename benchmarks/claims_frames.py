@@ -102,8 +102,8 @@ class Budget:
     on a section in which the visitor comes back; it does so in one of seven.
     """
 
-    steps: int = 400
-    next_steps: int = 300
+    steps: int = 1000
+    next_steps: int = 1000
     batch: int = 8
     clips: int = 800
     rank: int = 32
