@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..model import memory_file, tensor_file
 from ..model.memory import FrameMemory, encoder_from_tensors
+from ..model.preserved_memory import PreservedMemory, memory_from_tensors
 from .clips import ForcingError
 from .stages import LORA
 from .training_run import Outcome, TrainingRun
@@ -27,7 +28,7 @@ class Result:
     checkpoint: Path
     lora: Path | None
     lora_tensors: dict[str, Tensor]
-    memory: FrameMemory | None
+    memory: FrameMemory | PreservedMemory | None
 
 
 def write_result(
@@ -39,22 +40,21 @@ def write_result(
     """
     trained, recipe = outcome.trained, run.recipe_of(outcome)
     head = {n: v.cpu() for n, v in trained.head(outcome.weights).items()}
-    pack = trained.memory(outcome.weights)
-    spec, memory = None, None
-    if outcome.memory is not None:
-        dtype = next(outcome.memory.pack.parameters()).dtype
-        pack = {n: v.to("cpu", dtype) for n, v in pack.items()}
-        spec = outcome.memory.spec
+    given, pack, parts, memory = outcome.memory, trained.memory(outcome.weights), {}, None
+    if given is not None:
+        own = given.encoder.model.state_dict()
+        pack = {n: v.to("cpu", own[n].dtype) for n, v in pack.items()}
+        kept = "frames" if given.kind == memory_file.FRAME_PRESERVATION else "pack"
+        parts = {kept: pack, "spec": given.to_spec()}
     path = _free(memories, name, recipe["identity"], "frame_memory.recipe", say)
-    memory_file.write(
-        str(path), outcome.base, pack=pack, spec=None if spec is None else spec.to_dict(), head=head, recipe=recipe
-    )
-    if spec is not None:
-        assert outcome.memory is not None
-        memory = encoder_from_tensors(
-            pack, spec, label=path.name, base=outcome.base, dtype=next(iter(pack.values())).dtype,
-            load_device=outcome.memory.encoder.load_device,
-        )  # fmt: skip
+    memory_file.write(str(path), outcome.base, **parts, head=head, recipe=recipe)
+    if given is not None:
+        made = {"label": path.name, "base": outcome.base, "dtype": given.encoder.model.dtype}
+        made["load_device"] = given.encoder.load_device
+        if isinstance(given, PreservedMemory):
+            memory = memory_from_tensors(pack, given.specs, **made)
+        else:
+            memory = encoder_from_tensors(pack, given.spec, **made)
     tensors = {n: v.to("cpu", torch.bfloat16) for n, v in trained.lora(outcome.weights).items()}
     lora = None
     if LORA in trained.parts:

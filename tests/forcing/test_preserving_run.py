@@ -1,0 +1,96 @@
+"""Frame preservation trained on a MODEL of the host: what it writes, that it resumes, that the MODEL is left alone."""
+
+from __future__ import annotations
+
+import comfy.sd
+import pytest
+import torch
+
+from frame_memory.forcing.clips import ForcingError
+from frame_memory.forcing.preserving_run import STAGE_FOLLOW, STAGE_QUERY, PreservingRequest, PreservingRun
+from frame_memory.forcing.results import write_result
+from frame_memory.forcing.training_run import Faces
+from frame_memory.model import memory_file, tensor_file
+from frame_memory.model.memory import MemoryMismatch, new_encoder
+from frame_memory.model.preserved_memory import memory_of, new_memory
+
+from .test_train_run import FAST, Cancelled, load, tiny_file, videos, weights_of  # noqa: F401 (a fixture)
+
+SMALL = {"channels": (4, 6, 8, 8), "heads": 2}
+
+
+def request(stage: str, steps: int = 2, **more) -> PreservingRequest:
+    return PreservingRequest(stage, steps, clips=2, save_every=1, rank=2, settings=FAST, rates=("2x2x2",), **more)
+
+
+def run_of(model, memory, folder, stage, steps=2, faces=None, **more) -> PreservingRun:
+    faces = faces or Faces(lambda _: None)
+    return PreservingRun(model, memory, videos(), request(stage, steps, **more), folder, faces)
+
+
+@pytest.mark.parametrize("stage", [STAGE_QUERY, STAGE_FOLLOW])
+def test_a_stage_writes_a_memory_and_a_lora_and_leaves_the_model_as_it_was(tiny_file, tmp_path, stage):  # noqa: F811
+    model = load(tiny_file)
+    given, before, moments = new_memory(model, "2x2x2", **SMALL), weights_of(model), []
+    was = {n: v.clone() for n, v in given.history.state_dict().items()}
+    run = run_of(model, given, tmp_path / "run", stage, faces=Faces(lambda _: None, moments.append))
+    with torch.inference_mode():  # as core runs a node
+        outcome = run.run()
+        result = write_result(run, outcome, "mine", tmp_path / "models", tmp_path / "loras", lambda _: None)
+    assert [m.step for m in moments] == [1, 2] and all(m == m for m in outcome.losses)
+    assert all(torch.equal(v, before[k]) for k, v in weights_of(model).items())
+    assert all(torch.equal(v, was[n]) for n, v in given.history.state_dict().items())
+    held = memory_file.read(str(result.checkpoint))
+    assert held.kind == memory_file.FRAME_PRESERVATION and held.recipe["stage"] == stage
+    back = memory_of(held, "Load Memory Encoder", model)
+    now = back.history.state_dict()
+    assert result.memory.fingerprint == back.fingerprint and back.trained
+    for name, value in was.items():
+        assert torch.equal(now[name], value) == (".embed." in name or name.endswith("key.bias")) or "bias" in name, name
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensor_file.read(str(result.lora)), 1.0, 0.0)
+    assert patched.patches and held.base.difference(run.base) == ""
+
+
+@pytest.mark.parametrize("stage", [STAGE_QUERY, STAGE_FOLLOW])
+def test_a_run_that_is_cancelled_goes_on_bit_for_bit(tiny_file, tmp_path, stage):  # noqa: F811
+    def made(folder, interrupt=lambda: None):
+        model = load(tiny_file)
+        faces = Faces(lambda _: None, interrupt=interrupt)
+        return run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path / folder, stage, 4, faces).run()
+
+    whole, calls = made("whole"), iter(range(99))
+
+    def cancel():
+        if next(calls) == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        made("parts", cancel)
+    resumed = made("parts")
+    assert resumed.resumed == 2 and resumed.losses == whole.losses
+    last = "step-00000004.safetensors"
+    ours, theirs = (tensor_file.read(str(tmp_path / n / last)) for n in ("parts", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_frozen_encoders_learn_nothing_in_stage_two(tiny_file, tmp_path):  # noqa: F811
+    model = load(tiny_file)
+    given = new_memory(model, "2x2x2", **SMALL)
+    outcome = run_of(model, given, tmp_path, STAGE_FOLLOW, frozen=True).run()
+    assert outcome.weights and all(name.startswith("lora.") for name in outcome.weights)
+    result = write_result(run_of(model, given, tmp_path, STAGE_FOLLOW, frozen=True), outcome, "x", tmp_path / "m",
+                          tmp_path / "l", lambda _: None)  # fmt: skip
+    assert result.memory.fingerprint == given.fingerprint
+    assert request(STAGE_QUERY, frozen=True).parts == ("memory", "LoRA")
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, tmp_path):  # noqa: F811
+    model = load(tiny_file)
+    with pytest.raises(ForcingError, match="goes on with the memory of stage '1: frame query'"):
+        run_of(model, None, tmp_path, STAGE_FOLLOW)
+    with pytest.raises(MemoryMismatch, match="is new: SemanticPack"):
+        run_of(model, new_encoder(model), tmp_path, STAGE_QUERY)
+    given = new_memory(model, "2x2x2", **SMALL)
+    with pytest.raises(ForcingError, match="needs 2, one to remember and one to make"):
+        PreservingRun(model, given, videos(clips=1), request(STAGE_FOLLOW), tmp_path)
+    assert run_of(model, None, tmp_path, STAGE_QUERY).memory.rates == ("2x2x2",)
