@@ -139,6 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.toy and args.record:
         parser.error("figures of --toy say nothing and are not recorded")
+    if args.toy:
+        args.seeds, args.scenes, args.sample_steps = args.seeds[:1], 1, 1
     return args
 
 
@@ -155,7 +157,7 @@ def _add_options(parser: argparse.ArgumentParser, claim: Claim) -> None:
     parser.add_argument("--clips", type=int, default=budget.clips, help="scenes to train on")
     parser.add_argument("--scenes", type=int, default=16, help="scenes to measure on")
     parser.add_argument("--sample-steps", type=int, default=12)
-    parser.add_argument("--toy", action="store_true", help="one small video a step: only to see that all of it runs")
+    parser.add_argument("--toy", action="store_true", help="one step and one scene: only to see that all of it runs")
     parser.add_argument("--print", action="store_true", help="print the tables from the rows that are there, and stop")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

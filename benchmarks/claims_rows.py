@@ -324,7 +324,7 @@ class MemoryPackClaim(Claim):
 
     def toy(self, budget: Budget) -> Budget:
         """The smallest budget that runs everything, for a test."""
-        return replace(budget, batch=1, clips=2, sections=2, most=2, unroll=1)
+        return replace(budget, base_steps=1, steps=1, head_steps=1, batch=1, clips=2, sections=2, most=2, unroll=1)
 
     def measures(self, variant: Variant) -> Measures:
         """Those of long videos."""

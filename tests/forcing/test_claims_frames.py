@@ -12,15 +12,16 @@ import torch
 from benchmarks import claims
 from benchmarks.claims_frames import ALONE, FRAMEPACK, WINDOW, Budget, FramePreservationClaim, FramesWorkshop
 from benchmarks.claims_queries import CLIPS, HELD, compared, histories, perceptual_distance, pictures, queried
-from benchmarks.claims_training import slug
+from benchmarks.claims_training import OutOfTime, slug
 from benchmarks.claims_videos import Sampling
 from benchmarks.codec import LinearCodec
+from benchmarks.long_clips import LongClips
 from benchmarks.long_world import random_long_scene
 from benchmarks.train_autoencoder import shipped
 from frame_memory.plan import plan_sections
 
 ROWS = FramePreservationClaim.variants
-COMMAND = ["frame-preservation", "--toy", "--seeds", "0", "--scenes", "1", "--sample-steps", "1", "--seconds", "5"]
+COMMAND = ["frame-preservation", "--toy", "--seconds", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,7 @@ def test_the_distance_is_that_of_unit_features_at_each_resolution():
     assert row["psnr"] == pytest.approx(-20 * np.log10(0.02), abs=0.5) and 0.5 < row["ssim"] < 1
 
 
-def test_asked_of_a_masked_history_other_frames_hardly_count_and_of_a_whole_one_they_do(folder, codec):
-    """Both cases are asked for the same frames with the same noise; they differ in what the encoder is shown."""
+def test_a_masked_and_a_whole_history_are_asked_for_the_same_frames(folder, codec):
     scenes = [random_long_scene(np.random.default_rng(3), shown=False, named=False)]
     video, row = histories(scenes, codec), ROWS["both, 2x2x2"]
     assert video.clips == CLIPS and video.latents.shape[2] >= HELD
@@ -117,6 +117,38 @@ def test_weights_depend_on_the_base_and_on_the_settings_of_their_stage():
     assert set(second) - set(first) == {"next_steps", "sections", "returns"}
 
 
+class Stopped(FramesWorkshop):
+    """Its time is over after so many looks at the clock."""
+
+    looks = 2
+
+    def alive(self):
+        self.looks -= 1
+        if self.looks < 0:
+            raise OutOfTime
+
+
+@pytest.mark.parametrize("name", ["both, 2x2x1", "+ FramePack's context"])
+def test_training_that_ran_out_of_time_goes_on_to_the_same_weights(tmp_path, codec, name):
+    rng = np.random.default_rng(0)
+    latents, pictures = rng.standard_normal((2, 16, 61, 8, 8)), rng.random((2, 64, 64, 3))
+    clips = LongClips(latents, pictures, ["a visitor comes in from the left"] * 2)
+    budget = Budget(steps=3, next_steps=3, batch=1, clips=2, rank=2, asked=1, sections=2)
+    row = dataclasses.replace(ROWS[name], after="")
+    made = {}
+    for folder, stopped in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
+        folder.mkdir()
+        if stopped:
+            with pytest.raises(OutOfTime):
+                Stopped(folder, clips, budget).trained(row, 0)
+            assert list(folder.rglob("step-00000002.safetensors")) and not list(folder.glob("*.safetensors"))
+        said: list[str] = []
+        trained = FramesWorkshop(folder, clips, budget, say=said.append).trained(row, 0)
+        made[stopped] = {name: p.detach().clone() for name, p in trained.parameters.items()}
+        assert any("goes on from step 2 of 3" in line for line in said) == stopped
+    assert all(torch.equal(value, made[True][name]) for name, value in made[False].items())
+
+
 def test_a_toy_run_trains_and_measures_each_kind_of_row_once_and_goes_on(folder, capsys):
     names = ["both, 4x4x2", "F1 without a memory", "frozen encoder", "+ sliding window", "both, 4x4x2 + 2x2x8"]
     work = ["--work", str(folder)]
@@ -140,5 +172,5 @@ def test_a_toy_run_trains_and_measures_each_kind_of_row_once_and_goes_on(folder,
     claims.main([*COMMAND, *work, "--only", *names])
     assert capsys.readouterr().out == out[out.index("\n**1.") :]
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*-s0.*")}
-    with pytest.raises(SystemExit, match="other settings .sample_steps."):
-        claims.main([*COMMAND, *work, "--sample-steps", "2", "--print"])
+    with pytest.raises(SystemExit, match="other settings .*sample_steps, scenes"):
+        claims.main([COMMAND[0], *work, "--print"])
