@@ -33,9 +33,9 @@ def clip_frames() -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def clip_sections(count: int) -> tuple[Section, ...]:
-    """The sections that make the first `count` clips, by F1's schedule."""
-    return plan_sections(PRESETS[SCHEDULE], sections=count).sections
+def clip_sections(count: int, schedule: str = PRESETS[SCHEDULE]) -> tuple[Section, ...]:
+    """The sections that make the first `count` clips, by F1's schedule or another one with its window."""
+    return plan_sections(schedule, sections=count).sections
 
 
 @dataclass(frozen=True)
