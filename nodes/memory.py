@@ -19,6 +19,7 @@ from ..frame_memory.model.memory import (
     with_features_of,
 )
 from ..frame_memory.model.preserved_memory import check_memory, memory_of, new_memory
+from ..frame_memory.model.sources import LOADERS
 from ..frame_memory.plan.preservation import PRESERVATION, RATES
 from .shown import show
 from .sockets import FrameMemorySocket
@@ -101,7 +102,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             if model is None:
                 raise MemoryMismatch(
                     f"'{LOAD_MEMORY}' makes a new encoder to the measure of a MODEL, and 'model' is not connected. "
-                    "Connect 'Load FramePack Model', or choose a file in 'encoder_name'."
+                    f"Connect {LOADERS}, or choose a file in 'encoder_name'."
                 )
             rates = NEW_FRAMES.get(encoder_name)
             memory = new_encoder(model) if rates is None else new_memory(model, *rates)

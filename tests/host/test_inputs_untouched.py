@@ -172,7 +172,7 @@ def folders(tmp_path, monkeypatch, graph):
 
 def inputs_of(node_id: str, g) -> dict:
     """Inputs that make a node do all that it can do."""
-    return (of_memory(g) | of_all_others(g))[node_id]()
+    return (of_memory(g) | of_wan(g) | of_all_others(g))[node_id]()
 
 
 def of_memory(g) -> dict:
@@ -203,17 +203,22 @@ def of_memory(g) -> dict:
     }  # fmt: skip
 
 
-def of_all_others(g) -> dict:
-    picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
+def of_wan(g) -> dict:
     return {
-        "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
         "FrameMemoryLoadMemoryModel": lambda: {"model_name": HELIOS},
-        "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
         "FrameMemoryWanFrameContext": lambda: {"model": g.wan, "file": WAN_CONTEXT},
         "FrameMemoryWanExpertGuider": lambda: {
             "high": g.wan, "low": g.wan.clone(), "positive": g.positive, "negative": g.negative, "cfg_high": 3.5,
             "cfg_low": 1.0, "boundary": 0.9,
         },
+    }
+
+
+def of_all_others(g) -> dict:
+    picture = random(1, 70, 90, 4, seed=4).abs().clamp(0, 1)
+    return {
+        "FrameMemoryLoadFramePack": lambda: {"model_name": MODEL, "kind": "from the file", "save_converted": True},
+        "FrameMemoryLoraLoader": lambda: {"model": g.model, "lora_name": "a.safetensors", "strength": 0.7},
         "FrameMemoryContextPacker": lambda: {"preset": "F1 forward"},
         "FrameMemoryPromptTimeline": lambda: {
             "clip": SelfTestText(), "text": "0-1.2: a\n1.2-: b", "blend_sections": 1,
