@@ -1,9 +1,10 @@
-"""The paper's claims at small scale: `python scripts/run.py -m benchmarks.claims memorypack [--minutes 60] ...`.
+"""The papers' claims at small scale: `python scripts/run.py -m benchmarks.claims memorypack [--minutes 60] ...`, and
+`frame-preservation`.
 
-Trains, or loads, every variant of the paper's three tables on long videos whose truth is known
-(benchmarks/long_world.py), makes videos of 10, 30 and 60 seconds that begin with a true first visit, and prints the
-tables with mean and 95 % interval over the seeds. Every row (a variant and a seed) is kept in the folder of --work: a
-call that is stopped, or that runs out of its minutes, is gone on with by the same command.
+Trains, or loads, every variant of a paper's tables on long videos whose truth is known (benchmarks/long_world.py),
+measures what it remembers, and prints the tables with mean and 95 % interval over the seeds: claims_rows.py and
+claims_frames.py say what is compared. Every row (a variant and a seed) is kept in the folder of --work: a call that is
+stopped, or that runs out of its minutes, is gone on with by the same command.
 """
 
 from __future__ import annotations
@@ -16,37 +17,32 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 
 from . import record
-from .claims_rows import TABLES, VARIANTS, Budget, OutOfTime, Variant, Workshop, slug, toy
-from .claims_videos import GIVEN, Sampling, measured
+from .claims_frames import FramePreservationClaim
+from .claims_rows import MemoryPackClaim
+from .claims_training import Claim, OutOfTime, Workshop, slug
 from .long_clips import LongClips, codec_of
 from .long_world import random_long_scene
 
-MEASURES = {
-    "recall": ("recall", "{:.0%}"), "colour recall": ("of colour", "{:.0%}"),
-    "identity": ("right visitor", "{:.0%}"), "presence": ("there or away as due", "{:.0%}"),
-    "distance": ("off by, px", "{:.1f}"), "background": ("ground, dB", "{:.1f}"), "motion": ("dynamic", "{:.2f}"),
-    "drift of identity": ("Δ visitor", "{:.0%}"), "drift of presence": ("Δ there", "{:.0%}"),
-    "drift of distance": ("Δ px", "{:.1f}"), "drift of background": ("Δ dB", "{:.1f}"),
-    "drift of motion": ("Δ dynamic", "{:.2f}"),
-}  # fmt: skip
+CLAIMS = {"memorypack": MemoryPackClaim(), "frame-preservation": FramePreservationClaim()}
 SCENE_SEED = 2026
 CONFIDENCE = 0.95
 MISSING = "missing"
 
 
-def row_path(work: Path, variant: Variant, seed: int) -> Path:
+def row_path(work: Path, variant: Any, seed: int) -> Path:
     """Where a row's figures lie."""
     return work / f"{slug(variant.name)}-s{seed}.json"
 
 
 def read_row(path: Path, identity: Mapping) -> dict[str, dict[str, float]]:
-    """A row's figures by length; empty where it is not there yet. Raises SystemExit for other settings."""
+    """A row's figures by case; empty where it is not there yet. Raises SystemExit for other settings."""
     if not path.exists():
         return {}
     held = json.loads(path.read_text(encoding="utf-8"))
@@ -66,25 +62,20 @@ def write_row(path: Path, identity: Mapping, figures: Mapping[str, Mapping[str, 
     os.replace(part, path)
 
 
-def identity_of(variant: Variant, budget: Budget, args) -> dict:
+def identity_of(claim: Claim, variant: Any, budget: Any, args) -> dict:
     """The settings that a row depends on."""
-    sampled = {"scenes": args.scenes, "given": GIVEN, "sample_steps": args.sample_steps}
-    return {**budget.until(variant.leg), **sampled}
+    return claim.identity(variant, budget, args.scenes, args.sample_steps)
 
 
-def fill_row(shop: Workshop, variant: Variant, seed: int, args, codec) -> None:
-    """Train what the row needs, make its videos, measure them, keep the figures. Raises OutOfTime."""
-    path, identity = row_path(args.work, variant, seed), identity_of(variant, shop.budget, args)
+def fill_row(claim: Claim, shop: Workshop, variant: Any, seed: int, args) -> None:
+    """Train what the row needs, measure it, keep the figures. Raises OutOfTime."""
+    path, identity = row_path(args.work, variant, seed), identity_of(claim, variant, shop.budget, args)
     figures = read_row(path, identity)
-    wanted = [s for s in args.seconds if f"{s:g}" not in figures]
+    wanted = {case: words for case, words in claim.cases(variant, args.seconds).items() if case not in figures}
     if not wanted:
         return
-    network, pack = shop.network(variant, seed)
-    scenes = args.made_scenes
-    print(f"{variant.name}, seed {seed}: videos of {', '.join(f'{s:g}' for s in wanted)} s", flush=True)
-    sampling = Sampling(args.sample_steps)
-    made = measured(network, pack, scenes, codec, variant.kind, wanted, sampling, 1000 + seed, args.device, shop.alive)
-    write_row(path, identity, {**figures, **made})
+    print(f"{variant.name}, seed {seed}: {', '.join(wanted.values())}", flush=True)
+    write_row(path, identity, {**figures, **shop.figures(variant, seed, list(wanted))})
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -99,35 +90,36 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * float(np.std(kept, ddof=1)) / math.sqrt(len(kept))
 
 
-def tables(args, budget: Budget) -> tuple[list[str], list[tuple[str, str, float]]]:
+def tables(claim: Claim, args, budget: Any) -> tuple[list[str], list[tuple[str, str, float]]]:
     """(lines to print, figures to record) of all rows that are there."""
     lines, figures = [], {}
-    for title, names in TABLES.items():
-        for seconds in args.seconds:
-            lines += ["", f"**{title}, {seconds:g} s**", ""]
-            lines += ["| variant | seeds | " + " | ".join(head for head, _ in MEASURES.values()) + " |"]
-            lines += ["|" + "---|" * (len(MEASURES) + 2)]
+    for title, names in claim.tables.items():
+        measures = claim.measures(claim.variants[names[0]])
+        for case, words in claim.cases(claim.variants[names[0]], args.seconds).items():
+            lines += ["", f"**{title}, {words}**", ""]
+            lines += ["| variant | seeds | " + " | ".join(head for head, _ in measures.values()) + " |"]
+            lines += ["|" + "---|" * (len(measures) + 2)]
             for name in names:
-                cells, found = _cells(VARIANTS[name], seconds, args, budget)
+                cells, found = _cells(claim, claim.variants[name], case, args, budget)
                 lines.append(
                     f"| {name} | {found} of {len(args.seeds)} | " + " | ".join(text for _, text, _ in cells) + " |"
                 )
                 if found:
-                    figures[f"{name}, {seconds:g} s", "seeds"] = found
+                    figures[f"{name}, {words}", "seeds"] = found
                 for measure, _, (mean, half) in cells:
                     if not math.isnan(mean):
-                        figures[f"{name}, {seconds:g} s", measure] = mean
+                        figures[f"{name}, {words}", measure] = mean
                     if not math.isnan(half):
-                        figures[f"{name}, {seconds:g} s", f"{measure}, half interval"] = half
+                        figures[f"{name}, {words}", f"{measure}, half interval"] = half
     return lines, [(case, measure, value) for (case, measure), value in figures.items()]
 
 
-def _cells(variant: Variant, seconds: float, args, budget: Budget):
-    identity = identity_of(variant, budget, args)
-    rows = [read_row(row_path(args.work, variant, seed), identity).get(f"{seconds:g}") for seed in args.seeds]
+def _cells(claim: Claim, variant: Any, case: str, args, budget: Any):
+    identity = identity_of(claim, variant, budget, args)
+    rows = [read_row(row_path(args.work, variant, seed), identity).get(case) for seed in args.seeds]
     rows = [row for row in rows if row is not None]
     cells = []
-    for measure, (_, form) in MEASURES.items():
+    for measure, (_, form) in claim.measures(variant).items():
         mean, half = interval([row[measure] for row in rows])
         if not rows:
             text = MISSING
@@ -141,55 +133,61 @@ def _cells(variant: Variant, seconds: float, args, budget: Budget):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claim", choices=("memorypack",))
-    parser.add_argument("--work", type=Path, default=Path("training/claims"), help="folder of rows and weights")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="fill only the rows of these variants")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 30.0, 60.0], help="lengths of the videos")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop before this, go on in the next call")
-    for name, what in (
-        ("base", "each base"), ("", "stage 1: of a memory, or of the network"), ("head", "stage 2"),
-    ):  # fmt: skip
-        field = f"{name}_steps".strip("_")
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Budget, field), help=f"of {what}")
-    parser.add_argument("--batch", type=int, default=Budget.batch)
-    parser.add_argument("--clips", type=int, default=Budget.clips, help="scenes to train on")
-    parser.add_argument("--scenes", type=int, default=16, help="scenes to measure on")
-    parser.add_argument("--sample-steps", type=int, default=12)
-    parser.add_argument("--toy", action="store_true", help="one small video a step: only to see that all of it runs")
-    parser.add_argument("--print", action="store_true", help="print the tables from the rows that are there, and stop")
-    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    claims = parser.add_subparsers(dest="claim", required=True)
+    for name, claim in CLAIMS.items():
+        _add_options(claims.add_parser(name, description=type(claim).__doc__), claim)
     args = parser.parse_args(argv)
     if args.toy and args.record:
         parser.error("figures of --toy say nothing and are not recorded")
+    if args.toy:
+        args.seeds, args.scenes, args.sample_steps = args.seeds[:1], 1, 1
     return args
 
 
-def budget_of(args: argparse.Namespace) -> Budget:
+def _add_options(parser: argparse.ArgumentParser, claim: Claim) -> None:
+    parser.add_argument("--work", type=Path, default=claim.folder, help="folder of rows and weights")
+    parser.add_argument("--only", nargs="+", choices=claim.variants, help="fill only the rows of these variants")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", nargs="+", type=float, default=claim.seconds, help="lengths of the videos")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop before this, go on in the next call")
+    budget = claim.budget()
+    for field, what in claim.settings.items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(budget, field), help=f"of {what}")
+    parser.add_argument("--batch", type=int, default=budget.batch)
+    parser.add_argument("--clips", type=int, default=budget.clips, help="scenes to train on")
+    parser.add_argument("--scenes", type=int, default=16, help="scenes to measure on")
+    parser.add_argument("--sample-steps", type=int, default=12)
+    parser.add_argument("--toy", action="store_true", help="one step and one scene: only to see that all of it runs")
+    parser.add_argument("--print", action="store_true", help="print the tables from the rows that are there, and stop")
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def budget_of(args: argparse.Namespace) -> Any:
     """How much is trained by this command."""
-    given = {name: getattr(args, name) for name in ("base_steps", "steps", "head_steps", "batch", "clips")}
-    return toy(Budget(**given)) if args.toy else Budget(**given)
+    claim = CLAIMS[args.claim]
+    budget = claim.budget(**{name: getattr(args, name) for name in (*claim.settings, "batch", "clips")})
+    return claim.toy(budget) if args.toy else budget
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    began = time.monotonic()
-    budget = budget_of(args)
-    rng = np.random.default_rng(SCENE_SEED)
-    args.made_scenes = [random_long_scene(rng, shown=False, named=False) for _ in range(args.scenes)]
+    claim, deadline, budget = CLAIMS[args.claim], time.monotonic() + 60 * args.minutes, budget_of(args)
     if not args.print:
-        codec = codec_of(args.work)
-        clips = LongClips.make(args.work, codec, budget.clips, seed=1)
-        deadline = began + 60 * args.minutes
-        shop = Workshop(args.work, clips, budget, args.device, deadline, lambda text: print(text, flush=True))
+        rng = np.random.default_rng(SCENE_SEED)
+        scenes = [random_long_scene(rng, shown=False, named=False) for _ in range(args.scenes)]
+        clips = LongClips.make(args.work, codec_of(args.work), budget.clips, seed=1)
+        shop = claim.workshop(
+            args.work, clips, budget, args.device, deadline, lambda text: print(text, flush=True), scenes,
+            args.sample_steps,
+        )  # fmt: skip
         try:
             for seed in args.seeds:
-                for name in args.only or VARIANTS:
-                    fill_row(shop, VARIANTS[name], seed, args, codec)
+                for name in args.only or claim.variants:
+                    fill_row(claim, shop, claim.variants[name], seed, args)
         except OutOfTime:
             print(f"The {args.minutes:g} minutes are over. The same command goes on from here.")
-    lines, figures = tables(args, budget)
+    lines, figures = tables(claim, args, budget)
     print("\n".join(lines))
     if args.record:
         record.append(f"benchmarks.claims {' '.join(sys.argv[1:] if argv is None else argv)}", figures)

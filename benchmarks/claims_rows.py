@@ -10,10 +10,9 @@ Source: reference/memorypack.md sections 3.2, 3.3 and 6.
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,15 @@ from frame_memory.forcing.draws import DIRECT, LOGIT_NORMAL, STUDENT, TEACHER, U
 from frame_memory.forcing.flow import flow_loss, shifted_sigmas
 from frame_memory.forcing.forcings import LOSSES
 from frame_memory.forcing.stages import ALL, HEAD_PART, MEMORY, Trained
-from frame_memory.forcing.training_state import TrainingFolder
-from frame_memory.forcing.video_trainer import MUON, VideoSettings, VideoTrainer
+from frame_memory.forcing.video_trainer import MUON, VideoSettings
 from frame_memory.model import checkpoint, framepack, tensor_file
 from frame_memory.model.context import gather_context
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise, open_gate
 from frame_memory.model.stored_weights import unpacked
 from frame_memory.plan import PRESETS, Section, plan_sections
 
+from .claims_training import Claim, Measures, Workshop, read_weights, slug
+from .claims_videos import GIVEN, LONG_MEASURES, Packed, Sampling, measured, of_seconds
 from .clips import ORDERS, ClipSet
 from .long_clips import WORLD, LongClips, codec_of
 from .long_world import LongScene, away, visit
@@ -39,17 +39,12 @@ from .quality import AUTOENCODER, FILES, MODELS
 from .train_selftest import SectionLoss, build, picture_encoder
 
 SHIFT = 6.0  # of the base's noise levels, as the self-test models were trained
-SAVE_SECONDS = 120
 # How the self-test models themselves were finished: noise on the history, and own estimates in it.
 DISTURB, OWN = 0.1, 0.25
 MODEL, PACK = "model.", "pack."
 ANEW = "For one that is trained as that was: the order of commands in benchmarks/ship_selftest.py."
 # Of the metadata of a shipped file that is such a base: its settings.
 TRAINING = "frame_memory.training"
-
-
-class OutOfTime(Exception):
-    """The minutes given are over; what was finished is on disk."""
 
 
 BASE, STAGE_1, STAGE_2 = range(3)  # the legs of a training: the base, then a memory (or the base again), then the head
@@ -153,20 +148,16 @@ FIRST_USED = {
 
 
 @dataclass
-class Workshop:
-    """Where rows are trained: the folder, the videos, and until when. say: gets lines for people."""
+class MemoryPackWorkshop(Workshop):
+    """Where rows of the claim are trained."""
 
-    folder: Path
-    clips: LongClips
-    budget: Budget
-    device: str = "cpu"
-    deadline: float = float("inf")
-    say: Callable[[str], None] = print
-
-    def alive(self) -> None:
-        """Raise OutOfTime when the time is over."""
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
+    def figures(self, variant: Variant, seed: int, cases: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Measures of a row's videos, by their seconds. Raises OutOfTime."""
+        network, pack = self.network(variant, seed)
+        return measured(
+            partial(Packed, network, pack), self.scenes, codec_of(self.folder), PRESETS[ORDERS[variant.kind]], cases,
+            Sampling(self.sample_steps), 1000 + seed, self.device, self.alive,
+        )  # fmt: skip
 
     def base(self, kind: str) -> dict[str, Tensor]:
         """The weights of the shared base: those that ship where they are this base, else trained here, once."""
@@ -214,52 +205,18 @@ class Workshop:
         return network, pack.requires_grad_(False).to(self.device)
 
     def _train(self, name: str, trained: Trained, losses_at, steps: int, identity: Mapping, seed: int) -> None:
-        """Train to the end, from the last state on disk where there is one, and write the weights."""
         head = trained.parts == (HEAD_PART,)
         settings = VideoSettings(
             rate=self.budget.head_rate if head else self.budget.rate, matrix_rate=self.budget.matrix_rate, warmup=20,
             average=0.995, seed=seed, optimiser=MUON,
         )  # fmt: skip
-        trainer = VideoTrainer(trained.parameters, settings)
-        states = TrainingFolder(self.folder / "states" / name, identity, self.say, keep=1)
-        if states.resume(trainer):
-            self.say(f"{name}: goes on from step {trainer.done} of {steps}")
-        began, first, saved = time.monotonic(), trainer.done, time.monotonic()
-        try:
-            with trained.ready():
-                while trainer.done < steps:
-                    self.alive()
-                    trainer.step(losses_at(trainer.done))
-                    if trainer.done % 50 == 0:
-                        pace = (time.monotonic() - began) / (trainer.done - first)
-                        loss = sum(trainer.losses[-50:]) / 50
-                        left = (steps - trainer.done) * pace / 60
-                        self.say(f"{name}: step {trainer.done}/{steps}, loss {loss:.4f}, {left:.1f} min left")
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        states.save(trainer)
-                        saved = time.monotonic()
-        except OutOfTime:
-            states.save(trainer)
-            raise
-        weights = trainer.weights()
-        network = {MODEL + n: p.detach() for n, p in trained.model.named_parameters()}
-        pack = {PACK + n: p for n, p in trained.memory(weights).items()}
-        changed = {n: v for n, v in weights.items() if n.startswith(MODEL)}
-        tensors = {k: v.cpu().contiguous() for k, v in {**network, **changed, **pack}.items()}
-        tensor_file.write(str(self.folder / f"{name}.safetensors"), tensors, {"identity": json.dumps(dict(identity))})
-        for state in states.states():
-            os.remove(state)
 
+        def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            network = {MODEL + n: p for n, p in trained.model.named_parameters()}
+            pack = {PACK + n: p for n, p in trained.memory(weights).items()}
+            return {**network, **{n: v for n, v in weights.items() if n.startswith(MODEL)}, **pack}
 
-def read_weights(path: Path, identity: Mapping) -> dict[str, Tensor]:
-    """Weights trained before. Raises SystemExit for another budget, whose figures would not be what they are called."""
-    its = json.loads(tensor_file.read_header(str(path))[1]["identity"])
-    other = sorted(k for k in its.keys() | identity.keys() if its.get(k) != identity.get(k))
-    if other:
-        raise SystemExit(
-            f"{path} was trained with other settings ({', '.join(other)}). Give the same ones, or another --work."
-        )
-    return tensor_file.read(str(path))
+        self.train(name, trained, losses_at, settings, steps, identity, tensors)
 
 
 def shipped_training(kind: str) -> dict | None:
@@ -297,7 +254,7 @@ def base_losses(trained: Trained, clips: LongClips, short: ClipSet, kind: str, b
     def losses(generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
         count = int(torch.randint(1, budget.sections + 1, (), generator=generator))
         plan = plan_sections(PRESETS[ORDERS[kind]], sections=count)
-        section = _chosen(plan.sections, returns_in(plan.sections), budget.returns, generator)
+        section = chosen(plan.sections, returns_in(plan.sections), budget.returns, generator)
         index = torch.randint(len(clips.captions), (budget.batch,), generator=generator).sort().values.numpy()
         video = clips.video(index, plan.total_frames).to(device)
         context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
@@ -329,7 +286,7 @@ def forcing_losses(trained: Trained, clips: LongClips, variant: Variant, budget:
             video = clips.video(index, 1 + 9 * sections).to(device)
             draw = draw_video(video, count, recipe, generator)
             if not head:
-                draw = replace(draw, first=_chosen(every[: sections + 1 - count], due, budget.returns, generator).index)
+                draw = replace(draw, first=chosen(every[: sections + 1 - count], due, budget.returns, generator).index)
             for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
                 yield clip.loss, 1 / draw.count
 
@@ -349,17 +306,34 @@ def returns_in(sections: Sequence[Section]) -> list[Section]:
     return due
 
 
-def _chosen(sections: Sequence[Section], due: Sequence[Section], share: float, generator: torch.Generator) -> Section:
+def chosen(sections: Sequence[Section], due: Sequence[Section], share: float, generator: torch.Generator) -> Section:
     """One of the sections by chance; in `share` of the cases one of those that are due, where there are any."""
     among = due if due and float(torch.rand((), generator=generator)) < share else sections
     return among[int(torch.randint(len(among), (), generator=generator))]
 
 
-def slug(name: str) -> str:
-    """A variant's name as part of a file name."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+class MemoryPackClaim(Claim):
+    """The paper's tables."""
 
+    folder = Path("training/claims")
+    variants, tables, budget, workshop = VARIANTS, TABLES, Budget, MemoryPackWorkshop
+    settings = {
+        "base_steps": "each base", "steps": "stage 1: of a memory, or of the network", "head_steps": "stage 2",
+    }  # fmt: skip
+    seconds = (10.0, 30.0, 60.0)
 
-def toy(budget: Budget) -> Budget:
-    """The smallest budget that runs everything, for a test."""
-    return replace(budget, batch=1, clips=2, sections=2, most=2, unroll=1)
+    def toy(self, budget: Budget) -> Budget:
+        """The smallest budget that runs everything, for a test."""
+        return replace(budget, base_steps=1, steps=1, head_steps=1, batch=1, clips=2, sections=2, most=2, unroll=1)
+
+    def measures(self, variant: Variant) -> Measures:
+        """Those of long videos."""
+        return LONG_MEASURES
+
+    def cases(self, variant: Variant, seconds: Sequence[float]) -> dict[str, str]:
+        """Videos of so many seconds."""
+        return of_seconds(seconds)
+
+    def identity(self, variant: Variant, budget: Budget, scenes: int, sample_steps: int) -> dict:
+        """The settings that a row depends on."""
+        return {**budget.until(variant.leg), "scenes": scenes, "given": GIVEN, "sample_steps": sample_steps}

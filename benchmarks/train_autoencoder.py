@@ -26,9 +26,11 @@ from frame_memory.forcing.loop import Trainer, TrainSettings, run
 from . import shot_clips
 from .clips import fit_codec, video_of
 from .codec import LinearCodec
+from .quality import AUTOENCODER, MODELS
 from .world import random_scene
 
 DIMS = {"sprites": 6, "shots": 8}
+SHIPPED = MODELS / "vae" / AUTOENCODER
 # Latents of the file to latents the video model works on.
 FORMATS: dict[str, type[LatentFormat]] = {"sprites": HunyuanVideo, "shots": Wan21}
 CROP = 32
@@ -47,6 +49,13 @@ def build(dim: int = DIMS["sprites"]) -> WanVAE:
             nn.init.zeros_(p)
         else:
             nn.init.kaiming_normal_(p, nonlinearity="linear")
+    return model
+
+
+def shipped(path: Path = SHIPPED, world: str = "sprites") -> WanVAE:
+    """A trained autoencoder, the self-test's where none is named."""
+    model = build(DIMS[world]).requires_grad_(False)
+    model.load_state_dict(safetensors.torch.load_file(path))
     return model
 
 

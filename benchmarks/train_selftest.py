@@ -69,10 +69,9 @@ def _spread_patchifier(model: FramePackTransformer) -> None:
 
 def picture_encoder(path: Path):
     """Pictures `[B, 64, 64, 3]` to first latent frames `[B, 16, 1, 8, 8]` by a trained autoencoder."""
-    from .train_autoencoder import build as build_autoencoder
+    from .train_autoencoder import shipped
 
-    autoencoder = build_autoencoder().requires_grad_(False)
-    autoencoder.load_state_dict(safetensors.torch.load_file(path))
+    autoencoder = shipped(path)
 
     def encode(pictures: Tensor) -> Tensor:
         with torch.no_grad():

@@ -27,8 +27,7 @@ from frame_memory.forcing.loop import Trainer, TrainSettings, run
 
 from .codec import LinearCodec
 from .shot_clips import ShotClips, fit_codec, given_pixels, random_clip
-from .train_autoencoder import DIMS
-from .train_autoencoder import build as build_autoencoder
+from .train_autoencoder import shipped
 
 # What core's detection reads from the weights, and the number of heads, which it reads from the file's metadata.
 TOPOLOGY = {
@@ -96,8 +95,7 @@ def as_autoencoder(clips: ShotClips, codec: LinearCodec, path: Path, sample: int
 
     How it differs from the codec there hardly depends on the picture, so the mean over a sample stands for all.
     """
-    autoencoder = build_autoencoder(DIMS["shots"]).requires_grad_(False)
-    autoencoder.load_state_dict(safetensors.torch.load_file(path))
+    autoencoder = shipped(path, "shots")
     rng = np.random.default_rng(11)
     off = []
     for _ in range(sample):

@@ -84,7 +84,9 @@ def _history_inputs() -> list[io.Input]:
                 "any size, turned pictures, 10 bit."
             ),
         ),
-        io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+        io.Vae.Input(
+            "vae", tooltip="The VAE of the model: HunyuanVideo's for FramePack, Wan's for Wan. The rate goes by it."
+        ),
         io.Float.Input(
             "seconds",
             default=2.4,
@@ -92,8 +94,9 @@ def _history_inputs() -> list[io.Input]:
             max=3600.0,
             step=0.1,
             tooltip=(
-                "How much of its end goes in front of the new part, in seconds, in steps of 4 frames at 30 fps. 2.4 is "
-                "all that a published model looks back at (19 latent frames); more only takes time. 0 takes all of it."
+                "How much of its end goes in front of the new part, in seconds, in steps of 4 frames (at 30 fps; of "
+                "Wan at 16 or 24). 2.4 is all that a FramePack model looks back at (19 latent frames), 4.8 for Wan at "
+                "16 fps; more only takes time. 0 takes all of it."
             ),
         ),
         io.Int.Input(
@@ -135,7 +138,8 @@ def _history_outputs() -> list[io.Output]:
             tooltip="The sound under the history, exactly as long as its frames; nothing where there is none.",
         ),
         io.String.Output(
-            display_name="report", tooltip="What the file is, how its frames map to 30 fps, what is cut or dropped."
+            display_name="report",
+            tooltip="What the file is, how its frames map to the model's rate, what is cut or dropped.",
         ),
     ]
 

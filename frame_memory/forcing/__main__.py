@@ -1,10 +1,15 @@
 """Train a memory, or a head by Direct Forcing, without the graph: on one GPU or several.
 
-First run the graph workflows/train_direct_forcing.json once with the stage "write for the command line": it stores the
-videos and their captions in output/frame_memory_training/<name>/videos. Then:
+First run the graph workflows/train_direct_forcing.json, or frame_preservation.json, once with the stage "write for the
+command line": it stores the videos and their captions in output/frame_memory_training/<name>/videos. Then:
 
     python scripts/run.py -m frame_memory.forcing --model FramePack_F1.safetensors \\
         --videos <that folder> --stage memory --name my_memory
+
+The stages query and follow are those of frame preservation; follow begins with query's result:
+
+    python scripts/run.py -m frame_memory.forcing --model FramePack_F1.safetensors --videos <that folder> \\
+        --stage follow --memory training/my_frames.safetensors --name my_frames_2 --rate 1e-4
 
 On several GPUs each one takes a video of its own in every step, and their gradients are averaged:
 
@@ -28,7 +33,10 @@ import sys
 import time
 from pathlib import Path
 
+from ..plan.preservation import RATES
+
 SHORT_STAGES = {"memory": "1: memory", "lora": "1: memory and LoRA", "head": "2: head (Direct Forcing)"}
+FRAME_STAGES = {"query": "1: frame query", "follow": "2: next section"}
 SHORT_FORCINGS = {"teacher": "teacher forcing", "student": "student forcing", "direct": "Direct Forcing"}
 SAY_EVERY = 5.0
 
@@ -55,18 +63,21 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with video-*.safetensors, written by the graph",
     )
-    add("--stage", choices=SHORT_STAGES, default="head", help="what learns; train the memory first (default: head)")
+    stages = [*SHORT_STAGES, *FRAME_STAGES]
+    add("--stage", choices=stages, default="head", help="what learns; train memory or query first (default: head)")
     add(
         "--memory",
         type=Path,
         metavar="FILE",
-        help="memory file to begin with; without one the stages memory and lora begin a new one",
+        help="memory file to begin with; without one the stages memory, lora and query begin a new one",
     )
+    add("--encoders", nargs="+", choices=RATES, default=["4x4x2"], help="of a new one in query (default: 4x4x2)")
+    add("--freeze-encoder", action="store_true", help="stage follow: only the LoRA learns")
     add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
     add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
     add("--clips", type=int, default=16, help="most clips of a video in one update (default: 16)")
-    add("--rate", type=float, default=1e-5, help="AdamW's learning rate (default: 1e-5, the paper's)")
+    add("--rate", type=float, help="AdamW's learning rate (default: 1e-5; query and follow: 1e-4)")
     add("--warmup", type=int, help="steps until the full rate (default: a tenth of the steps, 500 at most)")
     add("--average", type=float, default=0.999, help="share kept by the averaged weights, 0 for none (default: 0.999)")
     add("--per-worker", type=int, default=1, help="videos each GPU takes in one update (default: 1)")
@@ -75,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     own = "noise levels of Direct Forcing's history, where they are drawn apart: one more pass a clip (default: off)"
     add("--history-shift", type=float, default=0.0, help=own)
     add("--rank", type=int, default=16, help="of the LoRA (default: 16)")
-    add("--no-checkpointing", action="store_true", help="stages memory and lora: faster, with far more GPU memory")
+    add("--no-checkpointing", action="store_true", help="all stages but head: faster, with far more GPU memory")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 3 are kept (default: 50)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=("default", "fp8"), default="default", help="of the blocks; fp8 halves a bf16 file")
@@ -115,26 +126,17 @@ def _train(args: argparse.Namespace) -> int:
 
     from .prepared import read_videos
     from .results import write_result
-    from .training_run import Faces, Request, TrainingRun, warmup_of
-    from .video_trainer import VideoSettings
+    from .training_run import Faces
     from .workers import join
 
     workers = join("cpu" if args.cpu else comfy.model_management.get_torch_device().type)
     try:
         say = _say if workers.first else (lambda text: None)
         videos, family = read_videos(args.videos, say)
-        warmup = warmup_of(args.steps) if args.warmup is None else args.warmup
-        settings = VideoSettings(
-            rate=args.rate, warmup=warmup, average=args.average, seed=args.seed,
-            videos=args.per_worker * workers.count,
-        )  # fmt: skip
-        request = Request(
-            SHORT_STAGES[args.stage], args.steps, args.clips, SHORT_FORCINGS.get(args.forcing), args.shift,
-            args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
-        )  # fmt: skip
+        kind, request = _request(args, workers.count)
         model = _model(args, family)
         stop = _Stop(workers, _Lines(say) if workers.first else lambda moment: None)
-        run = TrainingRun(
+        run = kind(
             model, _memory(args.memory, model), videos, request, args.output / args.name,
             Faces(say, stop.after_update, stop.between_clips), workers,
         )  # fmt: skip
@@ -143,7 +145,7 @@ def _train(args: argparse.Namespace) -> int:
         if workers.first:
             if outcome.stopped:
                 say(outcome.stopped)
-            result = write_result(run, outcome, args.name, args.output, args.output, say)
+            result = write_result(run, outcome, args.name, args.output, args.output / "loras", say)
             say(f"{result.checkpoint}: copy it into models/frame_memory of ComfyUI.")
             if result.lora is not None:
                 say(f"{result.lora}: copy it into models/loras.")
@@ -151,6 +153,32 @@ def _train(args: argparse.Namespace) -> int:
         return 1 if outcome.stopped else 0
     finally:
         workers.leave()
+
+
+def _request(args: argparse.Namespace, workers: int):
+    """The kind of run, and what is asked of it. Raises ForcingError for an option that plays no part in the stage."""
+    from .clips import ForcingError
+    from .preserving_run import PreservingRequest, PreservingRun
+    from .training_run import Request, TrainingRun, warmup_of
+    from .video_trainer import VideoSettings
+
+    frames = args.stage in FRAME_STAGES
+    idle = {"--forcing": frames and args.forcing, "--history-shift": frames and args.history_shift,
+            "--freeze-encoder": args.freeze_encoder and args.stage != "follow"}  # fmt: skip
+    if any(idle.values()):
+        named = ", ".join(name for name, given in idle.items() if given)
+        raise ForcingError(f"{named}: plays no part in the stage {args.stage}. Leave it out.")
+    settings = VideoSettings(
+        rate=args.rate or (1e-4 if frames else 1e-5), average=args.average, seed=args.seed,
+        warmup=warmup_of(args.steps) if args.warmup is None else args.warmup, videos=args.per_worker * workers,
+    )  # fmt: skip
+    asked = (
+        (SHORT_STAGES | FRAME_STAGES)[args.stage], args.steps, args.clips, SHORT_FORCINGS.get(args.forcing), args.shift,
+        args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
+    )  # fmt: skip
+    if frames:
+        return PreservingRun, PreservingRequest(*asked, tuple(args.encoders), args.freeze_encoder)
+    return TrainingRun, Request(*asked)
 
 
 def _say(text: str) -> None:
@@ -228,9 +256,9 @@ def _memory(path: Path | None, model):
     if path is None:
         return None
     from ..model import memory_file
-    from ..model.memory import encoder_of
+    from ..model.preserved_memory import memory_of
 
-    return encoder_of(memory_file.read(str(path), "--memory"), "--memory", model)
+    return memory_of(memory_file.read(str(path), "--memory"), "--memory", model)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from ..plan.mark import read_mark
 from .flow import Conditioning, WanConditioning
 
 SCHEDULE = "F1 forward"
-VIDEO_CLIPS, TRAIN = "Video Clips", "Train Direct Forcing"
+VIDEO_CLIPS = "Video Clips"
+TRAIN, TRAIN_FRAMES = "Train Direct Forcing", "Train Frame Preservation"
 
 
 class ForcingError(ValueError):
@@ -32,9 +33,9 @@ def clip_frames() -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def clip_sections(count: int) -> tuple[Section, ...]:
-    """The sections that make the first `count` clips, by F1's schedule."""
-    return plan_sections(PRESETS[SCHEDULE], sections=count).sections
+def clip_sections(count: int, schedule: str = PRESETS[SCHEDULE]) -> tuple[Section, ...]:
+    """The sections that make the first `count` clips, by F1's schedule or another one with its window."""
+    return plan_sections(schedule, sections=count).sections
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,17 @@ def _plain(value: Tensor, device) -> Tensor:
     return moved.clone() if moved.is_inference() else moved
 
 
-def conditioning_of(entries: Sequence, name: str, wan: bool = False) -> Conditioning | WanConditioning:
+def conditioning_of(
+    entries: Sequence, name: str, node: str = TRAIN, wan: bool = False
+) -> Conditioning | WanConditioning:
     """A CONDITIONING (core's list of `[text, more]`) as the network's inputs.
 
-    wan: core's Wan reads all tokens of the text, no pooled text and another layer's vision tokens; else padding tokens
-    are left out. Raises ForcingError where it holds no prompt, or several.
+    node: display name of the one that trains. wan: core's Wan reads all tokens of the text, no pooled text and another
+    layer's vision tokens; else padding tokens are left out. Raises ForcingError where it holds no prompt, or several.
     """
     if len(entries) != 1:
         raise ForcingError(
-            f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{TRAIN}'."
+            f"{name} has {len(entries)} prompts; expected 1. Connect 'positive' of '{VIDEO_CLIPS}' to '{node}'."
         )
     text, more = entries[0]
     if wan:
@@ -109,20 +112,22 @@ class StoredVideo:
         return TrainingVideo(latents, self.cond, self.name).to(device)
 
 
-def stored_videos(latents: Sequence[dict], positive: Sequence, wan: bool = False) -> list[StoredVideo]:
+def stored_videos(
+    latents: Sequence[dict], positive: Sequence, node: str = TRAIN, wan: bool = False
+) -> list[StoredVideo]:
     """LATENT and CONDITIONING lists as videos, in their order. wan: for a Wan model.
 
     Tensors given are neither changed nor copied. A video that is longer than whole clips is used up to its last whole
-    one. Raises ForcingError for no videos, another count of prompts, several videos in one LATENT, and videos under one
-    clip.
+    one. node: display name of the one that trains. Raises ForcingError for no videos, another count of prompts, several
+    videos in one LATENT, and videos under one clip.
     """
     window = clip_frames()
     if not latents:
-        raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{TRAIN}'.")
+        raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{node}'.")
     if len(positive) != len(latents):
         raise ForcingError(
             f"{len(latents)} videos came with {len(positive)} prompts; expected one prompt a video. Connect 'latents' "
-            f"and 'positive' of the same '{VIDEO_CLIPS}' to '{TRAIN}'."
+            f"and 'positive' of the same '{VIDEO_CLIPS}' to '{node}'."
         )
     made = []
     for number, (latent, entries) in enumerate(zip(latents, positive, strict=True), 1):
@@ -139,7 +144,7 @@ def stored_videos(latents: Sequence[dict], positive: Sequence, wan: bool = False
                 f"videos to '{VIDEO_CLIPS}', which names and skips them."
             )
         family = "" if mark is None else mark.base or mark.latent_format
-        made.append(StoredVideo(samples, conditioning_of(entries, name, wan), name, whole, family))
+        made.append(StoredVideo(samples, conditioning_of(entries, name, node, wan), name, whole, family))
     return made
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model import wan
 from ..model.base_signature import MODEL_PREFIX, Base
+from ..model.memory import fingerprint_of
 from ..plan import PRESETS, parse_schedule, plan_sections
 from .clips import ForcingError, StoredVideo, check_families
 from .flow import WanConditioning
@@ -73,6 +74,7 @@ class ContextRun(TrainingRun):
             "schedule": self.schedule.text,
             "base": self.base.signature.short,
             "LoRA and patches": self.patches or None,
+            "patchifiers": None if self.given is None else fingerprint_of(self.given.state_dict()),
             "rank": self.request.rank,
             "optimiser": self.request.settings.optimiser,
             "seed": self.request.settings.seed,

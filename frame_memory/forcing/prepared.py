@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..model import tensor_file
-from .clips import TRAIN, ForcingError, StoredVideo, clip_frames
+from .clips import TRAIN, TRAIN_FRAMES, ForcingError, StoredVideo, clip_frames
 from .flow import Conditioning, WanConditioning
 
 FORMAT = "frame_memory training video 1"
@@ -41,7 +41,7 @@ def write_videos(folder: Path, videos: Sequence[StoredVideo], family: str) -> li
         except OSError as error:
             raise tensor_file.FileError(
                 f"{old} is of an earlier set and cannot be deleted: {error}. Stop what reads it, or choose another "
-                f"name in '{TRAIN}'."
+                f"name in '{TRAIN}' or '{TRAIN_FRAMES}'."
             ) from error
     return paths
 
@@ -62,8 +62,8 @@ def read_videos(folder: Path, say) -> tuple[list[StoredVideo], str]:
         families.add(family)
     if not videos:
         raise ForcingError(
-            f"There are no training videos in {folder}. Choose 'write for the command line' in '{TRAIN}' and run the "
-            "graph once."
+            f"There are no training videos in {folder}. Choose 'write for the command line' in '{TRAIN}' or "
+            f"'{TRAIN_FRAMES}' and run the graph once."
         )
     if len(families) > 1:
         raise ForcingError(f"The videos in {folder} belong to several models ({', '.join(sorted(families))}).")

@@ -13,7 +13,7 @@ pixels. Latents are in model space; sigma is 1 at noise and 0 at data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,8 +25,9 @@ from ..model.framepack import FRAME_POSITIONS, FRAME_TOKENS
 from ..model.packing import ContextLayout
 from ..model.preservation import low_latents, mask_frames, pooled_mask
 from ..model.preserved_history import PreservedHistory, Remembered
+from ..plan import PRESETS
 from ..plan.preservation import Rate, low_size, seen_from, segment_ends, waiting_frames
-from .clips import ForcingError, TrainingVideo, clip_frames, clip_sections
+from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_frames, clip_sections
 from .draws import LOGIT_NORMAL, sigmas
 from .flow import add_noise, predict_velocity
 from .forcings import ClipLoss, Forced
@@ -119,6 +120,13 @@ def draw_follow(video: TrainingVideo, count: int, generator: torch.Generator, sh
 
 def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterator[ClipLoss]:
     """Stage 1: one loss, over the frames that are asked for."""
+    truth, context, seen = asked(forced, video, draw)
+    yield _loss(forced, video, truth, draw, context, seen, seen.places, draw.first)
+
+
+def asked(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> tuple[Tensor, PackedContext, Remembered]:
+    """The frames that are asked for `[B, C, Q, H, W]`, where they stand, and what the memory holds of the masked
+    history."""
     window, device = clip_frames(), video.latents.device
     begin, frames = window * draw.first, 1 + window * draw.count
     history = video.latents[:, :, begin : begin + frames]
@@ -131,13 +139,17 @@ def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterat
         kept, level = pooled_mask(keep, levels, rate)
         lows.append(mask_frames(low_latents(history, rate), kept, noise.to(device), level))
     seen = _remembered(forced, masked, segment_ends(1, window, draw.count), lows)
-    context = PackedContext([], ContextLayout(positions=draw.asked, groups=()))
-    yield _loss(forced, video, history[:, :, list(draw.asked)], draw, context, seen, seen.places, draw.first)
+    return history[:, :, list(draw.asked)], PackedContext([], ContextLayout(draw.asked, ())), seen
 
 
-def next_section(forced: Forced, video: TrainingVideo, draw: FollowDraw) -> Iterator[ClipLoss]:
-    """Stage 2: one loss, over a section behind its context and the memory of all whole blocks before it."""
-    section = clip_sections(draw.clip + 1)[draw.clip]
+def next_section(
+    forced: Forced, video: TrainingVideo, draw: FollowDraw, schedule: str = PRESETS[SCHEDULE]
+) -> Iterator[ClipLoss]:
+    """Stage 2: one loss, over a section behind its context and the memory of all whole blocks before it.
+
+    schedule: with F1's window; its groups say which frames stay clean beside the memory.
+    """
+    section = clip_sections(draw.clip + 1, schedule)[draw.clip]
     context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
     seen = _remembered(
         forced, video.latents[:, :, : section.start], segment_ends(1, clip_frames(), draw.clip), None
@@ -147,6 +159,12 @@ def next_section(forced: Forced, video: TrainingVideo, draw: FollowDraw) -> Iter
 
 
 LOSSES = {QUERY: frame_query, FOLLOW: next_section}
+
+
+def behind(network: Callable[..., Tensor], seen: Remembered, places: Sequence[tuple[int, int, int]]):
+    """The network with a memory's tokens before it. places: of the tokens, on the time axis of what it denoises."""
+    at = torch.tensor(places, dtype=torch.long, device=seen.tokens.device).reshape(-1, 3)
+    return partial(network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at})
 
 
 def _encoders(forced: Forced) -> PreservedHistory:
@@ -165,9 +183,8 @@ def _loss(
 ) -> ClipLoss:  # fmt: skip
     device = truth_BCTHW.device
     noise, sigma = draw.noise.to(device), draw.sigma.to(device)
-    at = torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 3)
-    network = partial(forced.network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at})
     noisy = add_noise(truth_BCTHW, noise, sigma)
+    network = behind(forced.network, seen, places)
     velocity = predict_velocity(network, noisy, sigma, video.cond, context, forced.options).float()
     loss = (velocity - (noise - truth_BCTHW)).square().mean()
     estimate = (noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity).detach()

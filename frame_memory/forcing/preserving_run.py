@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import comfy.model_management
 import comfy.ops
@@ -15,25 +16,30 @@ from torch import Tensor
 
 from ..model.base_signature import MODEL_PREFIX, Base
 from ..model.memory import check_model, of_kind
-from ..model.memory_file import FRAME_PRESERVATION
+from ..model.memory_file import FRAME_PRESERVATION, LOAD_MEMORY
 from ..model.preserved_history import PreservedHistory
 from ..model.preserved_memory import PreservedMemory, check_preserved, new_memory
-from ..plan.preservation import RATES
-from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo
+from ..plan.errors import PlanError
+from ..plan.preservation import RATES, token_grid
+from .clips import TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
 from .preserving import FOLLOW, LOSSES, QUERY, SHIFT, draw_follow, draw_query
 from .stages import LORA, MEMORY, Trained
 from .training_run import GRAPH_SHARE, TRAINED_BYTES, Faces, Moment, Outcome, Request, TrainingRun
 from .training_state import TrainingFolder
 from .workers import ALONE, Workers
 
-TRAIN_FRAMES = "Train Frame Preservation"
 STAGE_QUERY, STAGE_FOLLOW = "1: frame query", "2: next section"
-LOSS_OF_STAGE = {STAGE_QUERY: QUERY, STAGE_FOLLOW: FOLLOW}
+# Told before a run that the paper has only to compare: its stage 1 is what makes a memory worth reading.
+WITHOUT_STAGE_ONE = (
+    "Warning: the memory given ({label}) was never trained. The MODEL learns little from such a one, and looks away "
+    f"from it. Connect the memory of stage '{STAGE_QUERY}', unless you mean to compare."
+)
+STAGES = {STAGE_QUERY: QUERY, STAGE_FOLLOW: FOLLOW}
 
 
 @dataclass(frozen=True)
 class PreservingRequest(Request):
-    """A Request of one of LOSS_OF_STAGE; forcing and history_shift play no part.
+    """A Request of one of STAGES; forcing and history_shift play no part.
 
     rates: of new encoders. frozen: the encoders of stage 2 stay as they are, as in the paper's ablation.
     """
@@ -57,6 +63,9 @@ class PreservingRun(TrainingRun):
 
     request: PreservingRequest
     memory: PreservedMemory  # pyright: ignore[reportIncompatibleVariableOverride]
+    node: ClassVar[str] = TRAIN_FRAMES
+    loaders: ClassVar[tuple[str, ...]] = (LOAD_MEMORY,)
+    usual: ClassVar[str] = "0.0001 is usual"
 
     def __init__(
         self, patcher, memory: PreservedMemory | None, videos: list[StoredVideo], request: PreservingRequest, folder,
@@ -73,9 +82,16 @@ class PreservingRun(TrainingRun):
         self.faces, self.workers = faces or Faces(), workers
         self.original, self.patcher, self.memory, self.videos, self.request = patcher, patcher, memory, videos, request
         self.base, self.patches = Base.of(patcher), patches
-        self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
+        self.folder = TrainingFolder(folder, self.identity(), self.faces.say, node=self.node)
         self.moment, self.saved = None, 0
         self._check_videos()
+        if request.stage == STAGE_FOLLOW and not memory.trained:
+            self.faces.say(WITHOUT_STAGE_ONE.format(label=memory.label))
+
+    def how(self) -> str:
+        """How it learns, in the report's words."""
+        rates = " + ".join(self.memory.rates)
+        return f"{rates} and LoRA" if MEMORY in self.request.parts else f"LoRA alone, {rates} frozen"
 
     def identity(self) -> dict:
         """What a checkpoint must share with the run that goes on from it."""
@@ -94,12 +110,29 @@ class PreservingRun(TrainingRun):
 
     def _check_videos(self) -> None:
         super()._check_videos()
+        for video in self.videos:
+            self._check_size(video)
         longest = max(video.clips for video in self.videos)
         if self.request.stage == STAGE_FOLLOW and min(longest, self.request.clips) < 2:
             raise ForcingError(
                 f"The longest video has {longest} clip(s) and 'clips' is {self.request.clips}; stage '{STAGE_FOLLOW}' "
                 f"needs 2, one to remember and one to make. Give longer videos to '{VIDEO_CLIPS}', or raise 'clips'."
             )
+
+    def _check_size(self, video: StoredVideo) -> None:
+        height, width = video.samples.shape[3:]
+        try:
+            for name in self.memory.rates:
+                token_grid(RATES[name], 0, 0, height, width)
+        except PlanError as error:
+            raise ForcingError(
+                f"{video.name} has latents of {height}x{width}, too small for a memory at "
+                f"{' + '.join(self.memory.rates)}. Raise 'size' in '{VIDEO_CLIPS}', or choose a finer rate in "
+                f"'{LOAD_MEMORY}'. {error}"
+            ) from error
+
+    def _cheaper(self) -> list[str]:
+        return ["fewer 'clips'", "a lower 'rank'", "encoders of a coarser rate, as 4x4x2"]
 
     def _load(self) -> None:
         """Have the host put the MODEL on its device, with room left for what training needs beside it."""
@@ -134,7 +167,7 @@ class PreservingRun(TrainingRun):
             # Histories of all lengths: a memory must be read while it is short, too.
             count = 1 + int(torch.randint(min(request.clips, video.clips), (), generator=generator))
             draw = draw_query(video, count, [RATES[name] for name in self.memory.rates], generator, shift)
-        for made in LOSSES[LOSS_OF_STAGE[request.stage]](trained.forced, video, draw):
+        for made in LOSSES[STAGES[request.stage]](trained.forced, video, draw):
             self.faces.interrupt()
             self.moment = Moment(step, request.steps, 1, chosen.name, [], rate, made.estimate)
             yield made.loss, 1.0

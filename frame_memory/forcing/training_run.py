@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import comfy.lora
 import comfy.model_management
@@ -23,7 +24,7 @@ from ..model.base_signature import MODEL_PREFIX, Base
 from ..model.framepack import MODEL_OPTION, latent_families
 from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of_kind
-from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, SEMANTIC_PACK
+from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK
 from ..model.preserved_memory import PreservedMemory
 from ..model.semantic_pack import SemanticPack, open_gate
 from ..plan.preservation import PRESERVATION
@@ -137,7 +138,13 @@ class TrainingRun:
     patcher: a FramePack-F1 MODEL, not changed. memory: FRAME_MEMORY, or None: stage 1 then begins with a new one, stage
     2 trains without, as it does where the memory's gate is closed. patches: which LoRAs lie on the MODEL, in words that
     differ with them. Raises ForcingError or MemoryMismatch for what cannot be trained.
+
+    node: display name of the one that trains. loaders: of those that read its result. usual: its learning rate.
     """
+
+    node: ClassVar[str] = TRAIN
+    loaders: ClassVar[tuple[str, ...]] = (LOAD_DIRECT_FORCING, LOAD_MEMORY)
+    usual: ClassVar[str] = "the paper's is 1e-05"
 
     def __init__(
         self, patcher, memory: FrameMemory | None, videos: list[StoredVideo], request: Request, folder: Path,
@@ -155,7 +162,7 @@ class TrainingRun:
         self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
         self.base, self.patches = Base.of(patcher), patches
-        self.folder = TrainingFolder(folder, self.identity(), self.faces.say)
+        self.folder = TrainingFolder(folder, self.identity(), self.faces.say, node=self.node)
         self.moment: Moment | None = None
         self.saved = 0  # the step of the newest whole checkpoint
         self._check_videos()
@@ -164,6 +171,10 @@ class TrainingRun:
                 "The MODEL has a LoRA or a head on its output layer already. Training goes on from there, and its "
                 f"result holds it: do not put it on once more beside '{LOAD_DIRECT_FORCING}' with that result."
             )
+
+    def how(self) -> str:
+        """How it learns, in the report's words."""
+        return self.request.recipe.forcing
 
     def identity(self) -> dict:
         """What a checkpoint must share with the run that goes on from it."""
@@ -261,8 +272,7 @@ class TrainingRun:
     def _too_large(self, done: int) -> str:
         shape = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
         cheaper = [f"a smaller 'size' in '{VIDEO_CLIPS}'", "fp8 in 'weight_dtype' of 'Load FramePack Model'"]
-        if LORA in self.request.parts:
-            cheaper.append(f"the stage '{STAGE_MEMORY}'")
+        cheaper += self._cheaper()
         if HEAD_PART not in self.request.parts and not self.request.checkpointing:
             cheaper.append("'checkpointing' on")
         kept = f" The checkpoint of step {self.saved} is kept." if self.saved else ""
@@ -270,6 +280,9 @@ class TrainingRun:
             f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * 8}x{shape[3] * 8} pixels)."
             f"{kept} Cheaper are: {'; '.join(cheaper)}."
         )
+
+    def _cheaper(self) -> list[str]:
+        return [f"the stage '{STAGE_MEMORY}'"] if LORA in self.request.parts else []
 
     def _save(self, trainer: VideoTrainer) -> None:
         """Write a checkpoint of the last whole step, where there is none yet. The first process does it for all."""

@@ -29,10 +29,13 @@ class TrainingFolder:
     """`step-<number>.safetensors` files of one run.
 
     identity: what a state must have in common with the run that goes on from it (plain data). say: gets a sentence for
-    people where something is not as it should be.
+    people where something is not as it should be. node: display name of the one that trains.
     """
 
-    def __init__(self, folder: Path, identity: Mapping, say: Callable[[str], None], keep: int = KEEP):
+    def __init__(
+        self, folder: Path, identity: Mapping, say: Callable[[str], None], keep: int = KEEP, node: str = TRAIN
+    ):
+        self.node = node
         self.folder, self.identity, self.say, self.keep = folder, json.loads(json.dumps(dict(identity))), say, keep
 
     def states(self) -> list[Path]:
@@ -65,13 +68,13 @@ class TrainingFolder:
         states = self.states()
         for path in reversed(states):
             try:
-                entries, metadata = tensor_file.read_header(str(path), TRAIN)
+                entries, metadata = tensor_file.read_header(str(path), self.node)
                 self._check(path, metadata)
                 tensors = {name: entry.read() for name, entry in entries.items()}
             except tensor_file.FileError as error:
                 self.say(f"{path.name} cannot be read and is passed over: {error}")
                 continue
-            restore(trainer, tensors, metadata, path.name, self.say)
+            restore(trainer, tensors, metadata, path.name, self.say, self.node)
             return path
         if states:
             raise ForcingError(
@@ -87,15 +90,15 @@ class TrainingFolder:
         now = self.identity
         other = [n for n in sorted(set(its) | set(now)) if its.get(n) != now.get(n)]
         if other:
-            raise ForcingError(f"The run in {self.folder} {_what_changed(its, now, other)}")
+            raise ForcingError(f"The run in {self.folder} {_what_changed(its, now, other, self.node)}")
 
 
-def _what_changed(its: Mapping, now: Mapping, other: list[str]) -> str:
+def _what_changed(its: Mapping, now: Mapping, other: list[str], node: str) -> str:
     """Why a state cannot be gone on with, and what to do. its, now: identities; other: the names that differ."""
     if "stage" in other:
         return (
             f"trains stage '{its.get('stage')}', and stage '{now.get('stage')}' is asked for now. Each stage is a run "
-            f"of its own: set 'stage' back, or give this stage another 'name' in '{TRAIN}'. For both stages in a graph "
+            f"of its own: set 'stage' back, or give this stage another 'name' in '{node}'. For both stages in a graph "
             "take two of these nodes."
         )
     reasons = []
@@ -116,7 +119,7 @@ def _what_changed(its: Mapping, now: Mapping, other: list[str]) -> str:
             *(["set them back"] if plain else [])]  # fmt: skip
     anew = " and begin anew with this memory" if "memory" in other and now.get("memory") else " to begin anew"
     return (
-        f"was begun {' and '.join(reasons)}. Choose another name for the run ('name' in '{TRAIN}'){anew}; or "
+        f"was begun {' and '.join(reasons)}. Choose another name for the run ('name' in '{node}'){anew}; or "
         f"{' and '.join(back)} to go on with it."
     )
 
@@ -139,7 +142,7 @@ def state_of(trainer: VideoTrainer) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def restore(
     trainer: VideoTrainer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str,
-    say: Callable[[str], None],
+    say: Callable[[str], None], node: str = TRAIN,
 ) -> None:  # fmt: skip
     """Put a state back. Raises ForcingError, with nothing changed, where weights are missing or of other sizes."""
     wrong = [
@@ -152,7 +155,7 @@ def restore(
             what = f"{len(wrong)} of {len(trainer.parameters)} weights ({', '.join(wrong[:3])})"
         raise ForcingError(
             f"{name} does not fit this run: {what} are missing or of another size. Choose another name for the run in "
-            f"'{TRAIN}', or the model and the settings that it was begun with."
+            f"'{node}', or the model and the settings that it was begun with."
         )
     with torch.no_grad():
         for n, p in trainer.parameters.items():

@@ -6,6 +6,7 @@ FramePack reads a section's context in its own `extra_conds`; on Wan it goes pas
 
 from __future__ import annotations
 
+from ..plan import PRESETS, parse_schedule
 from . import wan
 from .context import PackedContext
 from .framepack import FRAME_CONTEXT_KEY, MODEL_OPTION, has_context_weights, is_framepack
@@ -51,6 +52,12 @@ def why_no_history(model_patcher) -> str | None:
 def pixels_a_latent(model_patcher) -> int:
     """Pixels of width or height for one latent pixel: 8, of Wan 2.2 5B 16."""
     return model_patcher.model.latent_format.spacial_downscale_ratio
+
+
+def window_of(model_patcher) -> int:
+    """Latent frames of a section that a MODEL was trained on: as its loader noted, or as its family's preset has."""
+    preset = PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
+    return parse_schedule(said(model_patcher).get(SCHEDULE) or preset).window
 
 
 def carried_context(base_model, context: PackedContext) -> dict:

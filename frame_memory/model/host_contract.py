@@ -521,6 +521,9 @@ FAMILIES: dict[str, Family] = {
         ("FrameMemoryDriftMeter", "FrameMemoryRecall"), API + VAE_FAMILIES + VIDEO + VIDEO_SOCKETS + DIAGNOSTICS
     ),
     "training": Family(("FrameMemoryTrainDirectForcing",), API + MODEL_CLASS + ENCODER + WAN + TRAINING),
+    "preservation_training": Family(
+        ("FrameMemoryTrainPreservation",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + TRAINING
+    ),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

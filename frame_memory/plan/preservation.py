@@ -279,12 +279,17 @@ def segment_ends(given: int, window: int, sections: int = 0) -> tuple[int, ...]:
 
 
 def seen_from(places: Sequence[tuple[int, int, int]], section: Section) -> list[tuple[int, int, int]]:
-    """Positions of the video's tokens on a section's time axis: as far before its window as they are in the video.
+    """Positions of the video's tokens on a section's time axis: as far before its window as they are in the video,
+    but within reach."""
+    ahead = section.positions[0] - section.start
+    return [(ahead + t, row, column) for t, row, column in within_reach(places, section.start)]
 
-    What is farther than rotary positions reach stays at the farthest place.
-    """
-    window = section.positions[0]
-    return [(window - min(section.start - t, FARTHEST_DISTANCE), row, column) for t, row, column in places]
+
+def within_reach(places: Sequence[tuple[int, int, int]], frame: int) -> list[tuple[int, int, int]]:
+    """Positions of the video's tokens; what is farther from a latent frame than rotary positions reach, before it or
+    after, stays at the farthest place."""
+    first, last = frame - FARTHEST_DISTANCE, frame + FARTHEST_DISTANCE
+    return [(min(max(t, first), last), row, column) for t, row, column in places]
 
 
 def _exact(number: float | Fraction) -> Fraction:

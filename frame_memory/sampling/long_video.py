@@ -117,18 +117,18 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
     return warnings
 
 
-def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
+def check_base(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPLER) -> str:
     """The family of latents that the model and all inputs share; raises PlanError where one differs (fault 22).
 
-    latents: by socket. Where the model may read several families, it is whichever the first input says.
+    latents: by socket of the node. Where the model may read several families, it is whichever the first input says.
     """
-    allowed = latent_families(guider.model_patcher)
+    allowed = latent_families(patcher)
     for name, latent in latents.items():
         mark = None if latent is None else read_mark(latent)
         base = "" if mark is None else mark.base or mark.latent_format
         if base and base not in allowed:
             raise PlanError(
-                f"'{name}' of Anti-Drift Sampler was made with a {base} VAE, the model and the other inputs work on "
+                f"'{name}' of {node} was made with a {base} VAE, the model and the other inputs work on "
                 f"{allowed[0]} latents: same shape, other meaning. Change the file in the 'Load VAE' behind '{name}' "
                 "to the VAE that belongs to the model."
             )
@@ -136,10 +136,10 @@ def check_base(guider, latents: Mapping[str, Mapping | None]) -> str:
     return allowed[0]
 
 
-def frame_rate(patcher, latents: Mapping[str, Mapping | None]) -> float:
+def frame_rate(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPLER) -> float:
     """Frames a second that a MODEL makes. Raises PlanError for an existing video of another rate.
 
-    latents: by socket.
+    latents: by socket of the node.
     """
     known = families.said(patcher).get(families.FPS_SAID)
     fps = float(known or fps_of(type(patcher.model.latent_format).__name__))
@@ -147,7 +147,7 @@ def frame_rate(patcher, latents: Mapping[str, Mapping | None]) -> float:
         mark = None if latent is None else read_mark(latent)
         if mark is not None and mark.fps is not None and mark.fps != fps:
             raise PlanError(
-                f"'{name}' of {SAMPLER} holds {float(mark.fps):g} frames a second, and the MODEL makes {fps:g}: one of "
+                f"'{name}' of {node} holds {float(mark.fps):g} frames a second, and the MODEL makes {fps:g}: one of "
                 "the two would play at a wrong speed. Expected a video of the same rate: from 'Video History' with the "
                 f"VAE of this MODEL, or from another {SAMPLER} with a model of this kind."
             )
@@ -346,7 +346,7 @@ def sample_long_video(
     warnings = check_model(guider, schedule)
     guider, wrong = checked_attention(guider)
     warnings += wrong
-    base = check_base(guider, {"start": start, "end": end, "history": history, "initial": initial})
+    base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})
     inputs = _read(start, end, history, initial)
     if sigmas.shape[0] < 2:
         raise PlanError(

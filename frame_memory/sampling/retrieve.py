@@ -15,16 +15,18 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..model import wan
-from ..model.framepack import FRAME_CONTEXT_KEY, is_framepack, token_conditions
+from ..model.context import PackedContext
+from ..model.families import carried_context, window_of
+from ..model.framepack import token_conditions
 from ..model.packing import ContextLayout
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..plan import PlanError, pixel_frames, sigma_schedule
-from ..plan.mark import DEFAULT_FPS, read_mark
+from ..plan.mark import KEY, LatentMark
+from ..plan.preservation import within_reach
 from ..video.decode import decode_window
 from ..video.fidelity import psnr, ssim
 from ..video.vae import check_vae
-from .long_video import latent_of
+from .long_video import check_base, frame_rate, latent_of
 from .preservation import PreservationRun, check_tokens_taken
 from .section_loop import with_carried
 
@@ -48,15 +50,17 @@ class Retrieved:
 def retrieve_frame(
     *, model, memory: PreservedMemory, positive: list, latent: Mapping, vae, seconds: float, steps: int, seed: int
 ) -> Retrieved:
-    """Of a batch the first video counts. Raises PlanError for a time past the end, a memory that holds nothing yet, or
-    one that comes from no encoder node; MemoryMismatch for one of another base, VAEError for another VAE."""
+    """Of a batch the first video counts. Raises PlanError for a video of another family or rate than the MODEL's, a
+    time past the end, a memory that holds nothing yet, or one that comes from no encoder node; MemoryMismatch for one
+    of another base, VAEError for another VAE."""
     check_tokens_taken(memory, model, RETRIEVE)
     fits = check_preserved(memory, model, RETRIEVE)
-    video, mark = latent_of("samples", latent, RETRIEVE), read_mark(latent)
+    base = check_base(model, {"samples": latent}, RETRIEVE)
+    fps = frame_rate(model, {"samples": latent}, RETRIEVE)
+    video = latent_of("samples", latent, RETRIEVE)
     assert video is not None
-    check_vae(vae, video, mark)
+    check_vae(vae, video, LatentMark(base=base))
     video = video[:1]
-    fps = DEFAULT_FPS if mark is None or mark.fps is None else float(mark.fps)
     picture = round(seconds * fps)
     place = -(-picture // 4)
     if place >= video.shape[2]:
@@ -64,7 +68,8 @@ def retrieve_frame(
         raise PlanError(
             f"'seconds' of '{RETRIEVE}' is {seconds:g}, and the video ends at {last:.2f} s. Nearest valid: {last:.2f}."
         )
-    run = PreservationRun(memory, model, video, 9 if mark is None else mark.window)
+    window = (latent.get(KEY) or {}).get("window", window_of(model))
+    run = PreservationRun(memory, model, video, window)
     tokens, places = run.shown()
     if not tokens:
         raise PlanError(
@@ -72,7 +77,8 @@ def retrieve_frame(
             f"no block is full. Feed a longer video into 'samples' of '{RETRIEVE}'."
         )
     layout = ContextLayout(positions=(place,), groups=())
-    made = _denoised(model, positive, layout, torch.cat(tokens, 1), places, video[:, :, :1], steps, seed)
+    seen = within_reach(places, place)
+    made = _denoised(model, positive, layout, torch.cat(tokens, 1), seen, video[:, :, :1], steps, seed)
     start, shown = max(place - BEFORE, 0), -1 - (4 * place - picture)
     pair = []
     for frame in (video[:, :, place : place + 1], made):
@@ -100,11 +106,8 @@ def _denoised(
     model, positive: list, layout: ContextLayout, tokens: Tensor, places, like: Tensor, steps: int, seed: int
 ) -> Tensor:
     """One latent frame `[1, C, 1, H, W]` made from noise behind the memory alone."""
-    context = {"latents": [], "layout": layout}
-    if is_framepack(model):
-        carried = {FRAME_CONTEXT_KEY: context, "model_conds": token_conditions(tokens, places)}
-    else:
-        carried = {"model_conds": wan.conditions(model.model, context, tokens, places)}
+    alone = carried_context(model.model, PackedContext([], layout))
+    carried = with_carried(alone, {"model_conds": token_conditions(tokens, places)})
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)

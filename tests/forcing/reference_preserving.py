@@ -87,19 +87,29 @@ def frame_query(model, pack, video, draw):
     return sum(losses) / len(losses), torch.stack(shown)
 
 
-def next_section(model, pack, video, draw):
-    """Mean loss over the batch of F1's window behind its own context and the memory before it."""
+def next_section(model, pack, video, draw, clean=None):
+    """Mean loss over the batch of F1's window behind its own context and the memory before it.
+
+    clean: in place of that context, the start frame and so many of the newest, on the video's own time axis.
+    """
     start, losses = 1 + 9 * draw.clip, []
     for i in range(video.latents.shape[0]):
         latents = video.latents[i : i + 1]
         tokens, places = remembered(pack, latents[0, :, :start], [1 + 9 * n for n in range(draw.clip + 1)])
-        places = [(20 - (start - t), y, x) for t, y, x in places]
+        if clean is None:
+            places = [(20 - (start - t), y, x) for t, y, x in places]
         zero = torch.zeros_like(latents[:, :, :1])
         newest = torch.cat([zero] * 19 + [latents[:, :, :start]], dim=2)[:, :, -19:]
         context = [newest[:, :, :16], newest[:, :, 16:18], latents[:, :, :1], newest[:, :, 18:]]
         layout = ContextLayout(
             positions=tuple(range(20, 29)), groups=((4, tuple(range(1, 17))), (2, (17, 18)), (1, (0,)), (1, (19,)))
         )
+        if clean is not None:
+            last = range(start - clean, start)
+            context = [latents[:, :, :1], *([latents[:, :, start - clean : start]] if clean else [])]
+            layout = ContextLayout(
+                positions=tuple(range(start, start + 9)), groups=((1, (0,)), *(((1, tuple(last)),) if clean else ()))
+            )
         x, noise, sigma = latents[:, :, start : start + 9], draw.noise[i : i + 1], draw.sigma[i : i + 1]
         noisy = (1 - sigma) * x + sigma * noise
         velocity = call(model, noisy, sigma, video.cond, i, context, layout, tokens, places)

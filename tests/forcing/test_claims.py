@@ -14,7 +14,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
 from benchmarks import claims, claims_rows, stage_two
-from benchmarks.claims_videos import GIVEN, Sampling, generate
+from benchmarks.claims_videos import GIVEN, LONG_MEASURES, Packed, Preserved, Sampling, generate
 from benchmarks.long_clips import FRAMES_A_LATENT, latents_of
 from benchmarks.long_world import away, random_long_scene, visit, wholly_there
 from benchmarks.quality import FILES, MODELS
@@ -22,9 +22,10 @@ from benchmarks.train_selftest import TOPOLOGY
 from frame_memory.forcing.clips import TrainingVideo
 from frame_memory.forcing.draws import DIRECT, Recipe, draw_video
 from frame_memory.forcing.flow import Conditioning
-from frame_memory.forcing.forcings import LOSSES
+from frame_memory.forcing.forcings import LOSSES, Forced
 from frame_memory.forcing.stages import ALL, HEAD_PART, Trained
 from frame_memory.model import framepack, memory, tensor_file
+from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.model.selftest import text_features, vision_features
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise, open_gate
 from frame_memory.model.transformer import FramePackTransformer
@@ -33,6 +34,8 @@ from frame_memory.sampling.long_video import sample_long_video
 from frame_memory.sampling.unipc import framepack_unipc
 
 TINY = {**TOPOLOGY, "depth_single_blocks": 1}
+F0, F1 = PRESETS["F0 inverted"], PRESETS["F1 forward"]
+PAPER = claims.CLAIMS["memorypack"]
 
 
 @pytest.fixture(scope="module")
@@ -103,40 +106,59 @@ def patcher(network):
     return patcher
 
 
-@pytest.mark.parametrize("remembers", [False, True], ids=["plain", "with memory"])
+def semantic(network, patcher, cond):
+    """A SemanticPack with an open gate, beside the MODEL that it is attached to and what the sampler is given."""
+    spec = PackSpec.of(network)
+    pack = initialise(SemanticPack(spec, operations=torch.nn), network).requires_grad_(False)
+    for p in pack.parameters():
+        p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    pack.gate.fill_(0.4)
+    kept = memory.encoder_from_tensors(pack.state_dict(), spec, label="test")
+    kept = kept.with_features(cond.text, cond.vision)
+    return Packed(network, pack, cond), memory.attach(patcher, kept), kept
+
+
+def preserved(network, patcher, cond):
+    """The same of frame preservation."""
+    kept = new_memory(patcher, "2x2x2", channels=(4, 6, 8, 8), heads=2)
+    with torch.no_grad():
+        for p in kept.history.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    kept = with_tokens(kept, 1000)
+    return Preserved(Forced(network, kept.history), cond), attach_preserved(patcher, kept), kept
+
+
+@pytest.mark.parametrize("remembers", [None, semantic, preserved], ids=["plain", "MemoryPack", "frame preservation"])
 def test_videos_of_many_scenes_are_those_of_the_packs_own_section_loop(network, patcher, remembers):
     """The same network, memory, plan, sampler and noise through ComfyUI's guider and the pack's section loop."""
-    base, pack, kept = patcher.model, None, None
+    base, kept = patcher.model, None
     cond, start = conditioning(), torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    shown = Packed(network, None, cond)
+    if remembers:
+        shown, patcher, kept = remembers(network, patcher, cond)
     vision = type("Output", (), {"last_hidden_state": cond.vision})()
     guider = comfy.samplers.CFGGuider(patcher)
     positive = [[cond.text, {"pooled_output": cond.pooled, "clip_vision_output": vision}]]
     guider.set_conds(positive, positive)
-    if remembers:
-        spec = PackSpec.of(network)
-        pack = initialise(SemanticPack(spec, operations=torch.nn), network).requires_grad_(False)
-        for p in pack.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        pack.gate.fill_(0.4)
-        kept = memory.encoder_from_tensors(pack.state_dict(), spec, label="test")
-        kept = kept.with_features(cond.text, cond.vision)
-        patcher = memory.attach(patcher, kept)
-        guider = comfy.samplers.CFGGuider(patcher)
-        guider.set_conds(positive, positive)
     with torch.inference_mode():
         done = sample_long_video(
             noise=Noise_RandomNoise(7), guider=guider, sampler=framepack_unipc(),
-            sigmas=torch.tensor(sigma_schedule(3, 4.0)), schedule=parse_schedule(PRESETS["F1 forward"]),
+            sigmas=torch.tensor(sigma_schedule(3, 4.0)), schedule=parse_schedule(F1),
             start={"samples": base.process_latent_out(start)}, seconds=2.4, memory=kept,
             say=lambda _: None,
         )  # fmt: skip
         loop = base.process_latent_in(done.latent["samples"])
-    ours = generate(network, pack, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
-    assert ours.shape == loop.shape and (ours - loop).abs().max() < 1e-4 * loop.abs().max()
-    assert torch.equal(generate(network, pack, ours[:, :, :10], cond, "F1", 2, Sampling(3, 4.0), seed=7), ours)
+
+    def ours(given):
+        fresh = remembers(network, patcher, cond)[0] if remembers else shown
+        return generate(fresh, given, F1, 2, Sampling(3, 4.0), seed=7)
+
+    made = ours(start)
+    assert made.shape == loop.shape and (made - loop).abs().max() < 1e-4 * loop.abs().max()
+    assert torch.equal(ours(made[:, :, :10]), made)
     if remembers:
-        plain = generate(network, None, start, cond, "F1", 2, Sampling(3, 4.0), seed=7)
-        assert torch.equal(plain[:, :, :10], ours[:, :, :10]) and (plain - ours).abs().max() > 2e-3
+        plain = generate(Packed(network, None, cond), start, F1, 2, Sampling(3, 4.0), seed=7)
+        assert torch.equal(plain[:, :, :10], made[:, :, :10]) and (plain - made).abs().max() > 2e-3
 
 
 def test_a_given_first_visit_is_folded_into_the_memory_and_F0_sees_nothing_of_it(network):
@@ -148,10 +170,11 @@ def test_a_given_first_visit_is_folded_into_the_memory_and_F0_sees_nothing_of_it
     def psi_seen(given):
         """What the memory's tokens are worth: a video whose window sees the same, behind another first section."""
         three = torch.cat([given, true[:, :, 1:], true[:, :, 1:], true[:, :, 1:4]], dim=2)
-        return generate(network, pack, three, cond, "F1", 4, Sampling(1, 4.0), seed=1)[:, :, 28:]
+        return generate(Packed(network, pack, cond), three, F1, 4, Sampling(1, 4.0), seed=1)[:, :, 28:]
 
     assert (psi_seen(true) - psi_seen(other)).abs().max() > 1e-4
-    inverted = [generate(network, None, given, cond, "F0", 3, Sampling(1, 4.0), seed=1) for given in (true, other)]
+    plain = Packed(network, None, cond)
+    inverted = [generate(plain, given, F0, 3, Sampling(1, 4.0), seed=1) for given in (true, other)]
     assert torch.equal(inverted[0][:, :, 10:], inverted[1][:, :, 10:])
     assert torch.equal(inverted[1][:, :, :10], other)
 
@@ -180,13 +203,13 @@ def test_intervals_are_students():
 def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_path):
     args = claims.parse(["memorypack", "--work", str(tmp_path), "--seeds", "0", "1", "--seconds", "10"])
     f1, budget = claims_rows.VARIANTS["F1"], claims_rows.Budget()
-    identity = claims.identity_of(f1, budget, args)
-    figures = dict.fromkeys(claims.MEASURES, 0.5) | {"recall": math.nan}
+    identity = claims.identity_of(PAPER, f1, budget, args)
+    figures = dict.fromkeys(LONG_MEASURES, 0.5) | {"recall": math.nan}
     for seed, value in ((0, 0.25), (1, 0.75)):
         path = claims.row_path(tmp_path, f1, seed)
         claims.write_row(path, identity, {"10": {**figures, "presence": value}})
     assert json.loads(path.read_text(encoding="utf-8"))["figures"]["10"]["recall"] is None
-    lines, recorded = claims.tables(args, budget)
+    lines, recorded = claims.tables(PAPER, args, budget)
     (row,) = [line for line in lines if line.startswith("| F1 |")]
     assert row.startswith("| F1 | 2 of 2 | – | 50% ± 0% | 50% ± 0% | 50% ± 318% |")  # 12.706 * 0.354 / sqrt(2)
     assert any(line.startswith("| Squeeze B | 0 of 2 | missing |") for line in lines)
@@ -194,7 +217,8 @@ def test_rows_are_kept_marked_where_missing_and_refused_with_other_settings(tmp_
     assert not any(case.startswith("Squeeze") for case, _, _ in recorded)
     with pytest.raises(SystemExit, match="other settings .sample_steps."):
         claims.read_row(path, {**identity, "sample_steps": 3})
-    assert claims.identity_of(f1, claims_rows.Budget(steps=2, head_steps=1), args) == identity  # it trains neither
+    neither = claims_rows.Budget(steps=2, head_steps=1)  # F1's row trains neither stage
+    assert claims.identity_of(PAPER, f1, neither, args) == identity
 
 
 def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
@@ -205,13 +229,13 @@ def test_weights_of_another_budget_are_not_taken_for_these(tmp_path):
         str(tmp_path / "base-F1.safetensors"), {"model.x": torch.zeros(1)}, {"identity": json.dumps(identity)}
     )
     for same in (few, dataclasses.replace(few, steps=3, head_steps=7)):
-        assert set(claims_rows.Workshop(tmp_path, None, same).base("F1")) == {"model.x"}
+        assert set(claims_rows.MemoryPackWorkshop(tmp_path, None, same).base("F1")) == {"model.x"}
     with pytest.raises(SystemExit, match="other settings .base_steps..*another --work"):
-        claims_rows.Workshop(tmp_path, None, dataclasses.replace(few, base_steps=3)).base("F1")
+        claims_rows.MemoryPackWorkshop(tmp_path, None, dataclasses.replace(few, base_steps=3)).base("F1")
 
 
 def test_the_shipped_F1_is_the_base_of_the_default_settings_and_of_no_others(tmp_path):
-    shop = claims_rows.Workshop(tmp_path, None, claims_rows.Budget())
+    shop = claims_rows.MemoryPackWorkshop(tmp_path, None, claims_rows.Budget())
     base = {name.removeprefix("model."): value for name, value in shop.base("F1").items()}
     assert not list(tmp_path.iterdir())
     check_ships(base, "F1")
@@ -292,7 +316,7 @@ def test_every_row_of_the_papers_tables_is_one_of_ours_and_goes_on_from_its_like
 def test_a_call_that_runs_out_of_time_stops_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(claims, "codec_of", lambda folder: None)
     monkeypatch.setattr(claims.LongClips, "make", classmethod(lambda cls, *a, **k: cls(np.zeros(0), np.zeros(0), [])))
-    claims.main(["memorypack", "--work", str(tmp_path), "--minutes", "0", "--steps", "1", "--only", "F1", "--toy"])
+    claims.main(["memorypack", "--work", str(tmp_path), "--minutes", "0", "--only", "F1", "--toy"])
     out = capsys.readouterr().out
-    assert "minutes are over" in out and "| F1 | 0 of 3 | missing" in out
+    assert "minutes are over" in out and "| F1 | 0 of 1 | missing" in out
     assert [p.name for p in tmp_path.rglob("*.json")] == []

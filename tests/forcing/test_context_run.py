@@ -89,6 +89,26 @@ def test_training_goes_on_from_given_patchifiers_which_are_not_changed(tmp_path)
     assert all(torch.allclose(made[f"{PATCHIFIERS}.{name}"], value) for name, value in before.items())
 
 
+def test_a_run_goes_on_only_from_the_patchifiers_that_it_began_with(tmp_path):
+    patcher = reference.load(T2V, layers=1)
+
+    def run(patchifiers, steps: int):
+        return ContextRun(patcher, videos(), request(steps), tmp_path, QUIET, patchifiers=patchifiers).run()
+
+    def scaled(factor: float) -> wan.Patchifiers:
+        made = wan.patchifiers_of(patcher)
+        with torch.no_grad():
+            for value in made.parameters():
+                value.mul_(factor)
+        return made
+
+    run(scaled(0.5), 1)
+    assert run(scaled(0.5), 2).resumed == 1
+    for other in (None, scaled(0.25)):
+        with pytest.raises(ForcingError, match=r"other settings \(patchifiers: .*another name for the run"):
+            run(other, 3)
+
+
 def test_videos_are_kept_in_files_with_what_wan_reads(tmp_path):
     """All tokens of the text, though some are padding, no pooled text, and CLIP's layer before the last."""
     import comfy.clip_vision

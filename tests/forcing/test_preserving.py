@@ -20,6 +20,7 @@ from frame_memory.forcing.preserving import (
     draw_follow,
     draw_query,
     frame_query,
+    next_section,
 )
 from frame_memory.forcing.stages import LORA, MEMORY, Trained
 from frame_memory.model.preservation import PreservationSpec
@@ -70,6 +71,16 @@ def test_each_loss_equals_the_plain_loop(model, stage, rates):
         expected = reference_preserving.next_section(model, pack, video, draw)
     assert float(made.loss) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(video.latents, before)
+
+
+@pytest.mark.parametrize(("schedule", "clean"), [("f1k1_x_g9", 0), ("f1k1_x_f3k1_g9", 3)])
+@torch.no_grad()
+def test_a_section_may_follow_a_schedule_with_fewer_clean_frames(model, schedule, clean):
+    pack, video = encoders(model, "2x2x2"), small.video(3, batch=2)
+    draw = drawn(FOLLOW, video, pack)
+    (made,) = next_section(Forced(model, pack), video, draw, schedule)
+    expected = reference_preserving.next_section(model, pack, video, draw, clean)
+    assert float(made.loss) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [QUERY, FOLLOW])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import comfy.sd
 import pytest
 import torch
 
 from frame_memory.forcing.clips import ForcingError
+from frame_memory.forcing.prepared import write_videos
 from frame_memory.forcing.preserving_run import STAGE_FOLLOW, STAGE_QUERY, PreservingRequest, PreservingRun
 from frame_memory.forcing.results import write_result
 from frame_memory.forcing.training_run import Faces
 from frame_memory.model import memory_file, tensor_file
+from frame_memory.model.base_signature import Base
 from frame_memory.model.memory import MemoryMismatch, new_encoder
 from frame_memory.model.preserved_memory import memory_of, new_memory
 
@@ -90,7 +94,55 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, 
         run_of(model, None, tmp_path, STAGE_FOLLOW)
     with pytest.raises(MemoryMismatch, match="is new: SemanticPack"):
         run_of(model, new_encoder(model), tmp_path, STAGE_QUERY)
+    with pytest.raises(ForcingError, match="video 0 has latents of 4x6, too small for a memory at 4x4x2. Raise 'size'"):
+        run_of(model, new_memory(model, "4x4x2", **SMALL), tmp_path, STAGE_QUERY)
     given = new_memory(model, "2x2x2", **SMALL)
     with pytest.raises(ForcingError, match="needs 2, one to remember and one to make"):
         PreservingRun(model, given, videos(clips=1), request(STAGE_FOLLOW), tmp_path)
     assert run_of(model, None, tmp_path, STAGE_QUERY).memory.rates == ("2x2x2",)
+
+
+def test_stage_two_warns_of_a_memory_that_was_never_trained(tiny_file, tmp_path):  # noqa: F811
+    model, said = load(tiny_file), []
+    given = new_memory(model, "2x2x2", **SMALL)
+    for stage, count in ((STAGE_QUERY, 0), (STAGE_FOLLOW, 1)):
+        run_of(model, given, tmp_path, stage, faces=Faces(said.append))
+        assert len(said) == count
+    assert said[0].startswith("Warning: the memory given (new) was never trained")
+
+
+def test_what_is_wrong_is_told_with_the_name_of_its_own_node(tiny_file, tmp_path):  # noqa: F811
+    model = load(tiny_file)
+    given = new_memory(model, "2x2x2", **SMALL)
+    run_of(model, given, tmp_path, STAGE_QUERY, steps=1).run()
+    with pytest.raises(ForcingError, match="another 'name' in 'Train Frame Preservation'"):
+        run_of(model, given, tmp_path, STAGE_FOLLOW).run()
+    with pytest.raises(ForcingError, match="'name' in 'Train Frame Preservation'"):
+        run_of(model, new_memory(model, "2x2x2", seed=5, **SMALL), tmp_path, STAGE_QUERY).run()
+
+
+def test_the_command_line_trains_both_stages(tiny_file, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """In this process, which has ComfyUI on the CPU already."""
+    from frame_memory.forcing.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["frame_memory.forcing"])
+    write_videos(tmp_path / "videos", videos(), "HunyuanVideo")
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_file), "--videos", str(tmp_path / "videos"), "--output", str(out), "--cpu"]
+    arguments += ["--steps", "1", "--clips", "2", "--rank", "2"]
+    model, first = load(tiny_file), str(tmp_path / "first.safetensors")
+    given = new_memory(model, "2x2x2", **SMALL)
+    memory_file.write(first, Base.of(model), frames=given.history.state_dict(), spec=given.to_spec())
+    follow = [*arguments, "--stage", "follow", "--memory", first]
+    assert main([*arguments, "--stage", "query", "--memory", first, "--name", "asked"]) == 0
+    assert main([*follow, "--name", "second", "--freeze-encoder"]) == 0
+    said = capsys.readouterr().out
+    assert "step 1/1" in said and "is of another run" not in said
+    assert tensor_file.read(str(out / "loras" / "second.safetensors")), "not beside the memory, which has its name"
+    asked, second = (memory_file.read(str(out / f"{name}.safetensors")).frames for name in ("asked", "second"))
+    was = given.history.state_dict()
+    assert all(torch.equal(second[n], v) for n, v in was.items()) and any(
+        not torch.equal(asked[n], was[n]) for n in was
+    )
+    assert main([*follow, "--name", "x", "--forcing", "teacher"]) == 1
+    assert "--forcing: plays no part in the stage follow" in capsys.readouterr().err

@@ -109,6 +109,7 @@ def nodes():
 
 
 @pytest.fixture(scope="module")
+@torch.inference_mode()  # as the host makes them: weights of few bits are moved in that mode only
 def graph(nodes):
     """What the nodes of a graph on the self-test models hand to each other."""
     model = checkpoint.load_framepack(str(SELFTEST / "diffusion_models" / MODEL))
@@ -192,6 +193,11 @@ def of_memory(g) -> dict:
         "FrameMemoryTrainDirectForcing": lambda: {
             "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.memory],
             "stage": ["1: memory and LoRA"], "name": ["inputs"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
+            "training_seed": [0], "rank": [2], "save_every": [1],
+        },
+        "FrameMemoryTrainPreservation": lambda: {
+            "model": [g.model], "latents": [g.latent(19, 5)], "positive": [g.positive], "memory": [g.frames],
+            "stage": ["2: next section"], "name": ["frames"], "steps": [1], "clips": [2], "learning_rate": [1e-3],
             "training_seed": [0], "rank": [2], "save_every": [1],
         },
     }  # fmt: skip
@@ -314,13 +320,14 @@ def test_dropping_frames_of_a_file_keeps_its_alpha_and_its_metadata(nodes, tmp_p
     assert torch.equal(left.alpha, parts.alpha[4:]) and left.metadata == parts.metadata
 
 
+@torch.inference_mode()
 def test_the_fingerprint_sees_a_change_anywhere(graph):
     """Of one number in a tensor, a weight, a conditioning or an option, however deep."""
     given = inputs_of("FrameMemoryAntiDriftSampler", graph)
     was = fingerprint(given)
     assert fingerprint(given) == was
     changes = [given["start"]["samples"], given["sigmas"], graph.positive[0][0], given["history"]["noise_mask"]]
-    changes.append(graph.model.model.diffusion_model.double_blocks[0].img_attn.proj.weight.data)
+    changes.append(graph.model.model.diffusion_model.clean_x_embedder.proj.weight.data)
     for tensor in changes:
         flat = tensor.reshape(-1)
         kept = flat[-1].clone()

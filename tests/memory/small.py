@@ -1,9 +1,11 @@
-"""A SemanticPack of 32 numbers a token with random weights everywhere, and clips for it."""
+"""A SemanticPack of 32 numbers a token with random weights everywhere, clips for it, a VAE that shows its latent."""
 
 from __future__ import annotations
 
+import comfy.latent_formats
 import comfy.ops
 import torch
+from comfy.taesd.taehv import TAEHV
 
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack
 
@@ -35,3 +37,25 @@ def features(batch: int = 1, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]
 
 def clips(frames: list[int], batch: int = 1, height: int = 5, width: int = 11, seed: int = 7) -> list[torch.Tensor]:
     return [drawn(batch, SPEC["in_channels"], t, height, width, seed=seed + i) for i, t in enumerate(frames)]
+
+
+class Pixels:
+    """A VAE of core's small class whose pictures are the first three channels of the latent, each frame four times but
+    the first. family: of HunyuanVideo or, without a latent format of its own, Wan."""
+
+    latent_channels, latent_dim = 16, 3
+
+    def __init__(self, family: str = "HunyuanVideo"):
+        formats = {"HunyuanVideo": comfy.latent_formats.HunyuanVideo, "Wan21": None}
+        self.first_stage_model = TAEHV(16, latent_format=formats[family])
+
+    def decode(self, latent):
+        frames = torch.sigmoid(latent[:, :3].movedim(1, -1))
+        frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return torch.cat((frames[:, :1], frames[:, 1:].repeat_interleave(4, 1)), 1)
+
+    def spacial_compression_decode(self):
+        return 8
+
+    def temporal_compression_decode(self):
+        return 4

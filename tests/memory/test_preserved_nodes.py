@@ -14,6 +14,7 @@ from frame_memory.video.fidelity import psnr, ssim
 
 from .conftest import prompt
 from .runs import start_latent
+from .small import Pixels
 from .test_memory_nodes import PACK, files, nodes  # noqa: F401 (fixtures)
 from .test_preserved_run import SMALL, filled
 
@@ -27,23 +28,6 @@ def faces(nodes):  # noqa: F811 (the fixture of that name)
 def own(nodes):  # noqa: F811 (the fixture of that name)
     """The library as the nodes import it, whose classes are its own."""
     return importlib.import_module(f"{PACK}.frame_memory.model.preserved_memory")
-
-
-class Pixels:
-    """A VAE whose pictures are the first three channels of the latent, each frame four times but the first."""
-
-    first_stage_model, latent_channels, latent_dim = object(), 16, 3
-
-    def decode(self, latent):
-        frames = torch.sigmoid(latent[:, :3].movedim(1, -1))
-        frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
-        return torch.cat((frames[:, :1], frames[:, 1:].repeat_interleave(4, 1)), 1)
-
-    def spacial_compression_decode(self):
-        return 8
-
-    def temporal_compression_decode(self):
-        return 4
 
 
 def test_new_encoders_of_every_rate_are_offered(nodes, own, model):  # noqa: F811

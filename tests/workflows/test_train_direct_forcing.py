@@ -2,7 +2,6 @@
 
 import copy
 import re
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from PIL import Image
 from frame_memory.model import memory_file, tensor_file
 from scripts.client import PromptError
 
-from .tiny import ENCODERS, REPO, during, one, progress_texts, shrink, training_videos, ui_graph
+from .tiny import ENCODERS, REPO, cancelled, during, one, progress_texts, shrink, training_videos, ui_graph
 
 GRAPH = REPO / "workflows" / "train_direct_forcing.json"
 TRAIN, CLIPS = "FrameMemoryTrainDirectForcing", "FrameMemoryVideoClips"
@@ -93,22 +92,12 @@ def test_fault_t1_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(trained, 
     client, small = server.client, copy.deepcopy(prompt)
     first, second = stages(small)
     small[second]["inputs"].update(name="stopped", steps=5000)
-    prompt_id = client.submit(small)
-
-    def steps():
-        return [d["value"] for n, d in client.about(prompt_id) if n == "progress" and d["node"] == second]
-
-    end = time.monotonic() + 600
-    while len(steps()) < 2 and time.monotonic() < end:
-        time.sleep(0.05)
-    client.interrupt()
-    with pytest.raises(PromptError, match=f"Cancelled in {TRAIN}"):
-        client.wait(prompt_id, timeout=600)
+    prompt_id, steps = cancelled(client, small, second)
     said = [text for _, i, text in progress_texts(during(client.messages, prompt_id)) if i == second]
     stopped = re.search(r"Stopped after step (\d+) of 5000", said[-1])
     assert stopped and "same name to go on" in said[-1]
     done = int(stopped[1])
-    assert max(2, *steps()) <= done < 1000, "the host may not show every step"
+    assert max(2, *steps) <= done < 1000, "the host may not show every step"
     folder = server.base / "output" / "frame_memory_training" / "stopped"
     kept = sorted(p.name for p in folder.glob("step-*"))
     assert kept[-1] == f"step-{done:08d}.safetensors" and len(kept) <= 3

@@ -24,10 +24,14 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+from scripts.client import PromptError
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
@@ -47,8 +51,11 @@ SELFTEST_GRAPHS = (
 START_PICTURE = REPO / "selftest_models" / "start.png"
 SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for name in ("before", "after")]
 # Graphs that begin with a picture; the others are run in test_extend.py, test_ffgo_graphs.py, test_drift_graph.py,
-# test_memory_selftest.py, test_train_direct_forcing.py and test_wan_memory.py.
-OTHERS = ("drift_and_recall", "extend_and_bridge", "memory_selftest", "train_direct_forcing", "wan_memory")
+# test_memory_selftest.py, test_train_direct_forcing.py, test_frame_preservation.py and test_wan_memory.py.
+OTHERS = (
+    "drift_and_recall", "extend_and_bridge", "frame_preservation", "memory_selftest", "train_direct_forcing",
+    "wan_memory",
+)  # fmt: skip
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
 PICTURE_NAME = "frame_memory_start.png"
 FILES = {"F0": "frame_memory_selftest_F0.safetensors", "F1": "frame_memory_selftest_F1.safetensors"}
@@ -159,6 +166,22 @@ def shrink_wan(prompt: dict, *, width: int = 96, height: int = 64, frames: int =
 def frames_of(seconds: float) -> int:
     """Frames of a video of about so many seconds: 36 a section of 1.2 s, and the start picture."""
     return 36 * max(round(seconds / 1.2), 1) + 1
+
+
+def cancelled(client, prompt: dict, node_id: str, steps: int = 2) -> tuple[str, list[int]]:
+    """Run a graph, and cancel it when a node has shown so many steps: (id of the run, the steps that were shown)."""
+    prompt_id = client.submit(prompt)
+
+    def shown() -> list[int]:
+        return [d["value"] for n, d in client.about(prompt_id) if n == "progress" and d["node"] == node_id]
+
+    end = time.monotonic() + 600
+    while len(shown()) < steps and time.monotonic() < end:
+        time.sleep(0.05)
+    client.interrupt()
+    with pytest.raises(PromptError, match=f"Cancelled in {prompt[node_id]['class_type']}"):
+        client.wait(prompt_id, timeout=600)
+    return prompt_id, shown()
 
 
 def progress_texts(messages: list) -> list[tuple[int, str, str]]:

@@ -1,0 +1,103 @@
+"""One frame asked of a memory on core's Wan: its time, its window, its prompts, and videos that are not the MODEL's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
+from model import wan_reference as reference
+
+from frame_memory.model import families
+from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS, MODEL_OPTION
+from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
+from frame_memory.plan import PlanError
+from frame_memory.sampling.retrieve import retrieve_frame
+from frame_memory.video.vae import VAEError
+
+from .small import Pixels
+from .test_preserved_run import SMALL, filled
+
+T2V, I2V, A14B, TI2V = reference.FAMILIES
+
+
+def loaded(family: str, seen: list | None = None, schedule: str = ""):
+    """A MODEL that notes the memory each call is shown."""
+
+    def watch(executor, x, *args, **kwargs):
+        if seen is not None:
+            seen.append((x.shape, kwargs[FRAME_TOKENS].clone(), kwargs[FRAME_POSITIONS].tolist()))
+        return executor(x, *args, **kwargs)
+
+    model = reference.load(family, layers=1)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    if schedule:
+        model.model_options = {**model.model_options, MODEL_OPTION: {families.SCHEDULE: schedule}}
+    return model
+
+
+def video(frames: int, **mark) -> dict:
+    return {"samples": reference.drawn(1, 16, frames, 6, 10, seed=3), **({"frame_memory": mark} if mark else {})}
+
+
+def ask(model, samples, seconds: float, **more):
+    memory = with_tokens(filled(new_memory(model, "2x2x2", **SMALL)), 1000)
+    settings = {
+        "model": attach_preserved(model, memory), "memory": memory, "positive": [[reference.drawn(1, 4, 24), {}]],
+        "latent": samples, "vae": Pixels("Wan21"), "seconds": seconds, "steps": 1, "seed": 1, **more,
+    }  # fmt: skip
+    with torch.inference_mode():
+        return retrieve_frame(**settings)
+
+
+def test_a_latent_without_a_rate_is_asked_at_the_models_own():
+    report = ask(loaded(T2V), video(9), 1.5).report
+    assert "Frame at 1.50 s (picture 24, latent frame 6)" in report
+    with pytest.raises(PlanError, match=r"the video ends at 2.00 s"):
+        ask(loaded(T2V), video(9), 2.05)
+    with pytest.raises(PlanError, match="'samples' of Retrieve Frame holds 30 frames a second, and the MODEL makes 16"):
+        ask(loaded(T2V), video(9, fps=30.0), 0.5)
+
+
+@pytest.mark.parametrize(("schedule", "mark", "spans"), [
+    ("", {}, [(0, 10), (10, 30)]),
+    ("", {"window": 9, "fps": 16.0}, [(0, 4), (4, 12), (12, 22), (22, 30)]),
+    ("td_f1k1_g15", {}, [(0, 16), (16, 30)]),
+    ("td_f1k1_g15", {"base": "Wan21"}, [(0, 16), (16, 30)]),
+])  # fmt: skip
+def test_the_video_is_cut_as_the_run_that_made_it_or_as_the_model_was_trained(schedule, mark, spans):
+    seen: list = []
+    model, samples = loaded(T2V, seen, schedule), video(31, **mark)
+    ask(model, samples, 1.0)
+    memory = filled(new_memory(model, "2x2x2", **SMALL))
+    with torch.no_grad():
+        latents = model.model.process_latent_in(samples["samples"])
+        expected = torch.cat([memory.history.encoders[0].encode(latents[:, :, a:b]).tokens for a, b in spans], 1)
+    assert len(seen) == 1 and torch.allclose(seen[0][1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [I2V, A14B])
+def test_frames_that_the_prompt_gives_are_left_out(family):
+    """'Wan Image To Video' makes them as long as a window, and one frame is asked for."""
+    given = {"concat_latent_image": reference.drawn(1, 16, 21, 6, 10), "concat_mask": torch.zeros(1, 1, 21, 6, 10)}
+    text, seen = reference.drawn(1, 4, 24), []
+    bare = ask(loaded(family), video(9), 0.5)
+    made = ask(loaded(family, seen), video(9), 0.5, positive=[[text, given]])
+    assert torch.equal(made.picture, bare.picture) and seen[0][0] == (1, 36, 1, 6, 10)
+
+
+def test_a_video_of_another_family_is_refused():
+    with pytest.raises(PlanError, match="'samples' of Retrieve Frame was made with a HunyuanVideo VAE.*Wan21 latents"):
+        ask(loaded(T2V), video(9, base="HunyuanVideo"), 0.5, vae=Pixels("HunyuanVideo"))
+    with pytest.raises(VAEError, match="gave a tiny HunyuanVideo VAE"):
+        ask(loaded(T2V), video(9), 0.5, vae=Pixels("HunyuanVideo"))
+
+
+def test_what_is_farther_than_positions_reach_stays_at_the_farthest_place():
+    seen: list = []
+    ask(loaded(T2V, seen), video(811), 0.0)
+    assert [t for t, _, _ in seen[0][2]] == [min(t, 800) for t in range(1, 810, 2) for _ in range(2)]

@@ -1,0 +1,162 @@
+"""The graph of frame preservation on the real server: both stages, a frame asked for, a video, Cancel and refusals."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from frame_memory.model import memory_file, tensor_file
+from scripts.client import PromptError
+
+from .tiny import ENCODERS, REPO, cancelled, during, frames_of, one, progress_texts, shrink, training_videos, ui_graph
+
+GRAPH = REPO / "workflows" / "frame_preservation.json"
+TRAIN, CLIPS, RETRIEVE = "FrameMemoryTrainPreservation", "FrameMemoryVideoClips", "FrameMemoryRetrieveFrame"
+ENCODER, SAMPLER = "FrameMemoryFramePreservation", "FrameMemoryAntiDriftSampler"
+
+
+@pytest.fixture(scope="module")
+def prompt(server, api):
+    """The graph on the self-test models: two steps a stage, at most two clips, two sections of video."""
+    small = shrink(api(GRAPH))
+    for node in small.values():
+        if node["class_type"] == CLIPS:
+            node["inputs"].update(size=80)  # the least that 4x4x2 takes of their shape
+            training_videos(server.base / "input" / node["inputs"]["folder"])
+        if node["class_type"] == TRAIN:
+            node["inputs"].update(steps=2, clips=2, save_every=1, rank=2, learning_rate=1e-3)
+    one(small, RETRIEVE)[1]["inputs"].update(steps=2)
+    return small
+
+
+def ids(prompt, class_type: str) -> tuple[str, ...]:
+    """Ids of a class's nodes; those that train are in the order of their stages."""
+    return tuple(sorted((i for i, n in prompt.items() if n["class_type"] == class_type), key=int))
+
+
+def stage(prompt, node_id) -> str:
+    return prompt[node_id]["inputs"]["stage"]
+
+
+@pytest.fixture(scope="module")
+def made(server, prompt):
+    return server.client.queue(prompt, timeout=900, workflow=ui_graph(GRAPH))
+
+
+def test_stage_two_has_the_memory_of_stage_one_and_a_new_lora(api):
+    prompt = api(GRAPH)
+    (first, second), (asked, used) = ids(prompt, TRAIN), ids(prompt, ENCODER)
+    assert stage(prompt, first) == "1: frame query" and stage(prompt, second) == "2: next section"
+    model = [one(prompt, "FrameMemoryLoadFramePack")[0], 0]
+    assert prompt[first]["inputs"]["model"] == prompt[second]["inputs"]["model"] == model
+    assert prompt[second]["inputs"]["memory"] == [first, 1] and not prompt[second]["inputs"]["freeze_encoder"]
+    assert prompt[first]["inputs"]["name"] != prompt[second]["inputs"]["name"]
+    for encoder, stage_id in ((asked, first), (used, second)):
+        assert prompt[encoder]["inputs"]["model"] == [stage_id, 0]
+        assert prompt[encoder]["inputs"]["memory"] == [stage_id, 1]
+    seen, unseen = ids(prompt, CLIPS)
+    retrieve, sampler = one(prompt, RETRIEVE)[1]["inputs"], one(prompt, SAMPLER)[1]["inputs"]
+    assert prompt[first]["inputs"]["latents"] == [seen, 0] and retrieve["samples"] == [unseen, 0]
+    assert prompt[seen]["inputs"]["folder"] != prompt[unseen]["inputs"]["folder"]
+    assert retrieve["memory"] == [asked, 1] and sampler["memory"] == [used, 1]
+
+
+def test_both_stages_leave_files_that_the_loaders_take(made, server, prompt):
+    models, memories = server.base / "models", []
+    for node_id in ids(prompt, TRAIN):
+        name = prompt[node_id]["inputs"]["name"]
+        report = made.outputs[node_id]["text"][0]
+        assert report.startswith(f"Result: models/frame_memory/{name}.safetensors, for 'Load Memory Encoder'.\nLoRA")
+        assert f"{stage(prompt, node_id)}: 2 of 2 steps on 2 videos, 4x4x2 and LoRA" in report and "s a step" in report
+        with Image.open(server.base / "output" / "frame_memory_training" / name / "loss.png") as picture:
+            assert np.asarray(picture.convert("L"), dtype=float).std() > 5
+        file = memory_file.read(str(models / "frame_memory" / f"{name}.safetensors"))
+        assert file.kind == memory_file.FRAME_PRESERVATION and file.recipe["stage"] == stage(prompt, node_id)
+        assert tensor_file.read(str(models / "loras" / f"{name}.safetensors"))
+        memories.append(file.frames)
+    assert any(not (memories[0][n] == v).all() for n, v in memories[1].items()), "stage 2 trains the memory, too"
+    shown = [text for _, i, text in progress_texts(during(made.messages, made.prompt_id)) if i in ids(prompt, TRAIN)]
+    assert any("step 2 of 2" in text and "loss" in text for text in shown)
+    name = prompt[ids(prompt, TRAIN)[1]]["inputs"]["name"]
+    graph = {
+        "model": one(prompt, "FrameMemoryLoadFramePack")[1],
+        "memory": {
+            "class_type": "FrameMemoryLoadEncoder",
+            "inputs": {"model": ["model", 0], "encoder_name": f"{name}.safetensors"},
+        },
+        "lora": {
+            "class_type": "FrameMemoryLoraLoader",
+            "inputs": {"model": ["model", 0], "lora_name": f"{name}.safetensors", "strength": 1.0},
+        },
+        "encoder": {
+            "class_type": ENCODER,
+            "inputs": {"model": ["lora", 0], "memory": ["memory", 0], "tokens": 8192},
+        },
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["encoder", 2]}},
+        "fits": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 1]}},
+    }
+    outputs = server.client.queue(graph, timeout=300).outputs
+    assert "Trained on this base" in outputs["report"]["text"][0]
+    matched, whole = re.search(r"(\d+) of (\d+) modules", outputs["fits"]["text"][0]).groups()
+    assert matched == whole != "0"
+
+
+def test_a_frame_of_each_unseen_video_is_asked_for_and_the_video_is_made(made, server, prompt, written):
+    node_id, _ = one(prompt, RETRIEVE)
+    assert len(made.outputs[node_id]["images"]) == 2, "one pair a video"
+    (file,) = made.outputs[one(prompt, "FrameMemorySaveLongVideo")[0]]["images"]
+    path = server.base / "output" / file["subfolder"] / file["filename"]
+    written.check_video(path, frames_of(2.4), 30, (64, 64), within=1e-5)
+    said = [
+        text for _, i, text in progress_texts(during(made.messages, made.prompt_id)) if i == one(prompt, SAMPLER)[0]
+    ]
+    warnings = [line for line in said[-1].splitlines() if line.startswith("Warning")]
+    assert not [line for line in warnings if "memory" in line], "both outputs of the encoder are connected"
+
+
+def test_cancel_keeps_a_checkpoint_and_queueing_again_goes_on(made, server, prompt):
+    client, second = server.client, ids(prompt, TRAIN)[1]
+    small = copy.deepcopy(prompt)
+    small = {i: n for i, n in small.items() if n["class_type"] not in ("FrameMemorySaveLongVideo", SAMPLER)}
+    small[second]["inputs"].update(name="stopped frames", steps=5000)
+    prompt_id, steps = cancelled(client, small, second)
+    said = [text for _, i, text in progress_texts(during(client.messages, prompt_id)) if i == second]
+    done = int(re.search(r"Stopped after step (\d+) of 5000", said[-1])[1])
+    assert max(2, *steps) <= done < 1000, "the host may not show every step"
+    folder = server.base / "output" / "frame_memory_training" / "stopped frames"
+    before = tensor_file.read(str(folder / f"step-{done:08d}.safetensors"))["losses"].tolist()
+    small[second]["inputs"].update(steps=done + 1)
+    report = client.queue(small, timeout=600).outputs[second]["text"][0]
+    assert f"{done + 1} of {done + 1} steps" in report and f"{done} of them before a stop" in report
+    after = tensor_file.read(str(folder / f"step-{done + 1:08d}.safetensors"))["losses"].tolist()
+    assert after[:-1] == before and (server.base / "models" / "loras" / "stopped frames.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "a/b"}, "'name' of 'Train Frame Preservation' cannot be the name of a folder"),
+        ({"name": "FramePack_F1_frame_query"}, "another 'name' in 'Train Frame Preservation'"),
+        ({"name": "x", "clips": 1}, "needs 2, one to remember and one to make"),
+    ],
+    ids=["a path", "of stage 1", "one clip"],
+)
+def test_what_cannot_be_trained_is_refused_in_words(made, server, prompt, change, said):
+    small = copy.deepcopy(prompt)
+    small[ids(small, TRAIN)[1]]["inputs"].update(change)
+    with pytest.raises(PromptError) as error:
+        server.client.queue(small, timeout=300)
+    assert said in str(error.value) and TRAIN in str(error.value)
+
+
+def test_videos_are_written_for_the_command_line(made, server, prompt):
+    small, first = copy.deepcopy(prompt), ids(prompt, TRAIN)[0]
+    kept = (first, ids(prompt, CLIPS)[0], prompt[first]["inputs"]["memory"][0])
+    loaders = ("FrameMemoryLoadFramePack", "VAELoader", ENCODERS)
+    small = {i: n for i, n in small.items() if i in kept or n["class_type"] in loaders}
+    small[first]["inputs"].update(stage="write for the command line", name="frames of several GPUs")
+    report = server.client.queue(small, timeout=300).outputs[first]["text"][0]
+    folder = server.base / "output" / "frame_memory_training" / "frames of several GPUs" / "videos"
+    assert "2 videos with their captions" in report and len(list(folder.glob("video-*.safetensors"))) == 2
