@@ -35,7 +35,7 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.errors import PACKER, SAMPLER
-from ..plan.mark import DEFAULT_FPS, KEY, fps_of, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
@@ -141,8 +141,7 @@ def frame_rate(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPL
 
     latents: by socket of the node.
     """
-    known = families.said(patcher).get(families.FPS_SAID)
-    fps = float(known or fps_of(type(patcher.model.latent_format).__name__))
+    fps = families.frames_a_second(patcher)
     for name, latent in latents.items():
         mark = None if latent is None else read_mark(latent)
         if mark is not None and mark.fps is not None and mark.fps != fps:

@@ -16,6 +16,7 @@ from frame_memory.model import families
 from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS, MODEL_OPTION
 from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.plan import PlanError
+from frame_memory.sampling.preservation import words_of_budget
 from frame_memory.sampling.retrieve import retrieve_frame
 from frame_memory.video.vae import VAEError
 
@@ -101,3 +102,12 @@ def test_what_is_farther_than_positions_reach_stays_at_the_farthest_place():
     seen: list = []
     ask(loaded(T2V, seen), video(811), 0.0)
     assert [t for t, _, _ in seen[0][2]] == [min(t, 800) for t in range(1, 810, 2) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("family", "seconds", "fps"), [(T2V, 45, 16), (TI2V, 152, 24)])
+def test_how_far_the_tokens_reach_is_told_for_the_models_own_rate_and_pixels(family, seconds, fps):
+    """832x480 is 30x52 patches on Wan 2.1 and 15x26 on 2.2 5B, so 7x13 and 3x6 whole blocks of 4x4 by 2 latent frames:
+    91 x 16 / 8 = 182 tokens a second, and 18 x 24 / 8 = 54."""
+    model = reference.load(family, layers=1)
+    words = words_of_budget(with_tokens(new_memory(model, "4x4x2", **SMALL), 8192), model)
+    assert f"about {seconds} s of 832x480 at {fps} fps" in words
