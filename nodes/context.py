@@ -56,8 +56,8 @@ def _packer_inputs() -> list[io.Input]:
             step=16,
             advanced=True,
             tooltip=(
-                "Video width in pixels, a multiple of 16; only for the token count shown here, which takes 8 pixels for "
-                "one of the latent: with Wan 2.2 5B, which has 16, set half the width."
+                "Video width in pixels, a multiple of 16; only for the token count shown here, which takes 8 pixels "
+                "for one of the latent: with Wan 2.2 5B, which has 16, set half the width."
             ),
         ),
         io.Int.Input(
