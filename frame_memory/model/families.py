@@ -18,11 +18,18 @@ GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
 # patchifiers are called, whether they are trained, and the schedule that they are trained on.
 FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
+# There, the display name of a loader of Wan that is not core's.
+LOADER = "loader"
 
 
 def said(model_patcher) -> dict:
     """What a loader of ours has noted on a MODEL."""
     return model_patcher.model_options.get(MODEL_OPTION, {})
+
+
+def loader_of(model_patcher) -> str:
+    """Display name of the node that loads such a MODEL, for messages."""
+    return said(model_patcher).get(LOADER) or (LOAD_MODEL if is_framepack(model_patcher) else LOAD_WAN)
 
 
 def is_wan(model_patcher) -> bool:

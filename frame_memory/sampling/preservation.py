@@ -222,8 +222,10 @@ def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
 def _check(memory: PreservedMemory, patcher, plan: LongVideoPlan) -> None:
     check_tokens_taken(memory, patcher, SAMPLER)
     if plan.order != "forward":
+        wanted = f"preset 'Wan, 81 frames' in '{PACKER}'"
+        if is_framepack(patcher):
+            wanted = f"preset 'F1 forward' in '{PACKER}', with a FramePack F1 model"
         raise PlanError(
             f"'memory' of '{SAMPLER}' holds what came before, and order {plan.order} with {plan.schedule.text} makes "
-            f"later sections first. Expected order forward: preset 'F1 forward' in '{PACKER}', with a FramePack F1 "
-            f"model. Or take 'memory' out of '{SAMPLER}'."
+            f"later sections first. Expected order forward: {wanted}. Or take 'memory' out of '{SAMPLER}'."
         )
