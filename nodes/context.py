@@ -55,7 +55,10 @@ def _packer_inputs() -> list[io.Input]:
             max=4096,
             step=16,
             advanced=True,
-            tooltip="Video width in pixels, a multiple of 16; only for the token count shown here.",
+            tooltip=(
+                "Video width in pixels, a multiple of 16; only for the token count shown here, which takes 8 pixels "
+                "for one of the latent: with Wan 2.2 5B, which has 16, set half the width."
+            ),
         ),
         io.Int.Input(
             "height",
@@ -64,7 +67,10 @@ def _packer_inputs() -> list[io.Input]:
             max=4096,
             step=16,
             advanced=True,
-            tooltip="Video height in pixels, a multiple of 16; only for the token count shown here.",
+            tooltip=(
+                "Video height in pixels, a multiple of 16; only for the token count shown here, which takes 8 pixels "
+                "for one of the latent: with Wan 2.2 5B, which has 16, set half the height."
+            ),
         ),
     ]
 

@@ -19,7 +19,7 @@ from ..frame_memory.model.memory import (
     with_features_of,
 )
 from ..frame_memory.model.preserved_memory import check_memory, memory_of, new_memory
-from ..frame_memory.model.sources import LOADERS
+from ..frame_memory.model.sources import LOAD_MODEL, LOAD_WAN
 from ..frame_memory.plan.preservation import PRESERVATION, RATES
 from .shown import show
 from .sockets import FrameMemorySocket
@@ -100,9 +100,10 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
         lines = []
         if encoder_name in (NEW, *NEW_FRAMES):
             if model is None:
+                other = f" or, of Wan, '{LOAD_WAN}'" if encoder_name in NEW_FRAMES else ""
                 raise MemoryMismatch(
                     f"'{LOAD_MEMORY}' makes a new encoder to the measure of a MODEL, and 'model' is not connected. "
-                    f"Connect {LOADERS}, or choose a file in 'encoder_name'."
+                    f"Connect '{LOAD_MODEL}'{other}, or choose a file in 'encoder_name'."
                 )
             rates = NEW_FRAMES.get(encoder_name)
             memory = new_encoder(model) if rates is None else new_memory(model, *rates)

@@ -7,6 +7,7 @@ FramePack reads a section's context in its own `extra_conds`; on Wan it goes pas
 from __future__ import annotations
 
 from ..plan import PRESETS, parse_schedule
+from ..plan.mark import fps_of
 from . import wan
 from .context import PackedContext
 from .framepack import FRAME_CONTEXT_KEY, MODEL_OPTION, has_context_weights, is_framepack
@@ -17,11 +18,18 @@ GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
 # patchifiers are called, whether they are trained, and the schedule that they are trained on.
 FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
+# There, the display name of a loader of Wan that is not core's.
+LOADER = "loader"
 
 
 def said(model_patcher) -> dict:
     """What a loader of ours has noted on a MODEL."""
     return model_patcher.model_options.get(MODEL_OPTION, {})
+
+
+def loader_of(model_patcher) -> str:
+    """Display name of the node that loads such a MODEL, for messages."""
+    return said(model_patcher).get(LOADER) or (LOAD_MODEL if is_framepack(model_patcher) else LOAD_WAN)
 
 
 def is_wan(model_patcher) -> bool:
@@ -52,6 +60,12 @@ def why_no_history(model_patcher) -> str | None:
 def pixels_a_latent(model_patcher) -> int:
     """Pixels of width or height for one latent pixel: 8, of Wan 2.2 5B 16."""
     return model_patcher.model.latent_format.spacial_downscale_ratio
+
+
+def frames_a_second(model_patcher) -> float:
+    """Pictures a second of the videos that a MODEL makes."""
+    known = said(model_patcher).get(FPS_SAID)
+    return float(known or fps_of(type(model_patcher.model.latent_format).__name__))
 
 
 def window_of(model_patcher) -> int:

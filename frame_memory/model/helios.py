@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import checkpoint, wan
 from .checkpoint import CheckpointError
-from .families import FPS_SAID
+from .families import FPS_SAID, LOADER
 from .framepack import MODEL_OPTION
 from .key_map import BOTH, WEIGHT, KeyMapError, compare
 from .sources import LOAD_MEMORY_MODEL, choose
@@ -139,7 +139,7 @@ def load_helios(paths, model_options=None, disable_dynamic=False):
     for block in network.blocks:
         block.cross_attn.__class__ = WindowCrossAttention
     attached = wan.attach(model, wan.patcher_of(_patchifiers(files[0], network, own)))
-    attached.model_options = {**attached.model_options, MODEL_OPTION: {FPS_SAID: FPS}}
+    attached.model_options = {**attached.model_options, MODEL_OPTION: {FPS_SAID: FPS, LOADER: LOAD_MEMORY_MODEL}}
     attached.cached_patcher_init = (load_helios, (paths, model_options))
     return attached
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_signature import MODEL_PREFIX, Base
+from .families import loader_of
 from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
 from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK, MemoryFile
 from .semantic_pack import PackSpec, SemanticPack, initialise
@@ -247,7 +248,7 @@ def fits_base(memory, model_patcher, node: str, sizes: Mapping[str, tuple[int, i
         raise MemoryMismatch(
             f"The memory of '{node}' ({memory.label}) was made for another base than this MODEL: {wrong}. The memory's "
             f"base is {memory.base or 'not named'}; this MODEL is {base}. Load the base that it was made for in "
-            f"'{LOAD_MODEL}', or choose another file in '{LOAD_MEMORY}'."
+            f"'{loader_of(model_patcher)}', or choose another file in '{LOAD_MEMORY}'."
         )
     if memory.base is None:
         return "Nobody says which base the memory was made for; only its sizes could be compared."

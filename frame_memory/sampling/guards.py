@@ -12,7 +12,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
-from ..model.sources import LOADERS
+from ..model.families import loader_of
 from .experts import low_noise_of
 
 
@@ -122,7 +122,7 @@ def out_of_memory(patcher, shape: tuple[int, ...], number: int, done: int, secti
     there = f"{done} of {sections} sections are finished and kept: queue again to go on there." if kept else ""
     return (
         f"Out of memory while sampling section {number} of {sections} on {device}: model and one step may "
-        f"need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free now. {there} Cheaper: a smaller 'size' in "
-        f"'FramePack Image'; an fp8 checkpoint, or weight_dtype fp8_e4m3fn in {LOADERS}; a schedule with "
-        "fewer frames at full rate in 'Frame Context Packer'."
+        f"need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free now. {there} Cheaper: a smaller picture in "
+        f"'start' ('size' of 'FramePack Image'); an fp8 checkpoint, or weight_dtype fp8_e4m3fn in "
+        f"'{loader_of(patcher)}'; a schedule with fewer frames at full rate in 'Frame Context Packer'."
     )

@@ -19,7 +19,7 @@ from ..model import families
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..model.preserved_memory import PreservedMemory
-from ..model.sources import LOADERS, WAN_CONTEXT
+from ..model.sources import LOAD_MODEL, WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
     PlanError,
@@ -35,7 +35,7 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.errors import PACKER, SAMPLER
-from ..plan.mark import DEFAULT_FPS, KEY, fps_of, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
@@ -141,8 +141,7 @@ def frame_rate(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPL
 
     latents: by socket of the node.
     """
-    known = families.said(patcher).get(families.FPS_SAID)
-    fps = float(known or fps_of(type(patcher.model.latent_format).__name__))
+    fps = families.frames_a_second(patcher)
     for name, latent in latents.items():
         mark = None if latent is None else read_mark(latent)
         if mark is not None and mark.fps is not None and mark.fps != fps:
@@ -241,10 +240,13 @@ def weights_to_come(patcher) -> int:
     return max(patcher.model_size() - patcher.loaded_size() - patcher.loaded_ram_size(), 0)
 
 
-def describe_needs(needs: Mapping[str, int], free: int, to_come: int) -> tuple[str, str | None]:
+def describe_needs(
+    needs: Mapping[str, int], free: int, to_come: int, loader: str = LOAD_MODEL
+) -> tuple[str, str | None]:
     """A line with the bytes of each part, and a warning where they are more than is free (fault 46).
 
-    to_come: of the weights, bytes that are not in memory yet; what is there is not free any more.
+    to_come: of the weights, bytes that are not in memory yet; what is there is not free any more. loader: display name
+    of the node that loads them.
     """
     notes = {"weights": " (in memory already)"} if to_come == 0 else {}
     line = "RAM: " + ", ".join(f"{name} {size / 2**30:.2f} GiB{notes.get(name, '')}" for name, size in needs.items())
@@ -254,7 +256,8 @@ def describe_needs(needs: Mapping[str, int], free: int, to_come: int) -> tuple[s
         return line, None
     return line, (
         f"This run may need {missing / 2**30:.2f} GiB of RAM more than is free. Choose an fp8 checkpoint or "
-        f"weight_dtype fp8_e4m3fn in {LOADERS}, a smaller 'size' in 'FramePack Image', or close programs."
+        f"weight_dtype fp8_e4m3fn in '{loader}', a smaller picture in 'start' ('size' of 'FramePack Image'), or close "
+        "programs."
     )
 
 
@@ -290,7 +293,8 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
     models = models_of(guider).values()
     needs = memory_needs(plan, inputs.start.shape, sum(model.model_size() for model in models), pixels)
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    memory, shortage = describe_needs(needs, free, sum(map(weights_to_come, models)))
+    loader = families.loader_of(guider.model_patcher)
+    memory, shortage = describe_needs(needs, free, sum(map(weights_to_come, models)), loader)
     lines.append(memory)
     return "\n".join(lines), warnings + ([shortage] if shortage else [])
 

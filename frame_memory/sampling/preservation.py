@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
+from ..model.families import frames_a_second, pixels_a_latent
 from ..model.framepack import is_framepack, token_conditions
 from ..model.memory import ATTACHED
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..model.wan import is_attached
 from ..plan import LongVideoPlan, PlanError, Section
 from ..plan.errors import PACKER, SAMPLER
-from ..plan.mark import DEFAULT_FPS
 from ..plan.preservation import (
     PRESERVATION,
     RATES,
@@ -42,8 +42,6 @@ from .guards import SectionError
 from .identity import encoder_outline, short
 
 NAME = "preserved.{}.{}"
-# What Wan 2.1 was trained at.
-WAN_FPS = 16.0
 # Bytes of work memory for each number of a chunk at full resolution: the widest convolution there, in and out.
 _WORK = 8
 
@@ -203,8 +201,8 @@ def with_preserved(
 
 def words_of_budget(memory: PreservedMemory, patcher) -> str:
     """How far back a memory's tokens reach, at 832x480 and the rate of frames that a MODEL is made for."""
-    fps = DEFAULT_FPS if is_framepack(patcher) else WAN_FPS
-    rate = sum(tokens_a_second(RATES[name], 60, 104, fps) for name in memory.rates)
+    fps, pixels = frames_a_second(patcher), pixels_a_latent(patcher)
+    rate = sum(tokens_a_second(RATES[name], 480 // pixels, 832 // pixels, fps) for name in memory.rates)
     first = "; before that its tokens finer than 2x2x8" if memory.budget.past == "thin" else ""
     return (
         f"At most {memory.tokens} tokens, which are about {float((memory.tokens or 0) / rate):.0f} s of 832x480 at "
@@ -224,8 +222,10 @@ def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
 def _check(memory: PreservedMemory, patcher, plan: LongVideoPlan) -> None:
     check_tokens_taken(memory, patcher, SAMPLER)
     if plan.order != "forward":
+        wanted = f"preset 'Wan, 81 frames' in '{PACKER}'"
+        if is_framepack(patcher):
+            wanted = f"preset 'F1 forward' in '{PACKER}', with a FramePack F1 model"
         raise PlanError(
             f"'memory' of '{SAMPLER}' holds what came before, and order {plan.order} with {plan.schedule.text} makes "
-            f"later sections first. Expected order forward: preset 'F1 forward' in '{PACKER}', with a FramePack F1 "
-            f"model. Or take 'memory' out of '{SAMPLER}'."
+            f"later sections first. Expected order forward: {wanted}. Or take 'memory' out of '{SAMPLER}'."
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
-from ..model.families import carried_context
+from ..model.families import carried_context, loader_of
 from ..model.framepack import unscaled_blank
 from ..model.sources import LOADERS
 from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
@@ -261,7 +261,7 @@ class SectionSampler:
             raise SectionError(
                 f"Section {number} holds NaN or infinite values, first {where}, and again with {safe} "
                 f"(weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
-                f"'default' in {LOADERS}, or take out the last LoRA."
+                f"'default' in '{loader_of(guider.model_patcher)}', or take out the last LoRA."
             )
         return made, note
 

@@ -1,4 +1,4 @@
-"""A SemanticPack of 32 numbers a token with random weights everywhere, clips for it, a VAE that shows its latent."""
+"""A SemanticPack of 32 numbers a token with random weights everywhere, clips for it, and a VAE that shows latents."""
 
 from __future__ import annotations
 

@@ -50,6 +50,8 @@ def test_a_new_encoder_says_that_it_is_untrained_and_needs_a_model(nodes, model)
     assert not made.trained and "UNTRAINED" in report and "gate 0" in report
     with pytest.raises(ValueError, match="'model' is not connected.*Load FramePack Model"):
         nodes.FrameMemoryLoadEncoder.execute(nodes.NEW)
+    with pytest.raises(ValueError, match="or, of Wan, 'Load Diffusion Model'"):
+        nodes.FrameMemoryLoadEncoder.execute(next(iter(nodes.NEW_FRAMES)))
     with pytest.raises(ValueError, match="no past to remember"):
         nodes.FrameMemoryLoadEncoder.execute(nodes.NEW, of_kind(model, "F0"))
 

@@ -14,9 +14,13 @@ from model import wan_reference as reference
 
 from frame_memory.model import families
 from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS, MODEL_OPTION
-from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
-from frame_memory.plan import PlanError
+from frame_memory.model.memory import MemoryMismatch
+from frame_memory.model.preserved_memory import attach_preserved, check_preserved, new_memory, with_tokens
+from frame_memory.plan import PRESETS, PlanError, plan_sections
+from frame_memory.sampling.memory import with_memory
+from frame_memory.sampling.preservation import words_of_budget
 from frame_memory.sampling.retrieve import retrieve_frame
+from frame_memory.sampling.section_loop import Inputs
 from frame_memory.video.vae import VAEError
 
 from .small import Pixels
@@ -101,3 +105,23 @@ def test_what_is_farther_than_positions_reach_stays_at_the_farthest_place():
     seen: list = []
     ask(loaded(T2V, seen), video(811), 0.0)
     assert [t for t, _, _ in seen[0][2]] == [min(t, 800) for t in range(1, 810, 2) for _ in range(2)]
+
+
+def test_messages_name_nodes_and_presets_of_wan():
+    model, other = reference.load(T2V, layers=1), reference.load(T2V, layers=1, seed=5)
+    memory = with_tokens(new_memory(model, "2x2x2", **SMALL), 1000)
+    with pytest.raises(MemoryMismatch, match="made for another base.*in 'Load Diffusion Model', or"):
+        check_preserved(memory, other, "x")
+    plan = plan_sections(PRESETS["F0 inverted"], sections=2)
+    with pytest.raises(PlanError, match="order inverted.*preset 'Wan, 81 frames' in 'Frame Context Packer'") as raised:
+        with_memory(memory, attach_preserved(model, memory), plan, Inputs(torch.zeros(1, 16, 1, 6, 10)))
+    assert "FramePack" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("family", "seconds", "fps"), [(T2V, 45, 16), (TI2V, 152, 24)])
+def test_how_far_the_tokens_reach_is_told_for_the_models_own_rate_and_pixels(family, seconds, fps):
+    """832x480 is 30x52 patches on Wan 2.1 and 15x26 on 2.2 5B, so 7x13 and 3x6 whole blocks of 4x4 by 2 latent frames:
+    91 x 16 / 8 = 182 tokens a second, and 18 x 24 / 8 = 54."""
+    model = reference.load(family, layers=1)
+    words = words_of_budget(with_tokens(new_memory(model, "4x4x2", **SMALL), 8192), model)
+    assert f"about {seconds} s of 832x480 at {fps} fps" in words

@@ -54,6 +54,10 @@ def ours(folder):
     return load(folder)
 
 
+def test_messages_name_the_node_that_loads_it(ours):
+    assert families.loader_of(ours) == "Load Memory Model"
+
+
 def inputs(layout: ContextLayout, size: tuple[int, int], batch: int = 2) -> dict:
     """Window, timesteps, text and a latent for each group, in model space."""
     return {

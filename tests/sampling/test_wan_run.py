@@ -11,7 +11,10 @@ import torch
 from frame_memory.model import families, wan
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.plan import BLANK, START, PlanError, parse_timeline
+from frame_memory.sampling import long_video
 from frame_memory.sampling.changes import SectionChange
+from frame_memory.sampling.guards import SectionError
+from frame_memory.sampling.long_video import describe_needs
 from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
 
@@ -193,6 +196,31 @@ def test_latents_of_another_family_or_rate_are_refused():
         made(model, T2V, history=history)
     with pytest.raises(PlanError, match="nor can Wan"):
         made(model, T2V, end=start(T2V))
+
+
+@pytest.mark.parametrize("trouble", [float("nan"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_what_helps_is_to_be_set_in_the_node_that_loads_wan(trouble):
+    model = attached(T2V)
+
+    def broken(executor, x, *args, **kwargs):
+        if isinstance(trouble, Exception):
+            raise trouble
+        return executor(x, *args, **kwargs) * trouble
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", broken)
+    error = SectionError if trouble != trouble else comfy.model_management.OOM_EXCEPTION
+    with pytest.raises(error, match="weight_dtype.* in 'Load Diffusion Model'") as raised:
+        made(model, T2V)
+    assert "'Load FramePack Model'" not in str(raised.value)
+
+
+def test_more_ram_is_to_be_saved_in_the_node_that_loads_wan(monkeypatch):
+    def scarce(needs, free, *args):
+        return describe_needs({**needs, "latents": free + 2**30}, 0, *args)
+
+    monkeypatch.setattr(long_video, "describe_needs", scarce)
+    _, report = made(attached(T2V), T2V)
+    assert "GiB of RAM more than is free" in report and "fp8_e4m3fn in 'Load Diffusion Model'" in report
 
 
 def test_what_a_loader_noted_is_said_and_counts():
