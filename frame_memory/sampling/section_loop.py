@@ -26,7 +26,6 @@ from ..journal.fingerprint import fingerprint
 from ..model.context import gather_context
 from ..model.families import carried_context, loader_of
 from ..model.framepack import unscaled_blank
-from ..model.sources import LOADERS
 from ..plan import BLANK, END, START, LongVideoPlan, PlanError, Section
 from .changes import SectionChange
 from .device import named_if_lost
