@@ -127,10 +127,11 @@ def sample(sections: int, side: int, steps: int, folder: Path) -> dict:
     from .quality import SHIFT, load
     from .world import random_scene, render
 
-    model, vae = load("F1")
     scene = random_scene(np.random.default_rng(0))
     picture = torch.from_numpy(np.ascontiguousarray(render(scene, np.arange(1))[:, :side, :side]))
-    image = prepare(vae, SelfTestVision(), picture, None, side, "white")
+    with torch.inference_mode():  # as the host loads: weights of few bits are moved in that mode only
+        model, vae = load("F1")
+        image = prepare(vae, SelfTestVision(), picture, None, side, "white")
     text = SelfTestText()
     positive = text.encode_from_tokens_scheduled(text.tokenize(scene.caption))
     positive = [[c, {**d, "clip_vision_output": image.vision}] for c, d in positive]

@@ -8,18 +8,17 @@ import av
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.claims_rows import fresh
 from frame_memory.model import key_map
 from frame_memory.sampling.prompts import lost_spaces
 from scripts.client import PromptError
 from scripts.workflow import set_inputs
 
-from .tiny import FILES, REPO, one, shrink
+from .tiny import REPO, one, shrink
 
 LOADER, LORA, SAVE = "FrameMemoryLoadFramePack", "FrameMemoryLoraLoader", "FrameMemorySaveLongVideo"
-F1 = REPO / "selftest_models" / "diffusion_models" / FILES["F1"]
 FINISHED, SAMPLER = "section 1 is finished", "FrameMemoryAntiDriftSampler"
 STEM = "diffusion_pytorch_model"
 FOLDER = "FramePack_F1_mini"
@@ -33,8 +32,8 @@ def smallest(api):
 
 @pytest.fixture(scope="module")
 def weights():
-    with safe_open(F1, framework="pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    """The self-test F1 in bf16, as files are published."""
+    return {name: value.bfloat16() for name, value in fresh("F1").state_dict().items()}
 
 
 def video_of(server, prompt):
@@ -144,8 +143,10 @@ def test_a_kind_that_the_file_contradicts_is_warned_of(server, smallest, weights
     assert "FramePack F0, as the widget says" in kind
 
 
-def test_a_published_folder_is_converted_once_and_stock_nodes_read_it(server, smallest, shards):
-    _, expected = video_of(server, smallest)
+def test_a_published_folder_is_converted_once_and_stock_nodes_read_it(server, smallest, weights, shards):
+    said = {"frame_memory.base": "selftest", "frame_memory.kind": "F1"}
+    save_file(weights, server.base / "models" / "diffusion_models" / "whole_F1.safetensors", metadata=said)
+    _, expected = video_of(server, set_inputs(smallest, LOADER, {"model_name": "whole_F1.safetensors"}))
     convert = set_inputs(smallest, LOADER, {"model_name": shards, "save_converted": True})
     loader = one(smallest, LOADER)[0]
     run, video = video_of(server, convert)

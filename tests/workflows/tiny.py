@@ -111,18 +111,17 @@ def shrink(prompt: dict, *, seconds: float = 2.4, steps: int = 2) -> dict:
 
 def save_direct_forcing(folder: Path) -> None:
     """A checkpoint as Train Direct Forcing makes them, for the self-test F1: gate open, head a little off."""
-    from benchmarks.train_selftest import build
-    from frame_memory.model import checkpoint, memory_file
+    from benchmarks.claims_rows import fresh
+    from frame_memory.model import memory_file
     from frame_memory.model.base_signature import Base
     from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
 
-    weights, _ = checkpoint.load_state_dict(str(REPO / "selftest_models" / "diffusion_models" / FILES["F1"]))
-    network = build()
-    network.load_state_dict({k: v.float() for k, v in weights.items()})
+    network = fresh("F1")
+    weights = network.state_dict()
     spec = PackSpec.of(network)
     pack = initialise(SemanticPack(spec, dtype=torch.float32, operations=torch.nn), network)
     pack.gate.data.fill_(0.01)
-    head = {name: 1.01 * weights[name].float() for name in memory_file.HEAD}
+    head = {name: 1.01 * weights[name] for name in memory_file.HEAD}
     base = Base.of_network(network, "selftest", "F1")
     recipe = {"forcing": "Direct Forcing", "steps": 1}
     path = folder / DIRECT_FORCING
