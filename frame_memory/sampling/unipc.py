@@ -1,7 +1,8 @@
 """FramePack's UniPC: order 3, bh1, data prediction over lambda = -ln sigma; returns the last x0.
 
 Source: reference/framepack.md section 4. Core's `uni_pc` walks the same points but ends with a lower order and an
-extra step, which moves the result by some percent; FramePack's answer is the x0 of the last evaluation.
+extra step, which moves the result by some percent; FramePack's answer is the x0 of the last evaluation. Sigmas that end
+above zero, as those of the first of two samplers do, end in x at that sigma.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def coefficients(lambdas: list[float], i: int, order: int) -> tuple[list[float],
 
 @torch.no_grad()
 def sample_framepack_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
-    """A k-diffusion style sampler: `model(x, sigma) -> x0`. Evaluates every sigma but the closing zero.
+    """A k-diffusion style sampler: `model(x, sigma) -> x0`. Evaluates every sigma but the last.
 
     Raises ValueError where a sigma before the last is not above zero (no lambda exists for it).
     """
@@ -52,7 +53,7 @@ def sample_framepack_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, ca
     values = [float(s) for s in sigmas[:steps]]
     if any(s <= 0 for s in values) or any(a <= b for a, b in zip(values, values[1:], strict=False)):
         raise ValueError(
-            f"FramePack UniPC needs sigmas that fall from step to step and end in 0; given {values}. "
+            f"FramePack UniPC needs sigmas that fall from step to step, only the last of them 0; given {values}. "
             "Use 'FramePack Sigmas', or choose another sampler for this schedule."
         )
     extra_args = extra_args or {}
@@ -76,7 +77,8 @@ def sample_framepack_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, ca
         estimates = [*estimates[-(MAX_ORDER - 1) :], estimate]
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": estimate})
-    return estimates[-1]
+    left = float(sigmas[-1]) / values[-1]
+    return estimates[-1] if left == 0 else left * x + (1 - left) * estimates[-1]
 
 
 def _weighted(weights: list[float], tensors: list[Tensor], like: Tensor) -> Tensor:

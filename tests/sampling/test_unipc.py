@@ -56,6 +56,14 @@ def test_one_evaluation_a_step_and_the_last_x0_is_returned():
     assert (made == 5).all()
 
 
+def test_sigmas_that_end_above_zero_end_in_x_at_that_sigma():
+    """As core expects of a sampler: another one goes on from there."""
+    sigmas = torch.linspace(1, 0.6, 41, dtype=torch.float64)
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).reshape(1, 1, 1, 8, 8)
+    made = sample_framepack_unipc(gaussian_x0, noise, sigmas)
+    assert float((made - exact(noise, 0.6)).abs().max()) < 1e-3
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps(steps):
     sigmas = torch.tensor(sigma_schedule(steps, 7.0), dtype=torch.float64)

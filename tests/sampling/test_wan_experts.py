@@ -11,6 +11,7 @@ from frame_memory.plan import PlanError
 from frame_memory.sampling.experts import WanExpertGuider, steps_above
 from frame_memory.sampling.guards import made_safe
 from frame_memory.sampling.project_run import ProjectRequest
+from frame_memory.sampling.unipc import framepack_unipc
 
 from .conftest import guider_for
 from .test_wan_run import A14B, TI2V, plainly
@@ -45,6 +46,20 @@ def test_a_boundary_beyond_all_steps_is_one_expert_bit_for_bit(experts, boundary
     alone = guider_for(experts[which], prompt(3), prompt(4), cfg=CFGS[which])
     plain, _ = made(experts[which], A14B, guider=alone)
     assert torch.equal(latent["samples"], plain["samples"])
+
+
+@pytest.mark.parametrize(("sampler", "bound"), [(euler, 1e-5), (framepack_unipc, 0.02)])
+def test_the_same_model_on_both_sides_is_one_guider(experts, sampler, bound):
+    """A sampler that remembers begins anew at the boundary, so the two are near; euler remembers nothing."""
+    model, sigmas = experts[0], torch.linspace(1, 0, 21)
+    alone = guider_for(model, prompt(3), prompt(4), cfg=CFGS[0])
+    noise = reference.drawn(1, 16, 2, 4, 6)
+    with torch.inference_mode():
+        one, two = (
+            guider.sample(noise, torch.zeros_like(noise), sampler(), sigmas, disable_pbar=True, seed=0)
+            for guider in (alone, guider_of(model, model, cfgs=(CFGS[0], CFGS[0])))
+        )
+    assert (two - one).norm() <= bound * one.norm()
 
 
 def test_steps_are_counted_as_one_row_and_nothing_given_is_changed(experts):
