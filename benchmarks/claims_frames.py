@@ -76,6 +76,11 @@ class Row:
         return STAGE_2 if self.schedule else STAGE_1
 
     @property
+    def untaught(self) -> bool:
+        """Whether nothing of its encoder learns: it is frozen, or the base's own embedding."""
+        return self.frozen or self.branches == "low"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """What learns."""
         return (LORA,) if self.frozen else (MEMORY, LORA)
@@ -101,14 +106,16 @@ FOLLOWS = (
 class Budget:
     """How much is trained; plain numbers that are written beside each result.
 
-    steps, next_steps: of the two stages. batch: scenes a step. clips: scenes in all. rank: of the LoRAs. asked: clips
-    of the longest history of stage 1. rate: of AdamW. sections: length of stage 2's videos. returns: share of its steps
-    on a section in which the visitor comes back; it does so in one of seven.
+    steps, next_steps: of the two stages. alone: share of them in which the encoder learns and the LoRA waits. batch:
+    scenes a step. clips: scenes in all. rank: of the LoRAs. asked: clips of the longest history of stage 1. rate: of
+    AdamW. sections: length of stage 2's videos. returns: share of its steps on a section in which the visitor comes
+    back; it does so in one of seven.
     """
 
-    steps: int = 1000
-    next_steps: int = 1000
-    batch: int = 8
+    steps: int = 600
+    next_steps: int = 600
+    alone: float = 1 / 3
+    batch: int = 4
     clips: int = 800
     rank: int = 32
     asked: int = 8
@@ -118,7 +125,8 @@ class Budget:
 
     def until(self, leg: int) -> dict[str, float | str]:
         """What weights depend on that were trained up to a leg; so other settings of the rest leave them valid."""
-        used = {STAGE_1: ("steps", "batch", "clips", "rank", "asked", "rate"), BASE: ()}.get(leg, tuple(asdict(self)))
+        asking = ("steps", "alone", "batch", "clips", "rank", "asked", "rate")
+        used = {STAGE_1: asking, BASE: ()}.get(leg, tuple(asdict(self)))
         base = hashlib.sha256((MODELS / "diffusion_models" / FILES[KIND]).read_bytes()).hexdigest()[:12]
         return {"world": WORLD, "base": base, **{name: getattr(self, name) for name in used}}
 
@@ -156,8 +164,13 @@ class FramesWorkshop(Workshop):
             def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 return {**{PACK_NAME + n: v for n, v in made.memory(weights).items()}, **weights}
 
-            losses = self._losses(made, row)
-            self.train(path.stem, made, lambda step: losses, settings, steps, identity, tensors)
+            losses, alone = self._losses(made, row), 0 if row.untaught else int(steps * self.budget.alone)
+
+            def losses_at(step: int):
+                made.hold_lora(step < alone)
+                return losses
+
+            self.train(path.stem, made, losses_at, settings, steps, identity, tensors)
         _load(made, read_weights(path, identity))
         return made
 

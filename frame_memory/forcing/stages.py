@@ -149,6 +149,11 @@ class Trained:
                 stack.enter_context(frozen_linears(self.model, self.pairs))
             yield
 
+    def hold_lora(self, held: bool) -> None:
+        """Whether the LoRA stays as it is while the rest learns; a step leaves it alone from the next one on."""
+        for pair in self.pairs.values():
+            pair.requires_grad_(not held)
+
     def _checkpointed_blocks(self) -> dict:
         """Core's `patches_replace["dit"]` that runs each block again in the backward pass, and keeps nothing of it."""
         made: dict[tuple[str, int], Callable] = {}
