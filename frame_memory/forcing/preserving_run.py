@@ -193,7 +193,8 @@ def own_history(memory: PreservedMemory, device, learns: bool) -> PreservedHisto
     in. The memory itself is not changed.
     """
     dtype = torch.float32 if learns else memory.history.dtype
-    history = PreservedHistory(memory.specs, dtype, device, comfy.ops.disable_weight_init)
+    # Cross-attention works in the numbers of the MODEL, so its layers must cast.
+    history = PreservedHistory(memory.specs, dtype, device, comfy.ops.manual_cast, memory.cross)
     with torch.no_grad():
         for name, parameter in history.named_parameters():
             parameter.copy_(memory.history.get_parameter(name))
