@@ -50,6 +50,7 @@ def test_every_row_of_a_table_is_measured_alike_and_goes_on_from_its_like():
         if row.after:
             before = ROWS[row.after]
             assert (before.rates, before.branches) == (row.rates, row.branches) and row.schedule and not before.schedule
+            assert before.cross == row.cross
     assert sum(row.frozen for row in ROWS.values()) == 1
 
 
