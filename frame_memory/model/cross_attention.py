@@ -15,10 +15,10 @@ Shape legend: B batch, N tokens of the window, M tokens of the memory, D width o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
 from ..plan.cross_attention import CrossAttentionSpec
@@ -71,11 +71,15 @@ class CrossAttention(nn.Module):
 
 def spec_of(network: nn.Module, features: int) -> CrossAttentionSpec:
     """Cross-attention to the measure of core's HunyuanVideo, or Wan. features: E."""
-    if isinstance(network, WanModel):
-        return CrossAttentionSpec(network.dim, features, network.num_heads, len(network.blocks))
-    double, single = network.get_submodule("double_blocks"), network.get_submodule("single_blocks")
-    sizes = (network.hidden_size, features, network.num_heads, len(double), len(single))  # pyright: ignore
-    return CrossAttentionSpec(*sizes)  # pyright: ignore[reportArgumentType]
+    net: Any = network
+    if not hasattr(net, "double_blocks"):
+        return CrossAttentionSpec(net.dim, features, net.num_heads, len(net.blocks))
+    return CrossAttentionSpec(net.hidden_size, features, net.num_heads, len(net.double_blocks), len(net.single_blocks))
+
+
+def reader_of(model_patcher) -> CrossAttention | None:
+    """What a MODEL reads the features of a memory by, None where it does not."""
+    return model_patcher.model_options.get("transformer_options", {}).get(CROSS)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class CrossAttentionSpec:
 
     @property
     def numbers(self) -> int:
-        """How many are trained: 756 million for HunyuanVideo, 119 million for Wan 1.3B."""
+        """How many are trained: 756 million for HunyuanVideo, 118 million for Wan 1.3B."""
         block = 2 * self.hidden + 2 * (self.features + 1) * self.hidden + (self.hidden + 1) * self.hidden
         return 2 * self.features + len(self.blocks) * block
 
