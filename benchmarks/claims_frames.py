@@ -30,6 +30,7 @@ from torch import Tensor
 from frame_memory.forcing.preserving import draw_follow, draw_query, frame_query, next_section
 from frame_memory.forcing.stages import LORA, MEMORY, PACK_NAME, Trained
 from frame_memory.forcing.video_trainer import VideoSettings
+from frame_memory.model.cross_attention import spec_of
 from frame_memory.model.preservation import PreservationSpec
 from frame_memory.model.preserved_history import PreservedHistory, initialise_all
 from frame_memory.plan import PRESETS, plan_sections
@@ -58,7 +59,7 @@ class Row:
 
     rates: of its encoders; none for the base as it is. schedule: of stage 2, which clean frames are shown; "" for a row
     of stage 1. after: the row of the same seed that stage 2 goes on from, "" for a fresh encoder. frozen: the encoder
-    of stage 2 stays as it is.
+    of stage 2 stays as it is. cross: the network also reads the features before the projection, in both stages.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Row:
     schedule: str = ""
     after: str = ""
     frozen: bool = False
+    cross: bool = False
 
     @property
     def leg(self) -> int:
@@ -90,6 +92,7 @@ BRANCHES = {"large patchifier": "patchifier", "only LR": "low", "without LR": "h
 QUERIES = (
     *(Row(f"{name}, {rate}", (rate,), kind) for rate in ("4x4x2", "2x2x2", "2x2x1") for name, kind in BRANCHES.items()),
     Row("both, 4x4x2 + 2x2x8", ("4x4x2", "2x2x8")),
+    Row("both, 4x4x2, cross-attention", cross=True),
 )
 FOLLOWS = (
     Row("F1 without a memory", rates=(), schedule=FRAMEPACK),
@@ -99,6 +102,7 @@ FOLLOWS = (
     Row("+ sliding window", schedule=WINDOW, after="both, 4x4x2"),
     Row("+ second encoder", ("4x4x2", "2x2x8"), schedule=ALONE, after="both, 4x4x2 + 2x2x8"),
     Row("+ FramePack's context", schedule=FRAMEPACK, after="both, 4x4x2"),
+    Row("+ cross-attention", schedule=ALONE, after="both, 4x4x2, cross-attention", cross=True),
 )
 
 
@@ -185,9 +189,10 @@ class FramesWorkshop(Workshop):
     def _fresh(self, row: Row, seed: int) -> Trained:
         network = fresh(KIND).requires_grad_(False).to(self.device)
         embedding = network.img_in.proj
-        options = {"branches": row.branches, "channels": CHANNELS, "heads": HEADS}
+        options = {"branches": row.branches, "channels": CHANNELS, "heads": HEADS, "cross_attention": row.cross}
         specs = [PreservationSpec.of(embedding, 16, rate=rate, **options) for rate in row.rates]
-        history = PreservedHistory(specs, torch.float32, self.device, comfy.ops.disable_weight_init)
+        cross = spec_of(network, CHANNELS[-1]) if row.cross else None
+        history = PreservedHistory(specs, torch.float32, self.device, comfy.ops.disable_weight_init, cross)
         initialise_all(history, embedding.weight, embedding.bias, seed)
         return Trained(network, history, row.parts, rank=self.budget.rank, seed=seed, device=self.device)
 

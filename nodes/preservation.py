@@ -53,7 +53,8 @@ class FrameMemoryFramePreservation(io.ComfyNode):
                     display_name="memory", tooltip="The memory with its limit, for Anti-Drift Sampler's 'memory'."
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="Rate and base of the memory, and how far back the tokens reach."
+                    display_name="report",
+                    tooltip="Rate and base of the memory, how far back the tokens reach, what cross-attention costs.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

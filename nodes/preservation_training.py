@@ -58,6 +58,16 @@ def _optional() -> list[io.Input]:
             rank="Rank of the LoRA: higher can learn more and takes more memory. The paper: 128.",
             checkpointing="Compute blocks twice instead of keeping their parts: a third slower, far less memory.",
         ),
+        io.Boolean.Input(
+            "cross_attention",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Every block of the MODEL also learns to read what the encoder saw before it shrank it to tokens: more "
+                "detail by the paper, for 6 % more weights and slower steps. A memory that has it keeps it."
+            ),
+        ),
     ]
 
 
@@ -88,7 +98,8 @@ class FrameMemoryTrainPreservation(io.ComfyNode):
     @classmethod
     def execute(cls, latents, positive, **single) -> io.NodeOutput:
         asked = {name: value[0] for name, value in single.items()}
-        request = PreservingRequest(frozen=asked.get("freeze_encoder", False), **shared.shared_settings(asked))
+        own = {"frozen": asked.get("freeze_encoder", False), "cross_attention": asked.get("cross_attention", False)}
+        request = PreservingRequest(**own, **shared.shared_settings(asked))
         return shared.train(cls, PreservingRun, request, asked, latents, positive, asked["memory"])
 
 

@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--encoders", nargs="+", choices=RATES, default=["4x4x2"], help="of a new one in query (default: 4x4x2)")
     add("--freeze-encoder", action="store_true", help="stage follow: only the LoRA learns")
+    add("--cross-attention", action="store_true", help="query, follow: every block learns to read the features, too")
     add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
     add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
@@ -164,7 +165,8 @@ def _request(args: argparse.Namespace, workers: int):
 
     frames = args.stage in FRAME_STAGES
     idle = {"--forcing": frames and args.forcing, "--history-shift": frames and args.history_shift,
-            "--freeze-encoder": args.freeze_encoder and args.stage != "follow"}  # fmt: skip
+            "--freeze-encoder": args.freeze_encoder and args.stage != "follow",
+            "--cross-attention": args.cross_attention and not frames}  # fmt: skip
     if any(idle.values()):
         named = ", ".join(name for name, given in idle.items() if given)
         raise ForcingError(f"{named}: plays no part in the stage {args.stage}. Leave it out.")
@@ -177,7 +179,7 @@ def _request(args: argparse.Namespace, workers: int):
         args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
     )  # fmt: skip
     if frames:
-        return PreservingRun, PreservingRequest(*asked, tuple(args.encoders), args.freeze_encoder)
+        return PreservingRun, PreservingRequest(*asked, tuple(args.encoders), args.freeze_encoder, args.cross_attention)
     return TrainingRun, Request(*asked)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..model.context import PackedContext, gather_context
-from ..model.framepack import FRAME_POSITIONS, FRAME_TOKENS
+from ..model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
 from ..model.packing import ContextLayout
 from ..model.preservation import low_latents, mask_frames, pooled_mask
 from ..model.preserved_history import PreservedHistory, Remembered
@@ -162,9 +162,10 @@ LOSSES = {QUERY: frame_query, FOLLOW: next_section}
 
 
 def behind(network: Callable[..., Tensor], seen: Remembered, places: Sequence[tuple[int, int, int]]):
-    """The network with a memory's tokens before it. places: of the tokens, on the time axis of what it denoises."""
+    """The network with a memory's tokens before it, and its features. places: of the tokens, on the time axis of what
+    it denoises."""
     at = torch.tensor(places, dtype=torch.long, device=seen.tokens.device).reshape(-1, 3)
-    return partial(network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at})
+    return partial(network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at, FRAME_FEATURES: seen.features})
 
 
 def _encoders(forced: Forced) -> PreservedHistory:

@@ -18,7 +18,7 @@ from ..model.base_signature import MODEL_PREFIX, Base
 from ..model.memory import check_model, of_kind
 from ..model.memory_file import FRAME_PRESERVATION, LOAD_MEMORY
 from ..model.preserved_history import PreservedHistory
-from ..model.preserved_memory import PreservedMemory, check_preserved, new_memory
+from ..model.preserved_memory import PreservedMemory, check_preserved, new_memory, with_cross_attention
 from ..plan.errors import PlanError
 from ..plan.preservation import RATES, token_grid
 from .clips import TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
@@ -42,10 +42,12 @@ class PreservingRequest(Request):
     """A Request of one of STAGES; forcing and history_shift play no part.
 
     rates: of new encoders. frozen: the encoders of stage 2 stay as they are, as in the paper's ablation.
+    cross_attention: the network also learns to read the encoders' features in every block.
     """
 
     rates: tuple[str, ...] = ("4x4x2",)
     frozen: bool = False
+    cross_attention: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -79,6 +81,7 @@ class PreservingRun(TrainingRun):
             )
         memory = new_memory(patcher, *request.rates) if memory is None else memory
         check_preserved(of_kind(memory, FRAME_PRESERVATION, TRAIN_FRAMES, TRAIN), patcher, TRAIN_FRAMES)
+        memory = self._with_cross_attention(memory, patcher, request)
         self.faces, self.workers = faces or Faces(), workers
         self.original, self.patcher, self.memory, self.videos, self.request = patcher, patcher, memory, videos, request
         self.base, self.patches = Base.of(patcher), patches
@@ -88,9 +91,23 @@ class PreservingRun(TrainingRun):
         if request.stage == STAGE_FOLLOW and not memory.trained:
             self.faces.say(WITHOUT_STAGE_ONE.format(label=memory.label))
 
+    @staticmethod
+    def _with_cross_attention(memory: PreservedMemory, patcher, request: PreservingRequest) -> PreservedMemory:
+        if not request.cross_attention or memory.cross is not None:
+            return memory
+        if MEMORY not in request.parts:
+            raise ForcingError(
+                f"'cross_attention' of '{TRAIN_FRAMES}' begins anew and 'freeze_encoder' is on, so it would learn "
+                "nothing. Switch one of them off, or connect a memory that has cross-attention."
+            )
+        try:
+            return with_cross_attention(memory, patcher)
+        except ValueError as error:
+            raise ForcingError(f"'cross_attention' of '{TRAIN_FRAMES}': {error}") from error
+
     def how(self) -> str:
         """How it learns, in the report's words."""
-        rates = " + ".join(self.memory.rates)
+        rates = " + ".join(self.memory.rates) + (" with cross-attention" if self.memory.cross is not None else "")
         return f"{rates} and LoRA" if MEMORY in self.request.parts else f"LoRA alone, {rates} frozen"
 
     def identity(self) -> dict:
@@ -193,7 +210,8 @@ def own_history(memory: PreservedMemory, device, learns: bool) -> PreservedHisto
     in. The memory itself is not changed.
     """
     dtype = torch.float32 if learns else memory.history.dtype
-    history = PreservedHistory(memory.specs, dtype, device, comfy.ops.disable_weight_init)
+    # Cross-attention works in the numbers of the MODEL, so its layers must cast.
+    history = PreservedHistory(memory.specs, dtype, device, comfy.ops.manual_cast, memory.cross)
     with torch.no_grad():
         for name, parameter in history.named_parameters():
             parameter.copy_(memory.history.get_parameter(name))

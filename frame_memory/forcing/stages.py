@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..model.memory_file import HEAD
+from ..model.preserved_history import PreservedHistory
 from .forcings import Forced
 from .frozen import LoraPair, frozen_linears, is_linear
 from .gradients import differentiable, plain_attention, training_options
@@ -132,6 +133,8 @@ class Trained:
             options = merged(options, {**turning, "optimized_attention_override": plain_attention})
         if self.checkpointing and self.through_blocks:
             options = merged(options, {"patches_replace": {"dit": self._checkpointed_blocks()}})
+        if isinstance(self.pack, PreservedHistory):
+            options = merged(options, self.pack.options)
         return Forced(self, self.pack, MEMORY in self.parts, options)
 
     @contextlib.contextmanager
@@ -208,8 +211,10 @@ class Trained:
 
 
 def _as_it_is(function: Any) -> Callable:
-    """The same function with the variables around it as they are now; core's names its block by a loop's variable."""
-    cells = tuple(CellType(cell.cell_contents) for cell in function.__closure__ or ())
+    """The same function with the variables around it as they are now, and so functions among these; core's names its
+    block by a loop's variable."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(_as_it_is(value) if isinstance(value, FunctionType) else value) for value in held)
     return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 

@@ -13,6 +13,7 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from torch import Tensor
 
+from .cross_attention import with_features
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
 
 IMAGE_FEATURES = 1152
@@ -52,6 +53,7 @@ class FramePackTransformer(HunyuanVideo):
         memory_tokens: Tensor | None = None,
         frame_memory_tokens: Tensor | None = None,
         frame_memory_positions: Tensor | None = None,
+        frame_memory_features: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
@@ -60,16 +62,16 @@ class FramePackTransformer(HunyuanVideo):
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
-        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4).
-        Raises ValueError without a context or memory tokens, where context and window do not belong together, or for
-        conditioning of other models.
+        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4). Cross-attention
+        in transformer_options reads frame_memory_features `[B, ·, E]`. Raises ValueError without a context or memory
+        tokens, where context and window do not belong together, or for conditioning of other models.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
         _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
-        lengths = _valid_lengths(attention_mask)
-        if lengths is not None:
+        if (lengths := _valid_lengths(attention_mask)) is not None:
             per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
-                          "frame_memory_tokens": frame_memory_tokens}  # fmt: skip
+                          "frame_memory_tokens": frame_memory_tokens,
+                          "frame_memory_features": frame_memory_features}  # fmt: skip
             shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
                       "frame_memory_positions": frame_memory_positions}  # fmt: skip
             return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
@@ -86,9 +88,9 @@ class FramePackTransformer(HunyuanVideo):
 
         window = self.img_in(x)
         img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
-        frames = tuple(c.shape[2] for c in context_latents)
-        pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device, frame_memory_positions)
+        pe = self._positions(context_layout, context_latents, grid, txt.shape[1], x.device, frame_memory_positions)
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
+        transformer_options = with_features(transformer_options, frame_memory_features, window, window.shape[1])
         img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
         return self._pixels(self.final_layer(img[:, -window.shape[1] :], vec), grid)[..., :height, :width]
 
@@ -135,8 +137,9 @@ class FramePackTransformer(HunyuanVideo):
             tokens.insert(0, frame_memory_tokens.to(window))
         return torch.cat([*tokens, window], dim=1)
 
-    def _positions(self, layout: ContextLayout, frames, grid, text_tokens: int, device, places=None) -> Tensor:
+    def _positions(self, layout: ContextLayout, latents, grid, text_tokens: int, device, places=None) -> Tensor:
         """Rotary table of the whole sequence; nothing on the text side is turned."""
+        frames = tuple(latent.shape[2] for latent in latents)
         pe = packed_rope(self.pe_embedder, layout, frames, grid[1], grid[2], device)
         if places is not None:
             pe = torch.cat((self.pe_embedder(places.to(device, torch.float32)[None]), pe), dim=2)

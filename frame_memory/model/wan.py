@@ -38,7 +38,8 @@ from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
+from .cross_attention import with_features
+from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
 from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
 from .stored_weights import unpacked
 
@@ -167,19 +168,22 @@ def check(model_patcher) -> WanModel:
     return network
 
 
-def conditions(base_model, context: Mapping | None = None, tokens: Tensor | None = None, positions=None) -> dict:
+def conditions(
+    base_model, context: Mapping | None = None, tokens: Tensor | None = None, positions=None,
+    features: Tensor | None = None,
+) -> dict:  # fmt: skip
     """What goes into a prompt's entry as `model_conds`; core hands it to the network untouched.
 
     context: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`, as FramePack's; the groups may be
     none, which places the window alone. tokens: `[B, M, D]`. positions: their (t, h, w) in latent frames and patches,
-    M of them, on the layout's time axis. Raises ValueError where tokens and positions do not belong together.
+    M of them, on the layout's time axis. features: as in `token_conditions`, which raises ValueError as it says.
     """
     out = {}
     if context is not None:
         latents = [base_model.process_latent_in(latent) for latent in context["latents"]]
         out[CONTEXT] = comfy.conds.CONDList(latents)
         out[LAYOUT] = AloneConstant(context["layout"])
-    return {**out, **token_conditions(tokens, positions)}
+    return {**out, **token_conditions(tokens, positions, features)}
 
 
 class _Wrapper:
@@ -191,19 +195,21 @@ class _Wrapper:
     def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
                  **kwargs):  # fmt: skip
         latents, layout, tokens, positions = (kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS))
+        features = kwargs.pop(FRAME_FEATURES, None)
         options = {} if transformer_options is None else transformer_options
         if layout is not None or tokens is not None:
             network = executor.class_obj
             _check_network(network, type(network).__name__)
             _check_alone(network, time_dim_concat, kwargs)
             front = self.front(network, x, timestep, latents, layout, tokens, positions, options)
+            options = with_features(options, features, x, x.shape[2] * math.prod(_grid(x)))
             options = front.options(options, len(network.blocks))
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
     def front(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _Front:
         """Everything that stands in front of the window `x [B, C, T, H, W]` of one call."""
         place = _placer(network, options)
-        grid = (-(-x.shape[3] // 2), -(-x.shape[4] // 2))
+        grid = _grid(x)
         parts, phases, window = [], [], None
         if tokens is not None:
             parts.append(tokens)
@@ -315,6 +321,11 @@ def _clean_row(network: WanModel, timestep: Tensor, dtype) -> Tensor:
     zero = torch.zeros_like(timestep.flatten()[:1])
     vec = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, zero).to(dtype))
     return network.time_projection(vec).unflatten(1, (6, network.dim))[:, None]
+
+
+def _grid(x_BCTHW: Tensor) -> tuple[int, int]:
+    """Rows and columns of a window's patches."""
+    return -(-x_BCTHW.shape[3] // 2), -(-x_BCTHW.shape[4] // 2)
 
 
 def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:
