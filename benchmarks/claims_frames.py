@@ -9,8 +9,8 @@ rate the table is about what a token holds, and not about where it is. A token h
 2048, where the paper's has 3072 for as many; so less can be kept.
 
 A step of the default settings takes 0.2 to 0.6 s of one CPU core in stage 1 and 0.4 to 0.7 s in stage 2, and all rows
-of a seed some 8,300 s with what is measured. Processes may share a folder where they fill different rows and the clips
-are there already.
+of a seed but the two with cross-attention some 8,300 s with what is measured. Processes may share a folder where they
+fill different rows and the clips are there already.
 
 Source: pfp reference 3, 4, 6 and 7.2 to 7.4.
 """
