@@ -14,7 +14,7 @@ from frame_memory.sampling.retrieve import retrieve_frame
 from frame_memory.sampling.stored import open_stored
 from frame_memory.sampling.unipc import sample_framepack_unipc
 
-from .runs import conditioning, run, start_latent
+from .runs import conditioning, run
 from .small import Pixels, drawn
 from .test_preserved_run import memory  # noqa: F401 (a fixture)
 
@@ -23,10 +23,10 @@ FRAME = 16 * 6 * 10 * 4  # bytes of a latent frame
 TOKENS = 1 * 2 * 128 * 4 // 2  # bytes of its tokens, of which 1x2 stand for two frames
 
 
-def held(action) -> int:
-    """The most bytes of tensors that there were at once, mapped files apart."""
+def held(action, *given) -> int:
+    """The most bytes of tensors that there were at once while `action` ran, mapped files apart."""
     with Held() as counted:
-        action()
+        action(*given)
     return counted.peak
 
 
@@ -46,7 +46,7 @@ def test_a_long_video_is_made_and_found_again_in_the_memory_of_a_short_one(model
         taken = {}
         for sections in (8, 14):
             folder = tmp_path / f"{tokens}-{sections}" if kept else None
-            taken[sections] = [held(lambda: film(model, with_tokens(memory, tokens), sections, folder)) for _ in "12"]
+            taken[sections] = [held(film, model, with_tokens(memory, tokens), sections, folder) for _ in "12"]
         return [long - short for short, long in zip(taken[8], taken[14], strict=True)]
 
     assert grown(60) == [0, 0]
