@@ -13,7 +13,8 @@ given     The video as the LATENT that the sampler hands on, whose numbers lie i
 
 Each part and each length is a process of its own; the peak is the system's. Growth is the slope between the two
 longest. Exits with 1 if a bound fails: of the first two and the last at most 2 % of the tokens' own bytes for each
-latent frame, of the third 97 to 105 %. An hour takes 8 GB of disk, and 14 with the last part.
+latent frame, of the third 97 to 105 %. An hour takes 14 GB of disk and a quarter of an hour on one core, with --drawn
+a few minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ from frame_memory.model.memory import patcher_of
 from frame_memory.model.preservation import PreservationSpec
 from frame_memory.model.preserved_history import PreservedHistory, initialise_all
 from frame_memory.model.preserved_memory import PreservedMemory
-from frame_memory.plan import PRESETS, LongVideoPlan, latent_bytes, parse_schedule, plan_sections, section_count
+from frame_memory.plan import (
+    PRESETS,
+    LongVideoPlan,
+    Section,
+    latent_bytes,
+    parse_schedule,
+    plan_sections,
+    section_count,
+)
 from frame_memory.plan.preservation import RATES, token_bytes, token_count, waiting_frames
 from frame_memory.sampling.preservation import PreservationRun
 from frame_memory.sampling.project_run import on_disk, plan_record
@@ -53,6 +62,7 @@ HIDDEN, RATE = 1536, "4x4x2"
 BUDGET, ENDLESS = 8192, 1_000_000
 FLAT, OWN = (-0.1, 0.02), (0.97, 1.05)
 PARTS = {"made": FLAT, "resumed": FLAT, "all kept": OWN, "given": FLAT}
+DRAWN = "drawn"
 PRESET, PROJECT = "Wan, 81 frames", "history"
 
 
@@ -85,6 +95,13 @@ def opened(root: Path, plan: LongVideoPlan, size: tuple[int, int]) -> Project:
     )  # fmt: skip
 
 
+def drawn(section: Section, size: tuple[int, int], name: str) -> torch.Tensor:
+    """Random tokens in the place of a section's. name: what they are kept under."""
+    rate = RATES[RATE]
+    frames = section.stop // rate.time * rate.time - section.start // rate.time * rate.time
+    return torch.randn(1, token_count(rate, frames, *size), HIDDEN).bfloat16()
+
+
 def run_over(part: str, root: Path, minutes: float, size: tuple[int, int], patcher) -> None:
     """One pass over the sections of a video, as the section loop goes over them."""
     plan, picture = plan_of(minutes), picture_of(size)
@@ -94,12 +111,12 @@ def run_over(part: str, root: Path, minutes: float, size: tuple[int, int], patch
         keep_front(project, picture)
         for section in plan.sections:
             key = f"section {section.index}"
-            if part != "all kept":  # joining 655,200 tokens for every section would take days
+            if part in ("made", "resumed"):  # joining 655,200 tokens for every section would take days
                 _ = run.seen, run.carried(section)
-            if part == "made":
+            if part in ("made", DRAWN):
                 drift = torch.arange(section.start, section.stop).view(1, 1, -1, 1, 1) * 1e-3
                 made = (picture + drift).contiguous()
-                beside = run.take(made)
+                beside = run.take(made) if part == "made" else run.take(made, partial(drawn, section, size))
                 place = {"index": section.index, "start": section.start, "stop": section.stop}
                 project.save(**place, key=key, samples=made, beside=beside)
                 if section.index % 60 == 59:
@@ -161,7 +178,7 @@ def rows_of(found: dict[float, dict[str, dict[str, float]]], size: tuple[int, in
     if len(lengths) < 2:
         return rows
     short, long = lengths[-2:]
-    for part, bound in PARTS.items():
+    for part, bound in ((part, PARTS[part]) for part in found[long]):
         key = "unbacked" if part == "given" else "peak"
         grown = (found[long][part][key] - found[short][part][key]) * MEGABYTE / (frames[long][0] - frames[short][0])
         case = f"{where}, {short:g} to {long:g} minutes"
@@ -176,8 +193,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, nargs="+", default=MINUTES, help="lengths of the history")
     parser.add_argument("--size", type=int, nargs=2, default=(HEIGHT, WIDTH), metavar=("H", "W"), help="latent pixels")
     parser.add_argument("--folder", help="where the projects are written and removed again")
+    parser.add_argument(
+        "--drawn", action="store_true", help="random tokens, nothing is encoded: without the first part"
+    )
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
-    parser.add_argument("--child", choices=tuple(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*PARTS, DRAWN), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -195,14 +215,17 @@ def main(arguments: list[str] | None = None) -> int:
         with scratch(args.folder) as folder:
             asked = ["--minutes", str(minutes), "--folder", str(folder), "--size", *map(str, size)]
             found[minutes] = {}
-            for part in PARTS:
-                told = found[minutes][part] = in_child(part, None, *asked, module="benchmarks.preservation_memory")
+            for part in (DRAWN if args.drawn else "made", "resumed", "all kept", "given"):
+                told = in_child(part, None, *asked, module="benchmarks.preservation_memory")
                 print(f"{minutes:g} minutes, {part}: {told['peak']:.0f} MB, {told['seconds']:.0f} s", flush=True)
+                if part != DRAWN:
+                    found[minutes][part] = told
     rows = rows_of(found, size)
     lines, good = table(rows)
     print("\n".join(lines))
     if args.record:
-        record.append("benchmarks.preservation_memory", [row[:3] for row in rows])
+        asked = " --drawn" if args.drawn else ""
+        record.append(f"benchmarks.preservation_memory{asked}", [row[:3] for row in rows])
     return int(not good)
 
 
