@@ -14,8 +14,8 @@ given     The video as the LATENT that the sampler hands on, whose numbers lie i
 Each part and each length is a process of its own; the peak is the system's. Growth is the slope between the two
 longest. Exits with 1 if a bound fails: of the first two and the last at most 2 % of the tokens' own bytes for each
 latent frame, of the third 97 to 105 %. That one fails (140 %): counted in tensors it is the tokens' own, as
-tests/memory/test_hour_of_history.py holds it to, and the rest is most likely what the C heap keeps between them. An hour takes 14 GB of disk and a quarter of an hour on one core, with --drawn
-a few minutes.
+tests/memory/test_hour_of_history.py holds it to, and the rest is most likely what the C heap keeps between them.
+An hour takes 14 GB of disk and a quarter of an hour on one core, with --drawn a few minutes.
 """
 
 from __future__ import annotations
