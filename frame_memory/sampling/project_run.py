@@ -241,7 +241,7 @@ def on_disk(project: Project, frames: LatentFrames) -> Tensor:
 
     def stored(load, start: int, stop: int) -> StoredTensor:
         shape = (stop - start, *frames.first.shape[:2], *frames.first.shape[3:])
-        return StoredTensor(lambda: load().permute(2, 0, 1, 3, 4).contiguous(), shape, torch.float32)
+        return StoredTensor(lambda: load().permute(2, 0, 1, 3, 4), shape, torch.float32)
 
     # One tensor a section, in the order of time: their bytes lie behind one another and are one long tensor as well.
     parts = {name: stored(load, *span) for name, (span, load) in zip(names, spans.items(), strict=True)}

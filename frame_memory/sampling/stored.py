@@ -48,7 +48,7 @@ def keep_front(project: Project, first: Tensor) -> None:
     path = project.folder / front_name(first)
     if path.exists() and _front_in(path) is not None:
         return
-    write_durable(path, lambda file: tensor_file.write_to(file, {"samples": first.contiguous()}, {"format": "front"}))
+    write_durable(path, lambda file: tensor_file.write_to(file, {"samples": first}, {"format": "front"}))
     for old in project.folder.glob(FRONT.format("*")):
         if old != path:
             with contextlib.suppress(OSError):
@@ -56,9 +56,10 @@ def keep_front(project: Project, first: Tensor) -> None:
 
 
 def _front_in(path: Path) -> Tensor | None:
-    """The frames of a front file; None where it is missing or holds something else than its name says."""
+    """The frames of a front file, mapped: an existing video may be an hour long. None where it is missing or holds
+    something else than its name says."""
     try:
-        first = tensor_file.read(str(path))["samples"]
+        first = tensor_file.read_header(str(path))[0]["samples"].mapped()
     except (OSError, KeyError, tensor_file.FileError):
         return None
     return first if path.name == front_name(first) else None

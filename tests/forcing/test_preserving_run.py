@@ -50,7 +50,8 @@ def test_a_stage_writes_a_memory_and_a_lora_and_leaves_the_model_as_it_was(tiny_
     now = back.history.state_dict()
     assert result.memory.fingerprint == back.fingerprint and back.trained
     for name, value in was.items():
-        assert torch.equal(now[name], value) == (".embed." in name or name.endswith("key.bias")) or "bias" in name, name
+        if not name.endswith("key.bias"):  # it moves all scores of a token alike: its gradient is what rounding leaves
+            assert torch.equal(now[name], value) == (".embed." in name), name
     patched, _ = comfy.sd.load_lora_for_models(model, None, tensor_file.read(str(result.lora)), 1.0, 0.0)
     assert patched.patches and held.base.difference(run.base) == ""
 
