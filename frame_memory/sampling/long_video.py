@@ -42,7 +42,7 @@ from .changes import SectionChange, by_index
 from .experts import models_of
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
-from .memory import with_memory
+from .memory import remembering, with_memory
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
@@ -358,8 +358,9 @@ def sample_long_video(
         )
     fps = frame_rate(guider.model_patcher, {"history": history, "initial": initial})
     plan = make_plan(schedule, order, seconds, inputs, fps)
-    remembered, plan, said, more = with_memory(memory, guider.model_patcher, plan, inputs)
-    warnings += [*more, *check_timeline(timeline, guider, plan, seconds)]
+    patcher, without = remembering(memory, guider)
+    remembered, plan, said, more = with_memory(memory, patcher, plan, inputs)
+    warnings += [*more, *without, *check_timeline(timeline, guider, plan, seconds)]
     if timeline is None and is_framepack(guider.model_patcher):
         warnings += too_long(guider.original_conds.get("positive", []))
     described, more = _describe(guider, plan, inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.framepack import MEMORY_KEY
-from ..model.memory import ATTACHED, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
-from ..model.preserved_memory import PreservedMemory
+from ..model.memory import ATTACHED, LOAD_MEMORY, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
+from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..plan import START, LongVideoPlan, PlanError, Section, pixel_frames
 from ..plan.errors import PACKER, SAMPLER
 from ..plan.memory import FARTHEST_DISTANCE, given_clips, memory_tokens, with_true_image
 from ..plan.preservation import PRESERVATION
+from .experts import models_of
 from .guards import SectionError
 from .identity import encoder_outline, short
 from .preservation import PreservationRun, with_preserved
@@ -131,6 +133,38 @@ class MemoryRun:
         needed = shape[0] * tokens * memory.spec.hidden * _WORK
         comfy.model_management.load_models_gpu([encoder], memory_required=needed)
         return memory.pack, encoder.load_device
+
+
+def remembering(memory: FrameMemory | PreservedMemory | None, guider) -> tuple[Any, list[str]]:
+    """(the MODEL of a GUIDER that a memory belongs to, warnings of an expert that goes without).
+
+    Of two experts those are shown a memory whose MODELs bring its encoder. Raises PlanError where none does or one
+    brings another encoder, MemoryMismatch where it is of another base.
+    """
+    models = models_of(guider)
+    bring = {which or "high noise ": patcher for which, patcher in models.items() if is_attached(patcher)}
+    first = next(iter(bring.values()), guider.model_patcher)
+    if len(models) == 1 or not isinstance(memory, PreservedMemory):
+        return first, []
+    if not bring:
+        raise PlanError(
+            f"'memory' of '{SAMPLER}' is connected, and no expert of the guider brings its encoder. Put "
+            f"'{PRESERVATION}' between the expert that the memory was trained for and 'Wan Expert Guider'."
+        )
+    for which, patcher in bring.items():
+        if patcher.get_additional_models_with_key(ATTACHED)[0].model is not memory.history:
+            raise PlanError(
+                f"The {which}expert brings another encoder than 'memory' of '{SAMPLER}', and a run has one. Feed both "
+                f"'{PRESERVATION}' from the same '{LOAD_MEMORY}', or take the one of this expert out."
+            )
+        check_preserved(memory, patcher, SAMPLER)
+    if len(bring) == len(models):
+        return first, []
+    without = "low" if first is guider.model_patcher else "high"
+    return first, [
+        f"The {without} noise expert is not shown the memory, since its MODEL brings no encoder: it sees the packed "
+        f"context alone. Put it through '{PRESERVATION}' too if it was trained with this memory."
+    ]
 
 
 def with_memory(
