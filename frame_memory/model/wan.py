@@ -43,7 +43,7 @@ from torch import Tensor
 
 from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
 from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
-from .stored_weights import unpacked
+from .stored_weights import original
 
 # Of the wrappers and of the additional model.
 KEY = "frame_memory_wan"
@@ -100,13 +100,7 @@ def given_embedding(model_patcher) -> tuple[Tensor, Tensor]:
     LoRAs are left out. Raises ValueError as `check` does.
     """
     network = check(model_patcher)
-    layer = network.patch_embedding
-
-    def original(name: str) -> Tensor:
-        saved = model_patcher.backup.get(f"diffusion_model.patch_embedding.{name}")
-        return unpacked(layer, layer.get_parameter(name) if saved is None else saved.weight)
-
-    weight, bias, own = original("weight").detach().float(), original("bias").detach().float(), network.out_dim
+    (weight, bias), own = original(model_patcher, "patch_embedding"), network.out_dim
     if network.in_dim != own:
         noise, mask, image = weight.split((own, _MASK, own), dim=1)
         weight, bias = noise + image, bias + mask.sum(dim=(1, 2, 3, 4))
