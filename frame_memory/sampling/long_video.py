@@ -109,6 +109,12 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
                 f"Choose that one in '{PACKER}'."
             )
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
+    looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
+    if looks and not any(entry.get("clip_vision_output") is not None for entry in entries):
+        warnings.append(
+            "Wan 2.1 image to video was trained to see the start picture through CLIP vision too, and no prompt brings "
+            "it. Connect clip_vision_h to 'clip_vision' of 'FramePack Image'."
+        )
     if any(entry.get(key) is not None for entry in entries for key in families.GIVEN_FRAMES):
         warnings.append(
             "The prompt brings frames of its own ('Wan Image To Video'), which no window here begins with. They are "

@@ -95,6 +95,7 @@ def test_the_window_of_an_image_to_video_model_holds_no_given_frame(family):
     guider = guider_for(model, prompt(3, clip_vision_output=vision, **given))
     latent, report = made(model, family, guider=guider)
     assert torch.equal(bare["samples"], latent["samples"]) and "'Wan Image To Video'" in report
+    assert "clip_vision_h" not in report
     assert seen and all(not extra.any() and extra.shape[1] == 20 for extra in seen)
     assert guider.original_conds["positive"][0]["concat_mask"] is given["concat_mask"]
 
@@ -109,9 +110,10 @@ def clip_vision():
 
 def test_clip_vision_of_the_picture_reaches_the_model():
     model = attached(I2V)
-    shown, _ = made(model, I2V, guider=guider_for(model, prompt(3, clip_vision_output=clip_vision())))
-    without, _ = made(model, I2V, guider=guider_for(model, prompt(3)))
-    assert not torch.allclose(shown["samples"], without["samples"], atol=1e-3)
+    shown = made(model, I2V, guider=guider_for(model, prompt(3, clip_vision_output=clip_vision())))
+    without = made(model, I2V, guider=guider_for(model, prompt(3)))
+    assert not torch.allclose(shown[0]["samples"], without[0]["samples"], atol=1e-3)
+    assert "clip_vision_h" in without[1] and "clip_vision_h" not in shown[1]
 
 
 def test_each_video_of_a_batch_in_bf16_is_finite_and_its_own():
