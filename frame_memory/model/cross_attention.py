@@ -56,10 +56,10 @@ class CrossAttention(nn.Module):
         blocks = (BlockCrossAttention(spec, operations=operations, **made) for _ in spec.blocks)
         self.blocks = nn.ModuleList(blocks)
 
-    def around(self, options: Mapping, features_BME: Tensor, window: int) -> dict:
+    def around(self, options: Mapping, features_BME: Tensor, window: slice) -> dict:
         """`transformer_options` whose blocks read the features; what others had put around a block stays there.
 
-        window: N; these tokens are the last that a block gives back.
+        window: which of the tokens that a block gives back are the window's.
         """
         features_BME = self.norm(features_BME)
         known = options.get("patches_replace", {})
@@ -96,10 +96,10 @@ def initialise(cross: CrossAttention, seed: int = 0) -> CrossAttention:
     return cross
 
 
-def with_features(options: Mapping, features_BME: Tensor | None, like: Tensor, window: int) -> Mapping:
+def with_features(options: Mapping, features_BME: Tensor | None, like: Tensor, window: slice) -> Mapping:
     """`transformer_options` for a forward pass behind a memory's features; as they are where there are none.
 
-    features: of batch B, or of one for all. like: anything of batch B in the numbers of the window. window: N. Raises
+    features: of batch B, or of one for all. like: anything of batch B in the numbers of the window. window: its tokens. Raises
     ValueError where nothing reads the features.
     """
     if features_BME is None or not features_BME.shape[1]:
@@ -113,15 +113,16 @@ def with_features(options: Mapping, features_BME: Tensor | None, like: Tensor, w
     return cross.around(options, features_BME.to(like).expand(like.shape[0], -1, -1), window)
 
 
-def _replaced(block: nn.Module, features_BME: Tensor, window: int, theirs: Callable | None) -> Callable:
+def _replaced(block: nn.Module, features_BME: Tensor, window: slice, theirs: Callable | None) -> Callable:
     def replaced(args: dict, extra: dict) -> dict:
         original = extra["original_block"]
 
         def with_memory(args: dict) -> dict:
             out = original(args)
-            before, own = out["img"][:, :-window], out["img"][:, -window:]
+            start, stop, _ = window.indices(out["img"].shape[1])
+            own = out["img"][:, start:stop]
             read = block(own, features_BME, args["transformer_options"])
-            return {**out, "img": torch.cat((before, own + read), dim=1)}
+            return {**out, "img": torch.cat((out["img"][:, :start], own + read, out["img"][:, stop:]), dim=1)}
 
         return with_memory(args) if theirs is None else theirs(args, {**extra, "original_block": with_memory})
 

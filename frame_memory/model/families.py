@@ -78,7 +78,7 @@ def carried_context(base_model, context: PackedContext) -> dict:
     """What every prompt of a section carries of its context.
 
     A Wan window holds no given frame: core then makes image and mask of an image-to-video model zeros, and the start
-    picture is seen in front of the window.
+    picture is seen in its context.
     """
     packed = {"latents": context.latents, "layout": context.layout}
     if has_context_weights(base_model):

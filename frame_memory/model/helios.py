@@ -1,6 +1,6 @@
 """Helios, which packs its history on Wan's blocks: public weights read onto core's own WanModel.
 
-    blocks([4x | 2x | first frame, 1x | noisy window]) -> head(window)
+    blocks([noisy window | 4x | 2x | first frame, 1x]) -> head(window)
 
 Source: arXiv 2603.04379; diffusers 0.39, `transformer_helios.py`, whose names the files have. Its blocks are Wan's, one
 for one, under diffusers' names. `wan.py` does what else it does: patchifiers of its own at 1x, 2x and 4x for the
@@ -65,14 +65,15 @@ _MLP = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
 
 
 class WindowCrossAttention(comfy.ldm.wan.model.WanT2VCrossAttention):
-    """Core's cross-attention for the window's tokens; those in front of it pass by unchanged."""
+    """Core's cross-attention for the window's tokens; those behind it pass by unchanged."""
 
     def forward(self, x, context, transformer_options=None, **kwargs):
-        """What tokens `[B, N, D]` read of the text `[B, L, D]`: zeros for those in front of the window."""
+        """What tokens `[B, N, D]` read of the text `[B, L, D]`: zeros for those behind the window."""
         options = transformer_options or {}
-        front = options.get(wan.FRONT, 0)
-        read_BND = super().forward(x[:, front:], context, transformer_options=options, **kwargs)
-        return F.pad(read_BND, (0, 0, front, 0))
+        behind = options.get(wan.BEHIND, 0)
+        window_BND = x[:, : x.shape[1] - behind]
+        read_BND = super().forward(window_BND, context, transformer_options=options, **kwargs)
+        return F.pad(read_BND, (0, 0, 0, behind))
 
 
 def names(blocks: int) -> dict[str, str]:

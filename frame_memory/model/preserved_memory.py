@@ -18,7 +18,7 @@ from torch import Tensor
 from ..plan.cross_attention import CrossAttentionSpec
 from ..plan.preservation import THIN, Budget
 from . import cross_attention, wan
-from .base_signature import MODEL_PREFIX, Base
+from .base_signature import Base
 from .framepack import is_framepack
 from .memory import (
     FrameMemory,
@@ -38,7 +38,7 @@ from .memory_file import FRAME_PRESERVATION, LOAD_MEMORY, MemoryFile
 from .preservation import PreservationSpec
 from .preserved_history import PreservedHistory, initialise_all
 from .specs import from_plain
-from .stored_weights import unpacked
+from .stored_weights import original
 
 
 @dataclass(frozen=True)
@@ -220,16 +220,9 @@ def attach_preserved(model_patcher, memory: PreservedMemory):
 
 def _patch_embedding(model_patcher) -> tuple[Tensor, Tensor]:
     """Weight and bias of the base's first convolution for finished frames, unpacked and without patches."""
-    if not is_framepack(model_patcher):
-        return wan.given_embedding(model_patcher)
-    name = "img_in.proj"
-    layer = model_patcher.model.diffusion_model.get_submodule(name)
-
-    def original(parameter: str) -> Tensor:
-        saved = model_patcher.backup.get(f"{MODEL_PREFIX}{name}.{parameter}")
-        return unpacked(layer, layer.get_parameter(parameter) if saved is None else saved.weight)
-
-    return original("weight"), original("bias")
+    if is_framepack(model_patcher):
+        return original(model_patcher, "img_in.proj")
+    return wan.given_embedding(model_patcher)
 
 
 def _cross_of(specs: tuple[PreservationSpec, ...], model_patcher) -> CrossAttentionSpec | None:

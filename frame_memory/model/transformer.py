@@ -90,7 +90,8 @@ class FramePackTransformer(HunyuanVideo):
         img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
         pe = self._positions(context_layout, context_latents, grid, txt.shape[1], x.device, frame_memory_positions)
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
-        transformer_options = with_features(transformer_options, frame_memory_features, window, window.shape[1])
+        own = slice(-window.shape[1], None)
+        transformer_options = with_features(transformer_options, frame_memory_features, window, own)
         img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
         return self._pixels(self.final_layer(img[:, -window.shape[1] :], vec), grid)[..., :height, :width]
 

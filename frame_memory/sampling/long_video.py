@@ -42,7 +42,7 @@ from .changes import SectionChange, by_index
 from .experts import models_of
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
-from .memory import with_memory
+from .memory import remembering, with_memory
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
@@ -109,6 +109,12 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
                 f"Choose that one in '{PACKER}'."
             )
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
+    looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
+    if looks and not any(entry.get("clip_vision_output") is not None for entry in entries):
+        warnings.append(
+            "Wan 2.1 image to video was trained to see the start picture through CLIP vision too, and no prompt brings "
+            "it. Connect clip_vision_h to 'clip_vision' of 'FramePack Image'."
+        )
     if any(entry.get(key) is not None for entry in entries for key in families.GIVEN_FRAMES):
         warnings.append(
             "The prompt brings frames of its own ('Wan Image To Video'), which no window here begins with. They are "
@@ -358,8 +364,9 @@ def sample_long_video(
         )
     fps = frame_rate(guider.model_patcher, {"history": history, "initial": initial})
     plan = make_plan(schedule, order, seconds, inputs, fps)
-    remembered, plan, said, more = with_memory(memory, guider.model_patcher, plan, inputs)
-    warnings += [*more, *check_timeline(timeline, guider, plan, seconds)]
+    patcher, without = remembering(memory, guider)
+    remembered, plan, said, more = with_memory(memory, patcher, plan, inputs)
+    warnings += [*more, *without, *check_timeline(timeline, guider, plan, seconds)]
     if timeline is None and is_framepack(guider.model_patcher):
         warnings += too_long(guider.original_conds.get("positive", []))
     described, more = _describe(guider, plan, inputs)

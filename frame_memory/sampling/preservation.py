@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -24,12 +23,11 @@ from ..journal.fingerprint import fingerprint
 from ..model.cross_attention import reader_of
 from ..model.families import frames_a_second, pixels_a_latent, window_of
 from ..model.framepack import is_framepack, token_conditions
-from ..model.memory import ATTACHED
 from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..model.wan import is_attached
 from ..plan import LongVideoPlan, PlanError, Section
-from ..plan.errors import PACKER, SAMPLER
+from ..plan.errors import SAMPLER
 from ..plan.preservation import (
     PATCH,
     PRESERVATION,
@@ -44,7 +42,7 @@ from ..plan.preservation import (
     tokens_a_second,
     waiting_frames,
 )
-from .guards import SectionError
+from .encoder import check_finite, check_forward, load
 from .identity import encoder_outline, short
 
 NAME = "preserved.{}.{}"
@@ -166,28 +164,16 @@ class PreservationRun:
 
     def _encoded(self, chunk_BCTHW: Tensor) -> dict[str, Tensor]:
         """Tokens and features of a chunk by rate, on the CPU."""
-        history, device = self._loaded(chunk_BCTHW.shape)
+        memory = self.memory
+        widest = max(spec.channels[0] for spec in memory.specs)
+        needed = math.prod(chunk_BCTHW.shape) // chunk_BCTHW.shape[1] * widest * _WORK
+        device = load(memory, self.patcher, needed)
         with torch.no_grad():
             x = self.patcher.model.process_latent_in(chunk_BCTHW.to(device, torch.float32))
-            encoded = zip(self.memory.rates, history.encode(x), strict=True)
+            encoded = zip(memory.rates, memory.history.encode(x), strict=True)
             made = {name: torch.cat([part for part in one if part is not None], -1).cpu() for name, one in encoded}
-        if not all(bool(torch.isfinite(tokens).all()) for tokens in made.values()):
-            raise SectionError(
-                f"The memory {self.memory.label} gave NaN or infinite values, so the next section cannot be made with "
-                "it. What was finished is kept. Use an earlier checkpoint of the memory, or take 'memory' out of "
-                f"'{SAMPLER}'."
-            )
+        check_finite(memory, *made.values())
         return made
-
-    def _loaded(self, shape: tuple[int, ...]):
-        """The network where ComfyUI has put it, and that device."""
-        memory = self.memory
-        attached = self.patcher.get_additional_models_with_key(ATTACHED)
-        encoder = next((other for other in attached if other.model is memory.history), memory.encoder)
-        widest = max(spec.channels[0] for spec in memory.specs)
-        needed = math.prod(shape) // shape[1] * widest * _WORK
-        comfy.model_management.load_models_gpu([encoder], memory_required=needed)
-        return memory.history, encoder.load_device
 
 
 def kept_rates(lengths: Sequence[int], memory: PreservedMemory, height: int, width: int) -> list[tuple[str, ...]]:
@@ -207,7 +193,8 @@ def with_preserved(
     patcher: the MODEL. inputs: the section loop's. Raises PlanError for a memory that comes from no encoder node, an
     order that is not forward, or a budget that is too small for one section; MemoryMismatch for one of another base.
     """
-    _check(memory, patcher, plan)
+    check_tokens_taken(memory, patcher, SAMPLER)
+    check_forward(patcher, plan)
     fits = check_preserved(memory, patcher, SAMPLER)
     run = PreservationRun(memory, patcher, inputs.first, plan.schedule.window)
     height, width = inputs.start.shape[-2:]
@@ -254,16 +241,4 @@ def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
         raise PlanError(
             f"'memory' of '{node}' comes straight from the node that loads or trains it, or the MODEL does. Expected "
             f"both outputs of '{PRESERVATION}'."
-        )
-
-
-def _check(memory: PreservedMemory, patcher, plan: LongVideoPlan) -> None:
-    check_tokens_taken(memory, patcher, SAMPLER)
-    if plan.order != "forward":
-        wanted = f"preset 'Wan, 81 frames' in '{PACKER}'"
-        if is_framepack(patcher):
-            wanted = f"preset 'F1 forward' in '{PACKER}', with a FramePack F1 model"
-        raise PlanError(
-            f"'memory' of '{SAMPLER}' holds what came before, and order {plan.order} with {plan.schedule.text} makes "
-            f"later sections first. Expected order forward: {wanted}. Or take 'memory' out of '{SAMPLER}'."
         )

@@ -15,7 +15,10 @@ from torch import Tensor
 from ..plan import nearest_bucket
 from ..plan.mark import KEY
 from .images import ImageError, check_image, to_bucket, with_mask
-from .vae import check_video_vae, identify_vae
+from .vae import WAN, WAN_5B, check_video_vae, identify_vae
+
+# What it means that there is no CLIP vision, by the family of the VAE; empty where no model looks through it.
+_UNSEEN = {WAN: "of Wan only 2.1 image to video looks through one", WAN_5B: ""}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def prepare(
         end = encode_pictures(vae, end_picture)
         if vision is not None:
             vision = mean_vision(vision, clip_vision.encode_image(end_picture, crop=False))
-    if clip_vision is None:
-        report += "\nNo CLIP vision model is connected: the picture is seen through the start latent alone."
+    unseen = _UNSEEN.get(start[KEY]["base"], "the picture is seen through the start latent alone")
+    if clip_vision is None and unseen:
+        report += f"\nNo CLIP vision model is connected: {unseen}."
     return StartImage(start, end, vision, start_picture, report)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from frame_memory.model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
-from frame_memory.model.memory import MemoryMismatch
+from frame_memory.model.memory import MemoryMismatch, detach
 from frame_memory.model.preserved_history import PreservedHistory
 from frame_memory.model.preserved_memory import (
     attach_preserved,
@@ -107,6 +107,8 @@ def test_each_section_is_shown_all_whole_blocks_before_it_at_their_true_places(m
     assert torch.equal(with_it[:, :, :10], plain[:, :, :10])  # the start and the first section
     assert not torch.allclose(with_it[:, :, 10:19], plain[:, :, 10:19], atol=1e-3)
     assert "28 tokens at the end, at most 1000" in report and "is untrained" in report
+    for again in (model, attach_preserved(model, memory), detach(attach_preserved(model, memory))):
+        assert torch.equal(film(again, None)[0], plain)  # taken out, it has left nothing
 
 
 def test_an_existing_video_is_cut_into_segments_and_read_first(model, memory):
