@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from comfy.model_detection import count_blocks
 from torch import Tensor
 
+from ..plan import PRESETS
 from . import checkpoint, wan
 from .checkpoint import CheckpointError
-from .families import FPS_SAID, LOADER
+from .families import CLIPS, FPS_SAID, LOADER, PATCHIFIERS, SCHEDULE
 from .framepack import MODEL_OPTION
 from .key_map import BOTH, WEIGHT, KeyMapError, compare
 from .sources import LOAD_MEMORY_MODEL, choose
@@ -33,9 +34,14 @@ from .tensor_file import StoredTensor
 
 CHOOSE = choose(LOAD_MEMORY_MODEL)
 # What the artist has to know, since no file says it.
-RULES = "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; 24 fps"
-# Of its videos, where other models on Wan 2.1's latents make 16.
-FPS = 24.0
+RULES = (
+    "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; start: "
+    "'still_clip' on in 'FramePack Image', or an empty latent for text to video; 24 fps, each section decoded alone"
+)
+# Of its videos: other models on Wan 2.1's latents make 16 pictures a second, and their sections are one running video.
+NOTES = {
+    FPS_SAID: 24.0, CLIPS: True, PATCHIFIERS: "Helios", SCHEDULE: PRESETS["Helios"], LOADER: LOAD_MEMORY_MODEL,
+}  # fmt: skip
 # The largest patchifier, which no other family has under this name.
 SIGNATURE = "patch_long.weight"
 AMPLIFIED = "history_key_scale"
@@ -139,7 +145,7 @@ def load_helios(paths, model_options=None, disable_dynamic=False):
     for block in network.blocks:
         block.cross_attn.__class__ = WindowCrossAttention
     attached = wan.attach(model, wan.patcher_of(_patchifiers(files[0], network, own)))
-    attached.model_options = {**attached.model_options, MODEL_OPTION: {FPS_SAID: FPS, LOADER: LOAD_MEMORY_MODEL}}
+    attached.model_options = {**attached.model_options, MODEL_OPTION: dict(NOTES)}
     attached.cached_patcher_init = (load_helios, (paths, model_options))
     return attached
 

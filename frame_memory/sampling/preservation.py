@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
-from ..model.families import frames_a_second, pixels_a_latent
+from ..model.families import frames_a_second, makes_clips, pixels_a_latent
 from ..model.framepack import is_framepack, token_conditions
 from ..model.memory import ATTACHED
 from ..model.preserved_memory import PreservedMemory, check_preserved
@@ -211,7 +211,15 @@ def words_of_budget(memory: PreservedMemory, patcher) -> str:
 
 
 def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
-    """Raise PlanError unless memory and MODEL come from the node that lets the MODEL take the memory's tokens."""
+    """Raise PlanError unless memory and MODEL come from the node that lets the MODEL take the memory's tokens.
+
+    Nor can a MODEL take them whose sections are clips of their own.
+    """
+    if makes_clips(patcher):
+        raise PlanError(
+            f"'memory' of '{node}' is trained on running videos, and each section of this MODEL is a clip of its own. "
+            f"Take 'memory' and '{PRESERVATION}' out; the MODEL packs its history itself."
+        )
     if memory.tokens is None or not (is_framepack(patcher) or is_attached(patcher)):
         raise PlanError(
             f"'memory' of '{node}' comes straight from the node that loads or trains it, or the MODEL does. Expected "
