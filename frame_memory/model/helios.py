@@ -54,6 +54,8 @@ EXPECTED = {
     "rope_theta": 10000.0, "guidance_cross_attn": True, "zero_history_timestep": True,
     "has_multi_term_memory_patch": True, "is_amplify_history": False,
 }  # fmt: skip
+# In the model index beside the folder of the network: of checkpoints that are sampled at growing sizes.
+PYRAMID = "HeliosPyramidPipeline"
 
 _PATCHIFIERS = {"proj": "patch_short", "proj_2x": "patch_mid", "proj_4x": "patch_long"}
 _MODULES = {
@@ -178,17 +180,30 @@ def _refuse_other(path: str, stored: Mapping[str, Tensor]) -> None:
             f"{path}: this Helios amplifies the history's keys ({AMPLIFIED}), which core's Wan blocks cannot do. "
             f"Expected one without, as diffusers makes it. {CHOOSE}"
         )
-    _check_config(os.path.join(os.path.dirname(path), "config.json"))
+    folder = os.path.dirname(path)
+    _check_config(os.path.join(folder, "config.json"))
+    for index in (os.path.join(place, "model_index.json") for place in (folder, os.path.dirname(folder))):
+        if _read_json(index).get("_class_name") == PYRAMID:
+            raise CheckpointError(
+                f"{path}: this is Helios-Mid or Helios-Distilled ({index} says {PYRAMID}), which begin at a quarter of "
+                f"the size; no sampler here does that. Expected Helios-Base. {CHOOSE}"
+            )
 
 
-def _check_config(path: str) -> None:
-    """The flags are not in the tensors: they count where diffusers' own file lies beside them."""
+def _read_json(path: str) -> dict:
+    """diffusers' own file where one lies there; empty where it does not."""
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return
-    if not isinstance(config, dict) or config.get("_class_name") != "HeliosTransformer3DModel":
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _check_config(path: str) -> None:
+    """The flags are not in the tensors: they count where diffusers' own file lies beside them."""
+    config = _read_json(path)
+    if config.get("_class_name") != "HeliosTransformer3DModel":
         return
     wrong = [f"{k} {config[k]!r}, expected {v!r}" for k, v in EXPECTED.items() if config.get(k, v) != v]
     if wrong:
