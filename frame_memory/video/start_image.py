@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..plan import nearest_bucket
+from ..plan.errors import IMAGE
 from ..plan.mark import KEY
 from .images import ImageError, check_image, to_bucket, with_mask
-from .vae import check_video_vae, identify_vae
+from .vae import EXPECTED_FILES, SELFTEST, WAN, VAEError, check_video_vae, identify_vae
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ def prepare(
     still_clip: start is the picture held still, `[B, C, 9, h, w]`, whose first latent frame is the picture alone.
     Raises ImageError (empty batch, wrong shape, a mask without its picture), VAEError (no VAE of such a model).
     """
-    multiple = 2 * check_video_vae(vae).spatial
+    found = check_video_vae(vae)
+    if still_clip and found.family not in (WAN, SELFTEST):
+        raise VAEError(
+            f"'still_clip' of '{IMAGE}' is for Helios, which reads {EXPECTED_FILES[WAN]}, and 'Load VAE' gave {found}. "
+            "Change the file there, or switch 'still_clip' off."
+        )
+    multiple = 2 * found.spatial
     check_image(image, "image")
     if end_mask is not None and end_image is None:
         raise ImageError("The socket 'end_mask' is connected and 'end_image' is not; connect both or neither.")

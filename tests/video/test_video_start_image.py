@@ -76,3 +76,10 @@ def test_a_still_clip_is_each_picture_held_for_33_and_begins_with_the_picture_al
     assert torch.equal(made[:, :, :1], alone.start["samples"])
     for latent, picture in zip(made, still.picture_BHWC, strict=True):
         assert torch.equal(latent, vae.encode(picture.repeat(33, 1, 1, 1))[0])
+
+
+def test_a_still_clip_of_another_model_s_vae_is_refused():
+    sizes = {"decoder.1.weight": (256, 16, 3, 3), "decoder.22.bias": (3,)}
+    tiny_hunyuan = comfy.sd.VAE(sd={key: torch.zeros(size, dtype=torch.float16) for key, size in sizes.items()})
+    with pytest.raises(VAEError, match="'still_clip' of 'FramePack Image' is for Helios.* a tiny HunyuanVideo VAE"):
+        prepare(tiny_hunyuan, None, pictures()[0], None, 64, "black", still_clip=True)
