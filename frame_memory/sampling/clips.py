@@ -36,8 +36,11 @@ def still_of(start_BCTHW: Tensor) -> Tensor | None:
     return start_BCTHW[:, :, -1:]
 
 
-def check_clips(history: Mapping | None, initial: Mapping | None) -> None:
-    """Raise PlanError for what a run with such a model cannot take. history, initial: LATENT dicts."""
+def check_clips(history: Mapping | None, initial: Mapping | None, window: int) -> None:
+    """Raise PlanError for what a run with such a model cannot take. history, initial: LATENT dicts.
+
+    window: latent frames of a section.
+    """
     if history is not None:
         raise PlanError(
             f"'history' of {SAMPLER} is connected, and this MODEL cannot go on from an existing video yet: it reads "
@@ -47,9 +50,10 @@ def check_clips(history: Mapping | None, initial: Mapping | None) -> None:
             "finished sections stay."
         )
     mark = None if initial is None else read_mark(initial)
-    if initial is not None and (mark is None or not mark.clips):
+    if initial is not None and (mark is None or mark.clip != window):
+        held = f"clips of {mark.clip} latent frames" if mark and mark.clip else "one running video"
         raise PlanError(
-            f"'initial' of {SAMPLER} holds one running video, and each section of this MODEL is a clip of its own: the "
-            f"same shape, other pictures. Expected 'samples' of another {SAMPLER} with a MODEL of this kind; or take "
-            "'initial' out."
+            f"'initial' of {SAMPLER} holds {held}, and each section of this MODEL is a clip of {window}: the same "
+            f"shape, other pictures. Expected 'samples' of another {SAMPLER} with a MODEL and a preset of this kind; "
+            "or take 'initial' out."
         )

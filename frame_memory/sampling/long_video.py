@@ -362,7 +362,7 @@ def sample_long_video(
     base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})
     clips = families.makes_clips(guider.model_patcher)
     if clips:
-        check_clips(history, initial)
+        check_clips(history, initial, schedule.window)
     inputs = _read(start, end, history, initial, clips)
     if sigmas.shape[0] < 2:
         raise PlanError(

@@ -202,6 +202,10 @@ REFUSED = {
     "one frame": ({"start": SMALL[:, :, :1]}, "holds 1 latent frame, and this MODEL begins from 9"),
     "history": ({"history": {"samples": SMALL, **MARKED}}, "'history' .* feed 'image' of 'Video History'"),
     "a running video": ({"initial": {"samples": picture(height=2, width=4), **MARKED}}, "holds one running video"),
+    "other clips": (
+        {"initial": {"samples": SMALL, "frame_memory": {**MARKED["frame_memory"], "clips": True, "window": 20}}},
+        "holds clips of 20 latent frames, and each section of this MODEL is a clip of 9",
+    ),
 }
 
 
