@@ -99,8 +99,8 @@ def initialise(cross: CrossAttention, seed: int = 0) -> CrossAttention:
 def with_features(options: Mapping, features_BME: Tensor | None, like: Tensor, window: slice) -> Mapping:
     """`transformer_options` for a forward pass behind a memory's features; as they are where there are none.
 
-    features: of batch B, or of one for all. like: anything of batch B in the numbers of the window. window: its tokens. Raises
-    ValueError where nothing reads the features.
+    features: of batch B, or of one for all. like: anything of batch B in the numbers of the window. window: its tokens.
+    Raises ValueError where nothing reads the features.
     """
     if features_BME is None or not features_BME.shape[1]:
         return options

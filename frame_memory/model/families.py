@@ -18,8 +18,9 @@ GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
 # patchifiers are called, whether they are trained, and the schedule that they are trained on.
 FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
-# There, the display name of a loader of Wan that is not core's.
-LOADER = "loader"
+# There, the display name of a loader of Wan that is not core's; and that each section is a clip of its own: decoded
+# alone, begun from a still clip of the start picture.
+LOADER, CLIPS = "loader", "clips"
 
 
 def said(model_patcher) -> dict:
@@ -66,6 +67,11 @@ def frames_a_second(model_patcher) -> float:
     """Pictures a second of the videos that a MODEL makes."""
     known = said(model_patcher).get(FPS_SAID)
     return float(known or fps_of(type(model_patcher.model.latent_format).__name__))
+
+
+def makes_clips(model_patcher) -> bool:
+    """Whether each section of a MODEL's videos is a clip of its own, to be decoded alone."""
+    return bool(said(model_patcher).get(CLIPS))
 
 
 def window_of(model_patcher) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.cross_attention import reader_of
-from ..model.families import frames_a_second, pixels_a_latent, window_of
+from ..model.families import frames_a_second, makes_clips, pixels_a_latent, window_of
 from ..model.framepack import is_framepack, token_conditions
 from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
@@ -235,7 +235,15 @@ def words_of_budget(memory: PreservedMemory, patcher) -> str:
 
 def check_tokens_taken(memory: PreservedMemory, patcher, node: str) -> None:
     """Raise PlanError unless memory and MODEL come from the node that lets the MODEL take the memory's tokens, and read
-    its features where it has any."""
+    its features where it has any.
+
+    Nor can a MODEL take them whose sections are clips of their own.
+    """
+    if makes_clips(patcher):
+        raise PlanError(
+            f"'memory' of '{node}' is trained on running videos, and each section of this MODEL is a clip of its own. "
+            f"Take 'memory' and '{PRESERVATION}' out; the MODEL packs its history itself."
+        )
     reads = memory.cross is None or reader_of(patcher) is memory.history.cross_attention
     if memory.tokens is None or not reads or not (is_framepack(patcher) or is_attached(patcher)):
         raise PlanError(
