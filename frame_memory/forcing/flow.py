@@ -83,18 +83,18 @@ def add_noise(x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
     return (1 - sigma) * x_BCTHW + sigma * noise
 
 
-def flow_loss(model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict) -> Tensor:
-    """Mean squared error of the predicted velocity."""
-    velocity = predict_velocity(model, add_noise(x_BCTHW, noise, sigma_B), sigma_B, cond, context, options)
-    return (velocity - (noise - x_BCTHW)).square().mean()
+def flow_loss(
+    model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict,
+    memory_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(mean squared error of the predicted velocity, with its graph; one-step estimate of the window, without).
 
-
-def one_step_estimate(model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict) -> Tensor:
-    """The network's guess of the clean window from one noise level (reference/memorypack.md 3.1), without a graph."""
-    with torch.no_grad():
-        noisy = add_noise(x_BCTHW, noise, sigma_B)
-        velocity = predict_velocity(model, noisy, sigma_B, cond, context, options)
-        return noisy - sigma_B.reshape(-1, 1, 1, 1, 1) * velocity
+    The estimate is the network's guess of the clean window from one noise level (reference/memorypack.md 3.1).
+    """
+    noisy = add_noise(x_BCTHW, noise, sigma_B)
+    velocity = predict_velocity(model, noisy, sigma_B, cond, context, options, memory_tokens)
+    loss = (velocity - (noise - x_BCTHW)).square().mean()
+    return loss, (noisy - sigma_B.reshape(-1, 1, 1, 1, 1) * velocity).detach()
 
 
 def shifted_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:

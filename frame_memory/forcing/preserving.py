@@ -29,7 +29,7 @@ from ..plan import PRESETS
 from ..plan.preservation import Rate, low_size, seen_from, segment_ends, waiting_frames
 from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_frames, clip_sections
 from .draws import LOGIT_NORMAL, sigmas
-from .flow import add_noise, predict_velocity
+from .flow import flow_loss
 from .forcings import ClipLoss, Forced
 
 QUERY, FOLLOW = "frame query", "next section"
@@ -183,9 +183,6 @@ def _loss(
 ) -> ClipLoss:  # fmt: skip
     device = truth_BCTHW.device
     noise, sigma = draw.noise.to(device), draw.sigma.to(device)
-    noisy = add_noise(truth_BCTHW, noise, sigma)
     network = behind(forced.network, seen, places)
-    velocity = predict_velocity(network, noisy, sigma, video.cond, context, forced.options).float()
-    loss = (velocity - (noise - truth_BCTHW)).square().mean()
-    estimate = (noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity).detach()
+    loss, estimate = flow_loss(network, truth_BCTHW, noise, sigma, video.cond, context, forced.options)
     return ClipLoss(clip, float(sigma.mean()), loss, estimate)
