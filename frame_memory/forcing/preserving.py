@@ -27,7 +27,7 @@ from ..model.preservation import low_latents, mask_frames, pooled_mask
 from ..model.preserved_history import PreservedHistory, Remembered
 from ..plan import PRESETS
 from ..plan.preservation import Rate, low_size, seen_from, segment_ends, waiting_frames
-from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_frames, clip_sections
+from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_sections
 from .draws import LOGIT_NORMAL, sigmas
 from .flow import flow_loss
 from .forcings import ClipLoss, Forced
@@ -60,7 +60,7 @@ class QueryDraw:
 
 @dataclass(frozen=True)
 class FollowDraw:
-    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise `[B, C, 9, H, W]`."""
+    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise, of the clip's shape."""
 
     clip: int
     sigma: Tensor
@@ -80,7 +80,7 @@ def draw_query(
     video: TrainingVideo, count: int, rates: Sequence[Rate], generator: torch.Generator, shift: float = SHIFT
 ) -> QueryDraw:
     """Draw an update of stage 1 on at most `count` clips. Raises ForcingError where no block of all rates is full."""
-    count, window = min(count, video.clips), clip_frames()
+    count, window = min(count, video.clips), video.window
     first = int(torch.randint(video.clips - count + 1, (), generator=generator))
     batch, channels, _, height, width = video.latents.shape
     frames = 1 + window * count
@@ -115,7 +115,7 @@ def draw_follow(video: TrainingVideo, count: int, generator: torch.Generator, sh
     batch, channels, _, height, width = video.latents.shape
     clip = 1 + int(torch.randint(count - 1, (), generator=generator))
     sigma = sigmas(batch, shift, LOGIT_NORMAL, generator)
-    return FollowDraw(clip, sigma, torch.randn(batch, channels, clip_frames(), height, width, generator=generator))
+    return FollowDraw(clip, sigma, torch.randn(batch, channels, video.window, height, width, generator=generator))
 
 
 def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterator[ClipLoss]:
@@ -127,7 +127,7 @@ def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterat
 def asked(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> tuple[Tensor, PackedContext, Remembered]:
     """The frames that are asked for `[B, C, Q, H, W]`, where they stand, and what the memory holds of the masked
     history."""
-    window, device = clip_frames(), video.latents.device
+    window, device = video.window, video.latents.device
     begin, frames = window * draw.first, 1 + window * draw.count
     history = video.latents[:, :, begin : begin + frames]
     keep = torch.zeros(1, frames, dtype=torch.bool, device=device)
@@ -147,13 +147,11 @@ def next_section(
 ) -> Iterator[ClipLoss]:
     """Stage 2: one loss, over a section behind its context and the memory of all whole blocks before it.
 
-    schedule: with F1's window; its groups say which frames stay clean beside the memory.
+    schedule: with the video's window; its groups say which frames stay clean beside the memory.
     """
     section = clip_sections(draw.clip + 1, schedule)[draw.clip]
     context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
-    seen = _remembered(
-        forced, video.latents[:, :, : section.start], segment_ends(1, clip_frames(), draw.clip), None
-    )  # fmt: skip
+    seen = _remembered(forced, video.latents[:, :, : section.start], segment_ends(1, video.window, draw.clip), None)
     truth = video.latents[:, :, section.start : section.stop]
     yield _loss(forced, video, truth, draw, context, seen, seen_from(seen.places, section), draw.clip)
 
