@@ -7,7 +7,7 @@ Sigma is 1 at noise and 0 at data; the network predicts the velocity `noise - da
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class Conditioning:
     text: Tensor
     pooled: Tensor
     vision: Tensor | None = None
+
+    def without_text(self) -> Conditioning:
+        """The same with zeros for the text, as core's 'ConditioningZeroOut' makes them."""
+        return replace(self, text=torch.zeros_like(self.text), pooled=torch.zeros_like(self.pooled))
 
     def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
         """The network's velocity at `sigma`."""
@@ -53,6 +57,10 @@ class WanConditioning:
     text: Tensor
     vision: Tensor | None = None
     beside: int = 0
+
+    def without_text(self) -> WanConditioning:
+        """The same with zeros for the text, as core's 'ConditioningZeroOut' makes them."""
+        return replace(self, text=torch.zeros_like(self.text))
 
     def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
         """The network's velocity at `sigma`. Raises ValueError for tokens of a memory that Wan has not."""

@@ -36,6 +36,7 @@ QUERY, FOLLOW = "frame query", "next section"
 # CHOICE of the reference, section 3: so many frames are asked for at most, and what is masked is noisier than this.
 MOST_ASKED = 8
 LEAST_MASK = 0.2
+DROP_TEXT = 0.1
 SHIFT = 5.0
 
 
@@ -45,7 +46,7 @@ class QueryDraw:
 
     asked: frames, counted from that one, ascending. levels `[1, T]`: how noisy each frame is where it is masked, with
     the noise `[B, C, T, H, W]`, and low_noises, one an encoder, at its low-resolution copy's size. sigma `[B]`, noise
-    `[B, C, Q, H, W]`: of the frames that are asked for.
+    `[B, C, Q, H, W]`: of the frames that are asked for. without_text: the text is left out.
     """
 
     first: int
@@ -56,15 +57,20 @@ class QueryDraw:
     low_noises: tuple[Tensor, ...] = field(repr=False)
     sigma: Tensor
     noise: Tensor = field(repr=False)
+    without_text: bool = False
 
 
 @dataclass(frozen=True)
 class FollowDraw:
-    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise, of the clip's shape."""
+    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise, of the clip's shape.
+
+    without_text: the text is left out.
+    """
 
     clip: int
     sigma: Tensor
     noise: Tensor = field(repr=False)
+    without_text: bool = False
 
 
 def asked_frames(frames: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -77,9 +83,13 @@ def asked_frames(frames: int, generator: torch.Generator) -> tuple[int, ...]:
 
 
 def draw_query(
-    video: TrainingVideo, count: int, rates: Sequence[Rate], generator: torch.Generator, shift: float = SHIFT
-) -> QueryDraw:
-    """Draw an update of stage 1 on at most `count` clips. Raises ForcingError where no block of all rates is full."""
+    video: TrainingVideo, count: int, rates: Sequence[Rate], generator: torch.Generator, shift: float = SHIFT,
+    drop_text: float = 0.0,
+) -> QueryDraw:  # fmt: skip
+    """Draw an update of stage 1 on at most `count` clips. drop_text: share of updates without the text.
+
+    Raises ForcingError where no block of all rates is full.
+    """
     count, window = min(count, video.clips), video.window
     first = int(torch.randint(video.clips - count + 1, (), generator=generator))
     batch, channels, _, height, width = video.latents.shape
@@ -104,18 +114,30 @@ def draw_query(
         low_noises=tuple(noise(*low_size(rate, frames, height, width)) for rate in rates),
         sigma=sigmas(batch, shift, LOGIT_NORMAL, generator),
         noise=noise(len(asked), height, width),
+        without_text=_without(drop_text, generator),
     )
 
 
-def draw_follow(video: TrainingVideo, count: int, generator: torch.Generator, shift: float = SHIFT) -> FollowDraw:
-    """Draw an update of stage 2: one of the first `count` clips that has another before it. Raises ForcingError."""
+def draw_follow(
+    video: TrainingVideo, count: int, generator: torch.Generator, shift: float = SHIFT, drop_text: float = 0.0
+) -> FollowDraw:
+    """Draw an update of stage 2: one of the first `count` clips that has another before it.
+
+    drop_text: share of updates without the text. Raises ForcingError for videos of one clip.
+    """
     count = min(count, video.clips)
     if count < 2:
         raise ForcingError(f"{video.name} has {count} clip(s); a memory is of use from 2 on.")
     batch, channels, _, height, width = video.latents.shape
     clip = 1 + int(torch.randint(count - 1, (), generator=generator))
     sigma = sigmas(batch, shift, LOGIT_NORMAL, generator)
-    return FollowDraw(clip, sigma, torch.randn(batch, channels, video.window, height, width, generator=generator))
+    noise = torch.randn(batch, channels, video.window, height, width, generator=generator)
+    return FollowDraw(clip, sigma, noise, _without(drop_text, generator))
+
+
+def _without(share: float, generator: torch.Generator) -> bool:
+    # Last of an update's draws, so that the share changes no other number.
+    return share > 0 and bool(torch.rand((), generator=generator) < share)
 
 
 def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterator[ClipLoss]:
@@ -182,5 +204,6 @@ def _loss(
     device = truth_BCTHW.device
     noise, sigma = draw.noise.to(device), draw.sigma.to(device)
     network = behind(forced.network, seen, places)
-    loss, estimate = flow_loss(network, truth_BCTHW, noise, sigma, video.cond, context, forced.options)
+    cond = video.cond.without_text() if draw.without_text else video.cond
+    loss, estimate = flow_loss(network, truth_BCTHW, noise, sigma, cond, context, forced.options)
     return ClipLoss(clip, float(sigma.mean()), loss, estimate)

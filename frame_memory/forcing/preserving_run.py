@@ -25,7 +25,7 @@ from ..plan.errors import PACKER, PlanError
 from ..plan.preservation import RATES, token_grid
 from ..plan.sections import natural_order
 from .clips import SCHEDULE, TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
-from .preserving import SHIFT, draw_follow, draw_query, frame_query, next_section
+from .preserving import DROP_TEXT, SHIFT, draw_follow, draw_query, frame_query, next_section
 from .stages import LORA, MEMORY, Trained, merged
 from .training_run import Moment, Request, TrainingRun
 
@@ -43,12 +43,14 @@ class PreservingRequest(Request):
     """A Request of one of STAGES; forcing and history_shift play no part.
 
     rates: of new encoders. frozen: the encoders of stage 2 stay as they are, as in the paper's ablation. schedule: of
-    stage 2, which clean frames are seen beside the memory; empty for the MODEL's own.
+    stage 2, which clean frames are seen beside the memory; empty for the MODEL's own. drop_text: share of updates
+    without the caption.
     """
 
     rates: tuple[str, ...] = ("4x4x2",)
     frozen: bool = False
     schedule: str = ""
+    drop_text: float = DROP_TEXT
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -175,12 +177,13 @@ class PreservingRun(TrainingRun):
         chosen = eligible[int(torch.randint(len(eligible), (), generator=generator))]
         video = self._open(chosen, trained)
         if self.follows:
-            draw = draw_follow(video, request.clips, generator, shift)
+            draw = draw_follow(video, request.clips, generator, shift, request.drop_text)
             losses = next_section(trained.forced, video, draw, self.schedule.text)
         else:
             # Histories of all lengths: a memory must be read while it is short, too.
             count = 1 + int(torch.randint(min(request.clips, video.clips), (), generator=generator))
-            draw = draw_query(video, count, [RATES[name] for name in self.memory.rates], generator, shift)
+            rates = [RATES[name] for name in self.memory.rates]
+            draw = draw_query(video, count, rates, generator, shift, request.drop_text)
             losses = frame_query(trained.forced, video, draw)
         for made in losses:
             self.faces.interrupt()
@@ -188,7 +191,13 @@ class PreservingRun(TrainingRun):
             yield made.loss, 1.0
 
     def _recipe(self) -> dict:
-        return {"clips": self.request.clips, "schedule": self.schedule.text, "shift": self.request.shift or SHIFT}
+        request = self.request
+        return {
+            "clips": request.clips,
+            "schedule": self.schedule.text,
+            "shift": request.shift or SHIFT,
+            "drop_text": request.drop_text,
+        }
 
 
 def own_history(memory: PreservedMemory, device, learns: bool) -> PreservedHistory:

@@ -95,7 +95,7 @@ def videos(family: str, clips: int = 3, **change) -> list[StoredVideo]:
 
 def run_of(patcher, folder, stage: str, steps: int = 2, given=None, faces: Faces = QUIET, **more) -> PreservingRun:
     request = PreservingRequest(
-        stage, steps, clips=3, save_every=1, rank=2, settings=FAST, rates=("2x2x2",), schedule=SCHEDULE, **more
+        stage, steps, clips=3, save_every=1, rank=2, settings=FAST, schedule=SCHEDULE, drop_text=0.5, **more
     )
     given = given or videos(FAMILIES[patcher.model.diffusion_model.in_dim])
     return PreservingRun(patcher, memory_for(patcher), given, request, folder, faces)
