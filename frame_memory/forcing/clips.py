@@ -21,7 +21,6 @@ from .flow import Conditioning, WanConditioning
 SCHEDULE = "F1 forward"
 VIDEO_CLIPS = "Video Clips"
 TRAIN, TRAIN_FRAMES = "Train Direct Forcing", "Train Frame Preservation"
-TRAIN_CONTEXT = "Train Wan Frame Context"
 
 
 class ForcingError(ValueError):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..model import wan
 from ..model.memory import fingerprint_of
-from ..model.sources import WAN_CONTEXT
+from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule, plan_sections
 from ..plan.errors import PACKER
-from .clips import TRAIN_CONTEXT, VIDEO_CLIPS
+from .clips import VIDEO_CLIPS
 from .sections import Disturbance, Sample, random_section, section_loss
 from .stages import LORA, PATCHIFIERS, Trained, merged
 from .training_run import TRAINED_BYTES, Moment, Request, TrainingRun

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import comfy.sd
 import pytest
 import torch
 
@@ -15,11 +16,12 @@ from frame_memory.forcing.clips import ForcingError, StoredVideo, stored_videos
 from frame_memory.forcing.context_run import ContextRequest, ContextRun
 from frame_memory.forcing.flow import Conditioning, WanConditioning
 from frame_memory.forcing.prepared import read_videos, write_videos
+from frame_memory.forcing.results import write_result
 from frame_memory.forcing.sections import Disturbance, Sample, section_loss
 from frame_memory.forcing.stages import PATCHIFIERS
 from frame_memory.forcing.training_run import STAGE_HEAD, Faces, Request, TrainingRun
 from frame_memory.forcing.video_trainer import VideoSettings
-from frame_memory.model import wan
+from frame_memory.model import families, tensor_file, wan, wan_file
 from frame_memory.plan import plan_sections
 
 T2V, I2V = "2.1 T2V", "2.1 I2V"
@@ -60,6 +62,23 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(family, tmp_path):
     assert all(torch.equal(whole.weights[name], halves.weights[name]) for name in whole.weights)
     assert all(torch.equal(value, before[name]) for name, value in weights(patcher).items())
     assert {name.split(".")[0] for name in whole.weights} == {"lora", PATCHIFIERS}
+
+
+def test_its_files_load_in_wan_frame_context_and_in_cores_lora_loader(tmp_path):
+    patcher = reference.load(I2V)
+    run = ContextRun(patcher, None, videos(I2V), request(2), tmp_path / "run", QUIET)
+    with torch.inference_mode():  # as core runs a node
+        outcome = run.run()
+        result = write_result(run, outcome, "mine", tmp_path / "models", tmp_path / "loras", pytest.fail)
+        made, lines = wan_file.with_file(patcher, wan_file.read(str(result.checkpoint)))
+    assert families.schedule_of(made) == SCHEDULE and f"Trained on the schedule {SCHEDULE}" in "".join(lines)
+    for name, value in wan.copied_patchifiers(made).state_dict().items():
+        assert torch.equal(value, outcome.weights[f"{PATCHIFIERS}.{name}"])
+    patched, _ = comfy.sd.load_lora_for_models(made, None, tensor_file.read(str(result.lora)), 1.0, 0.0)
+    assert len(patched.patches) == len(outcome.trained.pairs) > 0
+    # The result begins another run, which is not the one that made it.
+    with pytest.raises(ForcingError, match=r"other settings \(patchifiers: None"):
+        ContextRun(made, None, videos(I2V), request(3), tmp_path / "run", QUIET).run()
 
 
 def test_one_step_is_the_loss_of_one_section(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
 from model import wan_reference as reference
@@ -17,11 +18,13 @@ from model import wan_reference as reference
 from frame_memory.forcing.clips import ForcingError, StoredVideo, TrainingVideo
 from frame_memory.forcing.flow import Conditioning, WanConditioning
 from frame_memory.forcing.forcings import Forced
+from frame_memory.forcing.prepared import write_videos
 from frame_memory.forcing.preserving import FOLLOW, QUERY, draw_follow, draw_query, frame_query, next_section
 from frame_memory.forcing.preserving_run import STAGE_FOLLOW, STAGE_QUERY, PreservingRequest, PreservingRun
 from frame_memory.forcing.results import write_result
 from frame_memory.forcing.training_run import Faces
-from frame_memory.model import families, memory_file, tensor_file, wan
+from frame_memory.model import families, memory_file, tensor_file, wan, wan_file
+from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.preserved_memory import check_preserved, memory_of, new_memory
 
@@ -165,3 +168,39 @@ def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
     inverted = PreservingRequest(STAGE_FOLLOW, 1, schedule="f1k1_x_g9_f1k1f2k2f16k4_td")
     with pytest.raises(ForcingError, match="makes later sections first.*'Frame Context Packer'"):
         PreservingRun(behind(patcher), memory_for(patcher), videos(T2V), inverted, tmp_path, QUIET)
+
+
+def test_the_command_line_trains_wan_to_look_back_and_then_behind_a_memory(tmp_path, capsys, monkeypatch):
+    """In this process, which has ComfyUI on the CPU already."""
+    from frame_memory.forcing.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["frame_memory.forcing"])
+    model, out, folder = tmp_path / "wan.safetensors", tmp_path / "out", str(tmp_path / "videos")
+    save_file(reference.checkpoint(T2V, layers=1), model, reference.METADATA)
+    write_videos(tmp_path / "videos", videos(T2V), "Wan21")
+    arguments = ["--model", str(model), "--videos", folder, "--output", str(out), "--cpu", "--steps", "1"]
+    arguments += ["--rank", "2", "--save-every", "1"]
+    patcher = reference.load(T2V, layers=1)
+    given = memory_for(patcher)
+    memory = str(tmp_path / "asked.safetensors")
+    memory_file.write(memory, Base.of(patcher), frames=given.history.state_dict(), spec=given.to_spec())
+    assert main([*arguments, "--stage", "context", "--schedule", SCHEDULE, "--name", "context"]) == 0
+    behind_it = [
+        "--patchifiers",
+        str(out / "context.safetensors"),
+        "--lora",
+        str(out / "loras" / "context.safetensors"),
+    ]
+    follow = [*arguments, *behind_it, "--stage", "follow", "--memory", memory, "--name", "followed"]
+    assert main(follow) == 0
+    recipe = memory_file.read(str(out / "followed.safetensors")).recipe
+    assert recipe["schedule"] == SCHEDULE and recipe["identity"]["LoRA and patches"] and recipe["drop_text"] == 0.1
+    assert wan_file.read(str(out / "context.safetensors")).recipe["schedule"] == SCHEDULE
+    capsys.readouterr()
+    assert main([*arguments, "--stage", "follow", "--memory", memory, "--name", "x"]) == 1
+    assert "Put 'Wan Frame Context' between" in capsys.readouterr().err
+    assert main([*arguments, "--stage", "context", "--drop-text", "0.5", "--memory", memory]) == 1
+    assert "--drop-text, --memory: plays no part in the stage context" in capsys.readouterr().err
+    write_videos(tmp_path / "videos", videos(T2V, fps=30.0), "Wan21")
+    assert main([*arguments, "--stage", "context", "--name", "fast"]) == 1
+    assert "has 30 frames a second, and the MODEL makes 16" in capsys.readouterr().err
