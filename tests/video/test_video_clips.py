@@ -106,13 +106,13 @@ def test_rate_and_section_are_those_of_the_vaes_model(family, fps, rate, window,
     assert (made.fps, made.window, made.shortest, made.longest) == (rate, window, 1, longest)
 
 
-def test_clips_at_wans_rate_show_what_was_seen_at_those_times(folder, cache, tiny_vae):
+def test_clips_at_wans_rate_show_what_was_seen_at_those_times(folder, tmp_path, tiny_vae):
     """60 pictures at 24 fps are 40 at 16 fps: one section of 36 and the picture before it."""
-    clips = ClipMaker(folder, cache, tiny_vae, Request.of(32, 1.2, 60.0, fps=16), lambda: None)
+    clips = ClipMaker(folder, tmp_path, tiny_vae, Request.of(32, 1.2, 60.0, fps=16), lambda: None)
     (first, *_) = clips.clips()
     assert first.video.name == "b 2.mp4" and (first.part.first, first.part.frames) == (0, 37)
     assert first.part.seconds == 37 / 16 and first.latent["frame_memory"]["fps"] == 16.0
-    thirty = next(maker(folder, cache, tiny_vae).clips())
+    thirty = next(maker(folder, tmp_path, tiny_vae).clips())
     assert thirty.part.frames == 73 and not torch.equal(first.latent["samples"], thirty.latent["samples"][:, :, :10])
     (seen,) = read_video(first.video.facts, range(36, 37), fps=16, size=first.video.size)
     (same,) = read_video(first.video.facts, range(54, 55), fps=24, size=first.video.size)
