@@ -45,7 +45,7 @@ def state_of_file(name: str) -> str:
 
 
 class FrameMemoryLoadEncoder(io.ComfyNode):
-    """A memory encoder from a file, or a fresh one for training."""
+    """A memory encoder from a file, or a fresh one that is to be trained."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
