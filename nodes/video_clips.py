@@ -57,6 +57,11 @@ def _inputs() -> list[io.Input]:
                 "5B). Longer stretches become several. Paper: 60."
             ),
         ),
+    ]
+
+
+def _more_inputs() -> list[io.Input]:
+    return [
         io.Float.Input(
             "shortest",
             default=SECTION_SECONDS,
@@ -113,7 +118,7 @@ class FrameMemoryVideoClips(io.ComfyNode):
                 "shot detection",
                 "latent cache",
             ],
-            inputs=_inputs(),
+            inputs=[*_inputs(), *_more_inputs()],
             outputs=[
                 io.Latent.Output(
                     display_name="latents",
