@@ -32,6 +32,8 @@ from .gradients import differentiable, plain_attention, training_options
 MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
 PARTS = (MEMORY, LORA, HEAD_PART, ALL)
 MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
+# Wan's, among the networks beside.
+PATCHIFIERS = "patchifiers"
 # Core's names of the kinds of block, and where a network keeps them.
 HUNYUAN_BLOCKS = {"double_block": "double_blocks", "single_block": "single_blocks"}
 WAN_BLOCKS = {"double_block": "blocks"}
@@ -201,6 +203,11 @@ class Trained:
                 f"diffusion_model.{layer}.alpha": torch.tensor(float(down.shape[0])),
             }
         return made
+
+    def patchifiers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of Wan's patchifiers by their own names; empty where they did not learn."""
+        word = f"{PATCHIFIERS}."
+        return {n.removeprefix(word): value for n, value in weights.items() if n.startswith(word)}
 
     def memory(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The memory's tensors, trained or as they were given; empty without one."""

@@ -74,10 +74,14 @@ def makes_clips(model_patcher) -> bool:
     return bool(said(model_patcher).get(CLIPS))
 
 
+def schedule_of(model_patcher) -> str:
+    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset."""
+    return said(model_patcher).get(SCHEDULE) or PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
+
+
 def window_of(model_patcher) -> int:
-    """Latent frames of a section that a MODEL was trained on: as its loader noted, or as its family's preset has."""
-    preset = PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
-    return parse_schedule(said(model_patcher).get(SCHEDULE) or preset).window
+    """Latent frames of a section that a MODEL was trained on."""
+    return parse_schedule(schedule_of(model_patcher)).window
 
 
 def carried_context(base_model, context: PackedContext) -> dict:

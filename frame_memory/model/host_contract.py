@@ -523,6 +523,7 @@ FAMILIES: dict[str, Family] = {
     "preservation_training": Family(
         ("FrameMemoryTrainPreservation",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + TRAINING
     ),
+    "wan_training": Family(("FrameMemoryTrainWanContext",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + TRAINING),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

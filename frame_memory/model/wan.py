@@ -157,6 +157,14 @@ def accepts_context(model_patcher) -> bool:
     return is_attached(model_patcher) and bool(model_patcher.get_additional_models_with_key(KEY))
 
 
+def copied_patchifiers(model_patcher) -> Patchifiers:
+    """A trainable copy of a MODEL's patchifiers; fresh ones where it has none. Raises ValueError as `check` does."""
+    made = patchifiers_of(model_patcher)
+    if accepts_context(model_patcher):
+        made.load_state_dict(model_patcher.get_additional_models_with_key(KEY)[0].model.state_dict())
+    return made
+
+
 def check(model_patcher) -> WanModel:
     """The network of a MODEL. Raises ValueError unless core runs it by WanModel's own forward pass and its channels are
     those of a text-to-video or an image-to-video model."""

@@ -90,6 +90,32 @@ def test_a_section_may_follow_a_schedule_with_fewer_clean_frames(model, schedule
 
 @pytest.mark.parametrize("stage", [QUERY, FOLLOW])
 @torch.no_grad()
+def test_a_tenth_of_the_updates_has_no_text_and_nothing_else_changes(model, stage):
+    """Such an update is that of a video whose caption says nothing; its picture is still seen."""
+    pack, video = encoders(model), small.video(3, batch=2)
+
+    def draws(share: float, count: int):
+        made = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        if stage == QUERY:
+            return [draw_query(video, 2, pack.rates, g, drop_text=share) for g in made]
+        return [draw_follow(video, 3, g, drop_text=share) for g in made]
+
+    often = draws(0.1, 600)
+    assert 40 < sum(draw.without_text for draw in often) < 80
+    for draw, plain in zip(often[:20], draws(0.0, 20), strict=True):
+        assert torch.equal(draw.noise, plain.noise) and torch.equal(draw.sigma, plain.sigma)
+        assert not plain.without_text
+    draw = next(draw for draw in often if draw.without_text)
+    cond = replace(video.cond, text=0 * video.cond.text, pooled=0 * video.cond.pooled)
+    (made,) = LOSSES[stage](Forced(model, pack), video, draw)
+    bare, told = replace(video, cond=cond), replace(draw, without_text=False)
+    (expected,) = LOSSES[stage](Forced(model, pack), bare, told)
+    (other,) = LOSSES[stage](Forced(model, pack), video, told)
+    assert torch.equal(made.estimate, expected.estimate) and not torch.equal(made.estimate, other.estimate)
+
+
+@pytest.mark.parametrize("stage", [QUERY, FOLLOW])
+@torch.no_grad()
 def test_golden_losses(model, stage):
     """A change of numbers is seen. The file was written by make_golden.py from the plain loop, not by the pack."""
     golden, video, pack = json.loads(GOLDEN.read_text()), small.video(3), encoders(model)

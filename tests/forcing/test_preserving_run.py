@@ -109,6 +109,19 @@ def test_frozen_encoders_learn_nothing_in_stage_two(tiny_file, tmp_path):  # noq
     assert request(STAGE_QUERY, frozen=True).parts == ("memory", "LoRA")
 
 
+@pytest.mark.parametrize(("stage", "more", "held"), [
+    (STAGE_QUERY, {"alone": 0.5}, 2), (STAGE_FOLLOW, {"alone": 0.5}, 2), (STAGE_QUERY, {"alone": 0.0}, 0),
+    (STAGE_FOLLOW, {"alone": 0.5, "frozen": True}, 0),
+])  # fmt: skip
+def test_the_lora_waits_until_the_encoders_have_learned_alone(tiny_file, tmp_path, stage, more, held):  # noqa: F811
+    model = load(tiny_file)
+    run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path, stage, 3, **more).run()
+    for step in (1, 2, 3):
+        kept = tensor_file.read(str(tmp_path / f"step-{step:08d}.safetensors"))
+        learned = [bool(value.any()) for name, value in kept.items() if ".lora." in name and name.endswith(".up")]
+        assert learned and any(learned) == (step > held), step
+
+
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, tmp_path):  # noqa: F811
     model = load(tiny_file)
     with pytest.raises(ForcingError, match="goes on with the memory of stage '1: frame query'"):
