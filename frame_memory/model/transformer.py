@@ -76,24 +76,23 @@ class FramePackTransformer(HunyuanVideo):
                       "frame_memory_positions": frame_memory_positions}  # fmt: skip
             return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
 
-        height, width = x.shape[-2:]
-        x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
+        padded = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
         context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents or ()]
-        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
+        grid = (padded.shape[2], padded.shape[3] // 2, padded.shape[4] // 2)
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
         txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
         image = None if clip_fea is None else self.image_projection(clip_fea)
         txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
 
-        window = self.img_in(x)
+        window = self.img_in(padded)
+        last = slice(-window.shape[1], None)
         img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
         pe = self._positions(context_layout, context_latents, grid, txt.shape[1], x.device, frame_memory_positions)
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
-        own = slice(-window.shape[1], None)
-        transformer_options = with_features(transformer_options, frame_memory_features, window, own)
-        img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
-        return self._pixels(self.final_layer(img[:, -window.shape[1] :], vec), grid)[..., :height, :width]
+        options = with_features(transformer_options, frame_memory_features, window, last)
+        img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, options)
+        return self._pixels(self.final_layer(img[:, last], vec), grid)[..., : x.shape[3], : x.shape[4]]
 
     def _pixels(self, out_BNK: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens of the window back to `[B, C, T, H, W]`."""

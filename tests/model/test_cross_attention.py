@@ -69,8 +69,8 @@ def read(sd: dict, number: int, heads: int, window_ND: Tensor, features_ME: Tens
 
 
 @contextlib.contextmanager
-def by_hand(net, cross: CrossAttention, features_BME: Tensor, window: int):
-    """Core's blocks with `read` behind them, for their last `window` tokens."""
+def by_hand(net, cross: CrossAttention, features_BME: Tensor, window: slice):
+    """Core's blocks with `read` behind them, for the tokens of the window."""
     sd, spec = cross.state_dict(), cross.spec
     double = list(net.blocks if hasattr(net, "blocks") else net.double_blocks)
     blocks = [*double, *getattr(net, "single_blocks", ())]
@@ -79,7 +79,7 @@ def by_hand(net, cross: CrossAttention, features_BME: Tensor, window: int):
         def changed(_, args, out):
             made = (out[0] if isinstance(out, tuple) else out).clone()
             for i, features in enumerate(features_BME):
-                made[i, -window:] += read(sd, number, spec.heads, made[i, -window:], features).to(made)
+                made[i, window] += read(sd, number, spec.heads, made[i, window], features).to(made)
             return (made, *out[1:]) if isinstance(out, tuple) else made
 
         return changed
@@ -105,7 +105,7 @@ def test_framepack_reads_them_in_every_block_of_either_kind(network, size):  # n
             **vars(inputs), **{n: vars(inputs)[n][i : i + 1] for n in vars(inputs) if n.endswith(("HW", "_B", "D"))},
             "context": tuple(c[i : i + 1] for c in inputs.context), "text_lengths": inputs.text_lengths[i : i + 1],
         })  # fmt: skip
-        with by_hand(network, cross, features[i : i + 1], 48):
+        with by_hand(network, cross, features[i : i + 1], slice(-48, None)):
             each.append(run(network, one, shown[i : i + 1]))
     assert torch.allclose(got, torch.cat(each), atol=2e-5)
     assert not torch.allclose(got, run(network, inputs, shown), atol=1e-2)
@@ -122,7 +122,7 @@ def test_wan_reads_them_in_every_block_for_the_window_alone(layout):
     for features in (drawn(2, TOKENS, FEATURES, seed=4), drawn(1, TOKENS, FEATURES, seed=5)):
         with torch.no_grad():
             got = net(**call, **{framepack.FRAME_FEATURES: features}, transformer_options=options)
-            with by_hand(net, cross, features.expand(2, -1, -1), 3 * 3 * 4):
+            with by_hand(net, cross, features.expand(2, -1, -1), slice(3 * 3 * 4)):
                 expected = net(**call, transformer_options=wan.options())
             assert torch.allclose(got, expected, atol=2e-5)
             assert not torch.allclose(got, net(**call, transformer_options=options), atol=1e-2)
