@@ -180,6 +180,7 @@ SECTIONS = _needs("""
 SAMPLING = SECTIONS + _needs("""
     comfy.samplers.KSAMPLER sampler_function
     comfy_api.latest.InputImpl.VideoFromFile
+    comfy_api.latest.io.Boolean.Input
     comfy_api.latest.io.Hidden.extra_pnginfo
     comfy_api.latest.io.Hidden.prompt
     comfy_api.latest.io.ClipVision.Input
