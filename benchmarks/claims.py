@@ -100,12 +100,16 @@ def tables(claim: Claim, args, budget: Any) -> tuple[list[str], list[tuple[str, 
             lines += ["| variant | seeds | " + " | ".join(head for head, _ in measures.values()) + " |"]
             lines += ["|" + "---|" * (len(measures) + 2)]
             for name in names:
-                cells, found = _cells(claim, claim.variants[name], case, args, budget)
+                rows = _rows(claim, claim.variants[name], case, args, budget)
+                cells = _cells(list(rows.values()), measures)
                 lines.append(
-                    f"| {name} | {found} of {len(args.seeds)} | " + " | ".join(text for _, text, _ in cells) + " |"
+                    f"| {name} | {len(rows)} of {len(args.seeds)} | " + " | ".join(text for _, text, _ in cells) + " |"
                 )
-                if found:
-                    figures[f"{name}, {words}", "seeds"] = found
+                for seed, row in rows.items():
+                    its = {(f"{name}, {words}, seed {seed}", measure): row[measure] for measure in measures}
+                    figures |= {place: value for place, value in its.items() if not math.isnan(value)}
+                if rows:
+                    figures[f"{name}, {words}", "seeds"] = len(rows)
                 for measure, _, (mean, half) in cells:
                     if not math.isnan(mean):
                         figures[f"{name}, {words}", measure] = mean
@@ -114,12 +118,17 @@ def tables(claim: Claim, args, budget: Any) -> tuple[list[str], list[tuple[str, 
     return lines, [(case, measure, value) for (case, measure), value in figures.items()]
 
 
-def _cells(claim: Claim, variant: Any, case: str, args, budget: Any):
+def _rows(claim: Claim, variant: Any, case: str, args, budget: Any) -> dict[int, dict[str, float]]:
+    """A case's figures by seed, of the rows that are there."""
     identity = identity_of(claim, variant, budget, args)
-    rows = [read_row(row_path(args.work, variant, seed), identity).get(case) for seed in args.seeds]
-    rows = [row for row in rows if row is not None]
+    rows = {seed: read_row(row_path(args.work, variant, seed), identity).get(case) for seed in args.seeds}
+    return {seed: row for seed, row in rows.items() if row is not None}
+
+
+def _cells(rows: Sequence[Mapping[str, float]], measures: Mapping[str, tuple[str, str]]):
+    """(measure, text of the cell, (mean, half of the interval)) of each measure."""
     cells = []
-    for measure, (_, form) in claim.measures(variant).items():
+    for measure, (_, form) in measures.items():
         mean, half = interval([row[measure] for row in rows])
         if not rows:
             text = MISSING
@@ -128,7 +137,7 @@ def _cells(claim: Claim, variant: Any, case: str, args, budget: Any):
         else:
             text = form.format(mean) + ("" if math.isnan(half) else f" ± {form.format(half)}")
         cells.append((measure, text, (mean, half)))
-    return cells, len(rows)
+    return cells
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
