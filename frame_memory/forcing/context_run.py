@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import wan
+from ..model.families import check_wan
 from ..model.memory import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule, plan_sections
@@ -57,7 +58,7 @@ class ContextRun(TrainingRun):
     remembers: ClassVar[bool] = False
 
     def _given(self, memory) -> None:
-        wan.check(self.original)
+        check_wan(self.original)
         self.schedule = parse_schedule(self.request.schedule)
 
     def _window(self) -> int:
