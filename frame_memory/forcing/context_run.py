@@ -19,7 +19,6 @@ from ..model.memory import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule, plan_sections
 from ..plan.errors import PACKER
-from .clips import VIDEO_CLIPS
 from .sections import Disturbance, Sample, random_section, section_loss
 from .stages import LORA, PATCHIFIERS, Trained, merged
 from .training_run import TRAINED_BYTES, Moment, Request, TrainingRun
@@ -54,7 +53,7 @@ class ContextRun(TrainingRun):
     node: ClassVar[str] = TRAIN_CONTEXT
     loaders: ClassVar[tuple[str, ...]] = (WAN_CONTEXT,)
     usual: ClassVar[str] = "0.0001 is usual"
-    longer: ClassVar[str] = f"Give longer videos to '{VIDEO_CLIPS}', or a schedule with a smaller g in '{PACKER}'."
+    longer: ClassVar[str] = f" Or choose a schedule with a smaller g in '{PACKER}'."
     remembers: ClassVar[bool] = False
 
     def _given(self, memory) -> None:

@@ -5,6 +5,7 @@ The node and the command line are two faces of it. Source: reference/memorypack.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of
 from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK
 from ..model.preserved_memory import PreservedMemory
 from ..model.semantic_pack import SemanticPack, open_gate
+from ..plan import clip_window, pixel_frames
+from ..plan.frames import section_frames
 from ..plan.preservation import PRESERVATION
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, TrainingVideo, check_families, clip_frames
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
@@ -141,13 +144,13 @@ class TrainingRun:
     differ with them. Raises ForcingError or MemoryMismatch for what cannot be trained.
 
     node: display name of the one that trains. loaders: of those that read its result. usual: its learning rate. longer:
-    what to do about videos under one clip. remembers: whether there may be a memory.
+    what else to do about videos under one clip. remembers: whether there may be a memory.
     """
 
     node: ClassVar[str] = TRAIN
     loaders: ClassVar[tuple[str, ...]] = (LOAD_DIRECT_FORCING, LOAD_MEMORY)
     usual: ClassVar[str] = "the paper's is 1e-05"
-    longer: ClassVar[str] = f"Give longer videos to '{VIDEO_CLIPS}', which names and skips short ones."
+    longer: ClassVar[str] = ""
     remembers: ClassVar[bool] = True
     memory: FrameMemory | PreservedMemory | None
 
@@ -238,9 +241,11 @@ class TrainingRun:
                 f"at a wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
             )
         if video.clips < 1:
+            seconds, shortest = pixel_frames(1 + video.window) / fps, shortest_of(video, fps)
             raise ForcingError(
                 f"{video.name} has {video.samples.shape[2]} latent frames; expected at least {1 + video.window}, a "
-                f"start frame and one clip of {video.window}. {self.longer}"
+                f"start frame and one clip of {video.window}, which are {seconds:.2f} s. Set 'shortest' in "
+                f"'{VIDEO_CLIPS}' to {shortest:g}: it then skips shorter videos, and names them.{self.longer}"
             )
 
     def run(self) -> Outcome:
@@ -415,6 +420,15 @@ class TrainingRun:
         """What is of this kind of run alone."""
         recipe = self.request.recipe
         return {"clips": self.request.clips, "losses": {**asdict(recipe), "shift": recipe.loss_shift}}
+
+
+def shortest_of(video: StoredVideo, fps: float) -> float:
+    """What 'shortest' of 'Video Clips' makes clips of at least one window: seconds, with the decimal that it takes.
+
+    Its sections are those of the VAE's model, or FramePack's where the VAE does not say it.
+    """
+    section = clip_window(video.family)
+    return math.ceil(10 * section_frames(section) * -(-video.window // section) / fps) / 10
 
 
 def without_head_patches(patcher):

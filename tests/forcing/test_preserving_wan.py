@@ -27,6 +27,7 @@ from frame_memory.model import families, memory_file, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.preserved_memory import check_preserved, memory_of, new_memory
+from frame_memory.video.video_clips import Request as ClipRequest
 
 from . import reference_preserving
 from .test_stages_wan import patchifiers_of
@@ -161,8 +162,12 @@ def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
         run_of(patcher, tmp_path, STAGE_QUERY, given=videos(T2V, fps=30.0))
     with pytest.raises(ForcingError, match="video 0 has 16 frames a second, and the MODEL makes 24"):
         run_of(larger, tmp_path, STAGE_QUERY, given=videos(TI2V, fps=16.0))
-    with pytest.raises(ForcingError, match="video 0 has 13 latent frames; expected at least 21"):
-        run_of(patcher, tmp_path, STAGE_QUERY, given=videos(T2V))
+    for vae, section, shortest in (("", 9, "6.8"), ("selftest", 9, "6.8"), ("Wan21", 20, "5")):
+        made = ClipRequest.of(64, float(shortest), 60.0, vae, 16.0)
+        assert made.window == section and made.shortest * section in (20, 27), "one window of 20 and no more"
+        said = f"expected at least 21, .* are 5.06 s. Set 'shortest' in 'Video Clips' to {shortest}: "
+        with pytest.raises(ForcingError, match=f"video 0 has 13 latent frames; {said}"):
+            run_of(patcher, tmp_path, STAGE_QUERY, given=[replace(videos(T2V)[0], family=vae)])
     packed = replace(videos(T2V)[0], cond=Conditioning(torch.zeros(1), torch.zeros(1)))
     with pytest.raises(ForcingError, match="video 0 was prepared for a FramePack model"):
         run_of(patcher, tmp_path, STAGE_QUERY, given=[packed])
