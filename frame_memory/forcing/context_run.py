@@ -56,8 +56,11 @@ class ContextRun(TrainingRun):
     longer: ClassVar[str] = f" Or choose a schedule with a smaller g in '{PACKER}'."
     remembers: ClassVar[bool] = False
 
+    @classmethod
+    def _check_model(cls, patcher) -> None:
+        check_wan(patcher)
+
     def _given(self, memory) -> None:
-        check_wan(self.original)
         self.schedule = parse_schedule(self.request.schedule)
 
     def _window(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -160,6 +160,7 @@ class TrainingRun:
     ):  # fmt: skip
         self.faces, self.workers = faces or Faces(), workers
         self.original, self.request, self.patches = patcher, request, patches
+        self.check(patcher, videos)
         self.memory = self._given(memory)
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
         self.base = Base.of(patcher)
@@ -170,9 +171,21 @@ class TrainingRun:
         self._check_videos()
         self._warn()
 
+    @classmethod
+    def check(cls, patcher, videos: Sequence[StoredVideo]) -> None:
+        """Raise ForcingError, MemoryMismatch or ValueError for a MODEL that this run cannot train, or videos that are
+        not for it, whatever the stage."""
+        cls._check_model(patcher)
+        for video in videos:
+            _check_made_for(video, patcher, cls.node)
+        check_families(videos, latent_families(patcher))
+
+    @classmethod
+    def _check_model(cls, patcher) -> None:
+        check_model(patcher, cls.node)
+
     def _given(self, memory):
-        """The memory to train with. Raises MemoryMismatch or ForcingError for a MODEL or memory that cannot be."""
-        check_model(self.original, self.node)
+        """The memory to train with. Raises MemoryMismatch or ForcingError for one that cannot be."""
         if memory is None:
             return new_encoder(self.original) if MEMORY in self.request.parts else None
         check_fits(of_kind(memory, SEMANTIC_PACK, TRAIN, PRESERVATION), self.original, TRAIN)
@@ -214,7 +227,6 @@ class TrainingRun:
     def _check_videos(self) -> None:
         for video in self.videos:
             self._check_video(video)
-        check_families(self.videos, latent_families(self.original))
         longest = max(video.clips for video in self.videos)
         if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
             raise ForcingError(
@@ -224,23 +236,8 @@ class TrainingRun:
             )
 
     def _check_video(self, video: StoredVideo) -> None:
-        channels, fps = self.patcher.model.latent_format.latent_channels, frames_a_second(self.original)
-        if isinstance(video.cond, WanConditioning) != is_wan(self.original):
-            its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
-            raise ForcingError(
-                f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{self.node}'."
-            )
-        if video.samples.shape[1] != channels:
-            raise ForcingError(
-                f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
-                f"Use the MODEL's own VAE in '{VIDEO_CLIPS}'."
-            )
-        if video.fps not in (0, fps):
-            raise ForcingError(
-                f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move "
-                f"at a wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
-            )
         if video.clips < 1:
+            fps = frames_a_second(self.original)
             seconds, shortest = pixel_frames(1 + video.window) / fps, shortest_of(video, fps)
             raise ForcingError(
                 f"{video.name} has {video.samples.shape[2]} latent frames; expected at least {1 + video.window}, a "
@@ -420,6 +417,23 @@ class TrainingRun:
         """What is of this kind of run alone."""
         recipe = self.request.recipe
         return {"clips": self.request.clips, "losses": {**asdict(recipe), "shift": recipe.loss_shift}}
+
+
+def _check_made_for(video: StoredVideo, patcher, node: str) -> None:
+    channels, fps = patcher.model.latent_format.latent_channels, frames_a_second(patcher)
+    if isinstance(video.cond, WanConditioning) != is_wan(patcher):
+        its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
+        raise ForcingError(f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{node}'.")
+    if video.samples.shape[1] != channels:
+        raise ForcingError(
+            f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. Use the "
+            f"MODEL's own VAE in '{VIDEO_CLIPS}'."
+        )
+    if video.fps not in (0, fps):
+        raise ForcingError(
+            f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move at a "
+            f"wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
+        )
 
 
 def shortest_of(video: StoredVideo, fps: float) -> float:
