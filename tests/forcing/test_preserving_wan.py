@@ -207,6 +207,16 @@ def test_the_command_line_trains_wan_to_look_back_and_then_behind_a_memory(tmp_p
     assert "Put 'Wan Frame Context' between" in capsys.readouterr().err
     assert main([*arguments, "--stage", "context", "--drop-text", "0.5", "--memory", memory]) == 1
     assert "--drop-text, --memory: plays no part in the stage context" in capsys.readouterr().err
+    for stage, idle in {
+        "query": "--encoders 2x2x8 --memory x",
+        "follow": "--encoders 2x2x8",
+        "context": "--encoders 2x2x8 --clips 4",
+        "memory": "--encoders 4x4x2",
+        "head": "--rank 4 --no-checkpointing",
+    }.items():
+        assert main([*arguments[:7], "--stage", stage, *idle.split()]) == 1
+        named = ", ".join(word for word in idle.split() if word.startswith("--") and word != "--memory")
+        assert f"{named}: plays no part in the stage {stage}" in capsys.readouterr().err
     write_videos(tmp_path / "videos", videos(T2V, fps=30.0), "Wan21")
     assert main([*arguments, "--stage", "context", "--name", "fast"]) == 1
     assert "has 30 frames a second, and the MODEL makes 16" in capsys.readouterr().err
