@@ -32,7 +32,6 @@ from .draws import LOGIT_NORMAL, sigmas
 from .flow import flow_loss
 from .forcings import ClipLoss, Forced
 
-QUERY, FOLLOW = "frame query", "next section"
 # CHOICE of the reference, section 3: so many frames are asked for at most, and what is masked is noisier than this.
 MOST_ASKED = 8
 LEAST_MASK = 0.2
@@ -179,9 +178,6 @@ def next_section(
     seen = _remembered(forced, video.latents[:, :, : section.start], segment_ends(1, video.window, draw.clip), None)
     truth = video.latents[:, :, section.start : section.stop]
     yield _loss(forced, video, truth, draw, context, seen, seen_from(seen.places, section), draw.clip)
-
-
-LOSSES = {QUERY: frame_query, FOLLOW: next_section}
 
 
 def behind(network: Callable[..., Tensor], seen: Remembered, places: Sequence[tuple[int, int, int]]):

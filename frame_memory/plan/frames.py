@@ -9,6 +9,8 @@ pipelines/helios).
 from __future__ import annotations
 
 START, END, BLANK = -1, -2, -3
+# Latent frames of a picture that is held still as one clip, from which a video of clips begins.
+STILL_FRAMES = 9
 
 
 def pixel_frames(latent_frames: int, clip: int = 0) -> int:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ..plan import PlanError
 from ..plan.errors import IMAGE, SAMPLER
+from ..plan.frames import STILL_FRAMES, pixel_frames
 from ..plan.mark import read_mark
-
-# Of a picture that is held still for 33 pictures, as one clip.
-STILL_FRAMES = 9
 
 
 def still_of(start_BCTHW: Tensor) -> Tensor | None:
@@ -29,9 +27,9 @@ def still_of(start_BCTHW: Tensor) -> Tensor | None:
     if held != STILL_FRAMES:
         raise PlanError(
             f"'start' of {SAMPLER} holds {held} latent frame{'s' * (held != 1)}, and this MODEL begins from "
-            f"{STILL_FRAMES}: its start picture held still for 33 pictures, since its history begins with the last of "
-            f"them. Switch 'still_clip' on in '{IMAGE}'. For text to video, without a picture, feed 'Empty "
-            "HunyuanVideo 1.0 Latent' into 'start'."
+            f"{STILL_FRAMES}: its start picture held still for {pixel_frames(STILL_FRAMES)} pictures, since its "
+            f"history begins with the last of them. Switch 'still_clip' on in '{IMAGE}'. For text to video, without a "
+            "picture, feed 'Empty HunyuanVideo 1.0 Latent' into 'start'."
         )
     return start_BCTHW[:, :, -1:]
 
@@ -44,10 +42,10 @@ def check_clips(history: Mapping | None, initial: Mapping | None, window: int) -
     if history is not None:
         raise PlanError(
             f"'history' of {SAMPLER} is connected, and this MODEL cannot go on from an existing video yet: it reads "
-            "one as clips of 33 pictures, encoded one by one with a little noise, which no node here makes. Disconnect "
-            f"'history'; feed 'image' of 'Video History', its last picture, into '{IMAGE}', and join the two videos "
-            "with 'Join Videos' at overlap 0. A video that was made here grows with 'seconds' in the same 'project': "
-            "finished sections stay."
+            f"one as clips of {pixel_frames(window)} pictures, encoded one by one with a little noise, which no node "
+            f"here makes. Disconnect 'history'; feed 'image' of 'Video History', its last picture, into '{IMAGE}', and "
+            "join the two videos with 'Join Videos' at overlap 0. A video that was made here grows with 'seconds' in "
+            "the same 'project': finished sections stay."
         )
     mark = None if initial is None else read_mark(initial)
     if initial is not None and (mark is None or mark.clip != window):

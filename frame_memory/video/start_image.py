@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..plan import nearest_bucket
 from ..plan.errors import IMAGE
+from ..plan.frames import STILL_FRAMES, pixel_frames
 from ..plan.mark import KEY
 from .images import ImageError, check_image, to_bucket, with_mask
 from .vae import EXPECTED_FILES, SELFTEST, WAN, WAN_5B, VAEError, check_video_vae, identify_vae
@@ -31,10 +32,6 @@ class StartImage:
     vision: comfy.clip_vision.Output | None
     picture_BHWC: Tensor
     report: str
-
-
-# Pictures of a clip that stands still: what 9 latent frames decode to.
-STILL_PICTURES = 33
 
 
 def encode_pictures(vae, picture_BHWC: Tensor, pictures: int = 1) -> dict:
@@ -80,7 +77,7 @@ def prepare(
     height, width = nearest_bucket(image.shape[1], image.shape[2], base, multiple)
     start_picture, report = to_bucket(with_mask(image, mask, "mask"), width, height, background=background)
     vision = clip_vision.encode_image(start_picture, crop=False) if clip_vision is not None else None
-    start, end = encode_pictures(vae, start_picture, STILL_PICTURES if still_clip else 1), None
+    start, end = encode_pictures(vae, start_picture, pixel_frames(STILL_FRAMES) if still_clip else 1), None
     if end_image is not None:
         check_image(end_image, "end_image")
         end_image = with_mask(end_image, end_mask, "end_mask")

@@ -14,6 +14,8 @@ from frame_memory.model.packing import ContextLayout
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
 from model import preserved, wan_reference
 
+# Names of the two losses, in golden numbers.
+QUERY, FOLLOW = "frame query", "next section"
 NAMES = {4: "proj_4x", 2: "proj_2x", 1: "proj"}
 
 

@@ -13,24 +13,17 @@ import torch
 
 from frame_memory.forcing.clips import ForcingError
 from frame_memory.forcing.forcings import Forced
-from frame_memory.forcing.preserving import (
-    FOLLOW,
-    LOSSES,
-    QUERY,
-    asked_frames,
-    draw_follow,
-    draw_query,
-    frame_query,
-    next_section,
-)
+from frame_memory.forcing.preserving import asked_frames, draw_follow, draw_query, frame_query, next_section
 from frame_memory.forcing.stages import LORA, MEMORY, Trained
 from frame_memory.model.cross_attention import spec_of
 from frame_memory.model.preservation import PreservationSpec
 from frame_memory.model.preserved_history import PreservedHistory, initialise_all
 
 from . import reference_preserving, small
+from .reference_preserving import FOLLOW, QUERY
 
 GOLDEN = Path(__file__).with_name("golden_preserving.json")
+LOSSES = {QUERY: frame_query, FOLLOW: next_section}
 SMALL = {"channels": (4, 6, 8, 8), "heads": 2}
 
 

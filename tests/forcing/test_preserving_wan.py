@@ -19,7 +19,7 @@ from frame_memory.forcing.clips import ForcingError, StoredVideo, TrainingVideo
 from frame_memory.forcing.flow import Conditioning, WanConditioning
 from frame_memory.forcing.forcings import Forced
 from frame_memory.forcing.prepared import write_videos
-from frame_memory.forcing.preserving import FOLLOW, QUERY, draw_follow, draw_query, frame_query, next_section
+from frame_memory.forcing.preserving import draw_follow, draw_query, frame_query, next_section
 from frame_memory.forcing.preserving_run import STAGE_FOLLOW, STAGE_QUERY, PreservingRequest, PreservingRun
 from frame_memory.forcing.results import write_result
 from frame_memory.forcing.training_run import Faces
@@ -30,6 +30,7 @@ from frame_memory.model.preserved_memory import check_preserved, memory_of, new_
 from frame_memory.video.video_clips import Request as ClipRequest
 
 from . import reference_preserving
+from .reference_preserving import FOLLOW, QUERY
 from .test_stages_wan import patchifiers_of
 from .test_train_run import FAST, Cancelled
 
