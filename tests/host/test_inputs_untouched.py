@@ -211,6 +211,11 @@ def of_wan(g) -> dict:
             "high": g.wan, "low": g.wan.clone(), "positive": g.positive, "negative": g.negative, "cfg_high": 3.5,
             "cfg_low": 1.0, "boundary": 0.9,
         },
+        "FrameMemoryTrainWanContext": lambda: {
+            "model": [g.wan], "latents": [g.latent(19, 5)], "positive": [g.positive], "frame_context": [g.context],
+            "stage": ["Wan: frame context"], "name": ["wan"], "steps": [1], "learning_rate": [1e-3],
+            "training_seed": [0], "rank": [2], "save_every": [1],
+        },
     }
 
 
