@@ -7,12 +7,15 @@ Source: reference/framepack.md sections 1 and 2.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from torch import Tensor
 
+from .once import every_time
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
 
 IMAGE_FEATURES = 1152
@@ -52,6 +55,7 @@ class FramePackTransformer(HunyuanVideo):
         memory_tokens: Tensor | None = None,
         frame_memory_tokens: Tensor | None = None,
         frame_memory_positions: Tensor | None = None,
+        once=every_time,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
@@ -61,6 +65,7 @@ class FramePackTransformer(HunyuanVideo):
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
         frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4).
+        once: a `Once` of this prompt in this section, for what no step changes; the result is the same without it.
         Raises ValueError without a context or memory tokens, where context and window do not belong together, or for
         conditioning of other models.
         """
@@ -72,22 +77,27 @@ class FramePackTransformer(HunyuanVideo):
                           "frame_memory_tokens": frame_memory_tokens}  # fmt: skip
             shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
                       "frame_memory_positions": frame_memory_positions}  # fmt: skip
-            return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
+            return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared, once)
 
         height, width = x.shape[-2:]
         x = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
-        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents or ()]
+        context_latents = context_latents or []
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
 
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
         txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
-        image = None if clip_fea is None else self.image_projection(clip_fea)
+        same = (x.device, txt.dtype, x.shape[0], grid, txt.shape[1], context_layout)
+        image = None if clip_fea is None else once("image", same, lambda: self.image_projection(clip_fea))
         txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
 
         window = self.img_in(x)
-        img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
+        history = once("history", same, lambda: self._history_tokens(context_latents, context_layout, window))
+        front = [] if frame_memory_tokens is None else [frame_memory_tokens.to(window)]
+        img = torch.cat([*front, history, window], dim=1)
         frames = tuple(c.shape[2] for c in context_latents)
-        pe = self._positions(context_layout, frames, grid, txt.shape[1], x.device, frame_memory_positions)
+        pe = once("positions", same, lambda: self._positions(
+            context_layout, frames, grid, txt.shape[1], x.device, frame_memory_positions
+        ))  # fmt: skip
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
         img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, transformer_options)
         return self._pixels(self.final_layer(img[:, -window.shape[1] :], vec), grid)[..., :height, :width]
@@ -97,7 +107,7 @@ class FramePackTransformer(HunyuanVideo):
         out = out_BNK.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
-    def _forward_each(self, lengths, x, timestep, context, per_sample, context_latents, shared) -> Tensor:
+    def _forward_each(self, lengths, x, timestep, context, per_sample, context_latents, shared, once) -> Tensor:
         """Run each sample with exactly its own text.
 
         Padding must never meet real tokens, and core's refiner pools over whatever it is given
@@ -108,7 +118,8 @@ class FramePackTransformer(HunyuanVideo):
             row = slice(i, i + 1)
             own = {k: None if v is None else v[row] for k, v in per_sample.items()}
             latents = [c[row] for c in context_latents]
-            return self._forward(x[row], timestep[row], context[row, :length], context_latents=latents, **own, **shared)
+            mine = {**own, **shared, "context_latents": latents, "once": partial(_of_sample, once, i)}
+            return self._forward(x[row], timestep[row], context[row, :length], **mine)
 
         return torch.cat([one(i, length) for i, length in enumerate(lengths)])
 
@@ -128,12 +139,11 @@ class FramePackTransformer(HunyuanVideo):
         clean, _ = self._modulation_vector(torch.zeros_like(timestep), y, guidance, vec.dtype)
         return torch.stack((clean, vec), dim=1), frame_memory_tokens.shape[1]
 
-    def _visual_tokens(self, window, context_latents, layout: ContextLayout, frame_memory_tokens) -> Tensor:
-        """`[B, N, D]`: frame preservation, context groups, window."""
-        tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, layout.groups, strict=True)]
-        if frame_memory_tokens is not None:
-            tokens.insert(0, frame_memory_tokens.to(window))
-        return torch.cat([*tokens, window], dim=1)
+    def _history_tokens(self, context_latents, layout: ContextLayout, window_BND: Tensor) -> Tensor:
+        """Context groups `[B, N, D]`; without any, none."""
+        padded = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
+        tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(padded, layout.groups, strict=True)]
+        return torch.cat(tokens, dim=1) if tokens else window_BND[:, :0]
 
     def _positions(self, layout: ContextLayout, frames, grid, text_tokens: int, device, places=None) -> Tensor:
         """Rotary table of the whole sequence; nothing on the text side is turned."""
@@ -173,6 +183,11 @@ class FramePackTransformer(HunyuanVideo):
             img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
             _add_control(img, control.get("output"), i, window_tokens)
         return img[:, start:]
+
+
+def _of_sample(once, i: int, name: str, made_for, make) -> Tensor:
+    """A sample's own part of what is computed once."""
+    return once(f"{name} of sample {i}", made_for, make)
 
 
 def _needed(context_latents, context_layout: ContextLayout | None, tokens: Tensor | None) -> ContextLayout:
