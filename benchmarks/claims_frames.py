@@ -9,8 +9,8 @@ rate the table is about what a token holds, and not about where it is. A token h
 2048, where the paper's has 3072 for as many; so less can be kept.
 
 A step of the default settings takes 0.2 to 0.6 s of one CPU core in stage 1 and 0.4 to 0.7 s in stage 2, and all rows
-of a seed some 8,300 s with what is measured. Processes may share a folder where they fill different rows and the clips
-are there already.
+of a seed but the two with cross-attention some 8,300 s with what is measured. Processes may share a folder where they
+fill different rows and the clips are there already.
 
 Source: pfp reference 3, 4, 6 and 7.2 to 7.4.
 """
@@ -30,6 +30,7 @@ from torch import Tensor
 from frame_memory.forcing.preserving import draw_follow, draw_query, frame_query, next_section
 from frame_memory.forcing.stages import LORA, MEMORY, PACK_NAME, Trained
 from frame_memory.forcing.video_trainer import VideoSettings
+from frame_memory.model.cross_attention import spec_of
 from frame_memory.model.preservation import PreservationSpec
 from frame_memory.model.preserved_history import PreservedHistory, initialise_all
 from frame_memory.plan import PRESETS, plan_sections
@@ -58,7 +59,7 @@ class Row:
 
     rates: of its encoders; none for the base as it is. schedule: of stage 2, which clean frames are shown; "" for a row
     of stage 1. after: the row of the same seed that stage 2 goes on from, "" for a fresh encoder. frozen: the encoder
-    of stage 2 stays as it is.
+    of stage 2 stays as it is. cross: the network also reads the features before the projection, in both stages.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Row:
     schedule: str = ""
     after: str = ""
     frozen: bool = False
+    cross: bool = False
 
     @property
     def leg(self) -> int:
@@ -74,6 +76,11 @@ class Row:
         if not self.rates:
             return BASE
         return STAGE_2 if self.schedule else STAGE_1
+
+    @property
+    def untaught(self) -> bool:
+        """Whether nothing of its encoder learns: it is frozen, or the base's own embedding."""
+        return self.frozen or self.branches == "low"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -85,6 +92,7 @@ BRANCHES = {"large patchifier": "patchifier", "only LR": "low", "without LR": "h
 QUERIES = (
     *(Row(f"{name}, {rate}", (rate,), kind) for rate in ("4x4x2", "2x2x2", "2x2x1") for name, kind in BRANCHES.items()),
     Row("both, 4x4x2 + 2x2x8", ("4x4x2", "2x2x8")),
+    Row("both, 4x4x2, cross-attention", cross=True),
 )
 FOLLOWS = (
     Row("F1 without a memory", rates=(), schedule=FRAMEPACK),
@@ -94,6 +102,7 @@ FOLLOWS = (
     Row("+ sliding window", schedule=WINDOW, after="both, 4x4x2"),
     Row("+ second encoder", ("4x4x2", "2x2x8"), schedule=ALONE, after="both, 4x4x2 + 2x2x8"),
     Row("+ FramePack's context", schedule=FRAMEPACK, after="both, 4x4x2"),
+    Row("+ cross-attention", schedule=ALONE, after="both, 4x4x2, cross-attention", cross=True),
 )
 
 
@@ -101,14 +110,16 @@ FOLLOWS = (
 class Budget:
     """How much is trained; plain numbers that are written beside each result.
 
-    steps, next_steps: of the two stages. batch: scenes a step. clips: scenes in all. rank: of the LoRAs. asked: clips
-    of the longest history of stage 1. rate: of AdamW. sections: length of stage 2's videos. returns: share of its steps
-    on a section in which the visitor comes back; it does so in one of seven.
+    steps, next_steps: of the two stages. alone: share of them in which the encoder learns and the LoRA waits. batch:
+    scenes a step. clips: scenes in all. rank: of the LoRAs. asked: clips of the longest history of stage 1. rate: of
+    AdamW. sections: length of stage 2's videos. returns: share of its steps on a section in which the visitor comes
+    back; it does so in one of seven.
     """
 
-    steps: int = 1000
-    next_steps: int = 1000
-    batch: int = 8
+    steps: int = 600
+    next_steps: int = 600
+    alone: float = 1 / 3
+    batch: int = 4
     clips: int = 800
     rank: int = 32
     asked: int = 8
@@ -118,7 +129,8 @@ class Budget:
 
     def until(self, leg: int) -> dict[str, float | str]:
         """What weights depend on that were trained up to a leg; so other settings of the rest leave them valid."""
-        used = {STAGE_1: ("steps", "batch", "clips", "rank", "asked", "rate"), BASE: ()}.get(leg, tuple(asdict(self)))
+        asking = ("steps", "alone", "batch", "clips", "rank", "asked", "rate")
+        used = {STAGE_1: asking, BASE: ()}.get(leg, tuple(asdict(self)))
         base = hashlib.sha256((MODELS / "diffusion_models" / FILES[KIND]).read_bytes()).hexdigest()[:12]
         return {"world": WORLD, "base": base, **{name: getattr(self, name) for name in used}}
 
@@ -156,8 +168,13 @@ class FramesWorkshop(Workshop):
             def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 return {**{PACK_NAME + n: v for n, v in made.memory(weights).items()}, **weights}
 
-            losses = self._losses(made, row)
-            self.train(path.stem, made, lambda step: losses, settings, steps, identity, tensors)
+            losses, alone = self._losses(made, row), 0 if row.untaught else int(steps * self.budget.alone)
+
+            def losses_at(step: int):
+                made.hold_lora(step < alone)
+                return losses
+
+            self.train(path.stem, made, losses_at, settings, steps, identity, tensors)
         _load(made, read_weights(path, identity))
         return made
 
@@ -172,9 +189,10 @@ class FramesWorkshop(Workshop):
     def _fresh(self, row: Row, seed: int) -> Trained:
         network = fresh(KIND).requires_grad_(False).to(self.device)
         embedding = network.img_in.proj
-        options = {"branches": row.branches, "channels": CHANNELS, "heads": HEADS}
+        options = {"branches": row.branches, "channels": CHANNELS, "heads": HEADS, "cross_attention": row.cross}
         specs = [PreservationSpec.of(embedding, 16, rate=rate, **options) for rate in row.rates]
-        history = PreservedHistory(specs, torch.float32, self.device, comfy.ops.disable_weight_init)
+        cross = spec_of(network, CHANNELS[-1]) if row.cross else None
+        history = PreservedHistory(specs, torch.float32, self.device, comfy.ops.disable_weight_init, cross)
         initialise_all(history, embedding.weight, embedding.bias, seed)
         return Trained(network, history, row.parts, rank=self.budget.rank, seed=seed, device=self.device)
 

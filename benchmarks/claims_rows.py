@@ -261,7 +261,7 @@ def base_losses(trained: Trained, clips: LongClips, short: ClipSet, kind: str, b
         x = video.latents[:, :, section.start : section.stop]
         noise = torch.randn(x.shape, generator=generator).to(device)
         sigma = shifted_sigmas(budget.batch, SHIFT, generator).to(device)
-        yield flow_loss(trained, x, noise, sigma, video.cond, context, trained.forced.options), 1.0
+        yield flow_loss(trained, x, noise, sigma, video.cond, context, trained.forced.options)[0], 1.0
 
     return lambda step: losses if step < budget.short_from * budget.base_steps else mixed
 

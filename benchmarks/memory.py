@@ -50,6 +50,22 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / MEGABYTE
 
 
+def highest() -> float:
+    """The most memory that this process ever had resident, MB, by the system's own count; now's where it keeps none.
+
+    Not `ru_maxrss`: on Linux that begins with what the process had that started this one.
+    """
+    import psutil
+
+    try:
+        told = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        found = psutil.Process().memory_info()
+        return getattr(found, "peak_wset", found.rss) / MEGABYTE
+    kilobytes = next(line.split()[1] for line in told.splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) / 1024
+
+
 def unbacked() -> float:
     """Resident memory that is no copy of a file, MB: what the system cannot take back. RSS where it does not tell."""
     import psutil

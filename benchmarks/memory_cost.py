@@ -107,7 +107,10 @@ def in_turn(actions: dict, device: str, repeats: int) -> dict:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside it and not yet given back; `peak` is the most there were."""
+    """Counts the bytes of all tensors that are made inside it and not yet given back; `peak` is the most there were.
+
+    A file that the system maps into memory counts nothing: what was read of it can be taken back at any time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,11 +121,12 @@ class Held(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._take(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                self._take(storage, 0 if func is torch.ops.aten.from_file.default else storage.nbytes())
         return made
 
-    def _take(self, storage) -> None:
-        key, size = id(storage), storage.nbytes()
+    def _take(self, storage, size: int) -> None:
+        key = id(storage)
         if key not in self._known:
             self._known[key] = size
             weakref.finalize(storage, self._drop, key).atexit = False

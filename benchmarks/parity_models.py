@@ -14,6 +14,7 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
 from frame_memory.model.key_map import convert_diffusers
+from frame_memory.model.once import every_time
 from frame_memory.model.packing import ContextLayout
 from frame_memory.model.transformer import FramePackTransformer
 
@@ -151,7 +152,7 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
+def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time) -> torch.Tensor:
     """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
     return model(
         inputs.window_BCTHW.to(dtype),
@@ -163,6 +164,7 @@ def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype) ->
         attention_mask=inputs.mask_BL(),
         context_latents=[c.to(dtype) for c in inputs.context],
         context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
+        once=once,
     )
 
 

@@ -160,7 +160,7 @@ def ship_context(weights_file: Path) -> None:
     patchifiers.load_state_dict({n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)})
     recipe = {"command": CONTEXT_METADATA["frame_memory.recipe"], "schedule": train_wan_context.SCHEDULE_TEXT}
     said = {"recipe": recipe, "licence": METADATA["modelspec.license"]}
-    wan_file.write(str(MODELS / CONTEXT), Base.of(model), patchifiers, **said, dtype=torch.bfloat16)
+    wan_file.write(str(MODELS / CONTEXT), Base.of(model), patchifiers.state_dict(), **said, dtype=torch.bfloat16)
 
 
 def _settings(path: Path) -> str:

@@ -45,7 +45,7 @@ def state_of_file(name: str) -> str:
 
 
 class FrameMemoryLoadEncoder(io.ComfyNode):
-    """A memory encoder from a file, or a fresh one for training."""
+    """A memory encoder from a file, or a fresh one that is to be trained."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,8 +55,8 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             category="model/loaders",
             description=(
                 "Loads a memory encoder: SemanticPack, which sums up the video so far in a few hundred tokens, or "
-                "frame preservation, which keeps its frames in few tokens each. A new one is for training, and the "
-                "node says so."
+                "frame preservation, which keeps its frames in few tokens each. A new one knows nothing until you "
+                "train it, and the node says so."
             ),
             search_aliases=["memorypack", "semanticpack", "long term memory", "psi", "pfp", "tinyhistory"],
             inputs=[
@@ -81,7 +81,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             outputs=[
                 FrameMemorySocket.Output(
                     display_name="memory",
-                    tooltip="The encoder, for MemoryPack Encoder or Frame Preservation Encoder, or for training.",
+                    tooltip="The encoder, for MemoryPack Encoder, Frame Preservation Encoder or a node that trains it.",
                 ),
                 io.String.Output(
                     display_name="report", tooltip="Kind, size and variant of the encoder, its base, trained or not."

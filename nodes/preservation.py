@@ -31,7 +31,11 @@ class FrameMemoryFramePreservation(io.ComfyNode):
             search_aliases=["pfp", "tinyhistory", "history embedding", "long term memory", "frame query"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="FramePack-F1 or Wan, LoRAs and all. It is not changed; a copy is returned."
+                    "model",
+                    tooltip=(
+                        "FramePack-F1 or Wan, LoRAs and all; of Wan 2.2 A14B the expert that the memory was trained "
+                        "for. It is not changed; a copy is returned."
+                    ),
                 ),
                 FrameMemorySocket.Input(
                     "memory", tooltip="Frame preservation from Load Memory Encoder. Another kind or base is refused."
@@ -53,7 +57,8 @@ class FrameMemoryFramePreservation(io.ComfyNode):
                     display_name="memory", tooltip="The memory with its limit, for Anti-Drift Sampler's 'memory'."
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="Rate and base of the memory, and how far back the tokens reach."
+                    display_name="report",
+                    tooltip="Rate and base of the memory, how far back the tokens reach, what cross-attention costs.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -83,6 +83,15 @@ def _optional_picture_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Colour laid under the transparent parts of pictures: their alpha, or 'mask' and 'end_mask'.",
         ),
+        io.Boolean.Input(
+            "still_clip",
+            default=False,
+            advanced=True,
+            tooltip=(
+                "On for Helios, off for all others. 'start' is then the picture held still for 33 pictures (9 latent "
+                "frames): what Helios's first section looks back on. It takes a few seconds more."
+            ),
+        ),
     ]
 
 
@@ -114,9 +123,9 @@ class FrameMemoryFramePackImage(io.ComfyNode):
     @classmethod
     def execute(
         cls, positive, vae, image, size, negative=None, clip_vision=None, end_image=None, mask=None, end_mask=None,
-        background="white",
+        background="white", still_clip=False,
     ) -> io.NodeOutput:  # fmt: skip
-        made = prepare(vae, clip_vision, image, end_image, size, background, mask, end_mask)
+        made = prepare(vae, clip_vision, image, end_image, size, background, mask, end_mask, still_clip)
         values = {} if made.vision is None else {"clip_vision_output": made.vision}
         positive = node_helpers.conditioning_set_values(positive, values)
         negative = None if negative is None else node_helpers.conditioning_set_values(negative, values)
@@ -222,8 +231,8 @@ def _run_inputs() -> list[io.Input]:
         io.Latent.Input(
             "start",
             tooltip=(
-                "Start latent from FramePack Image; its first frame begins the video. With 'history' connected only "
-                "its size and batch count: the last frames of the history stand in its place."
+                "Start latent from FramePack Image; its first frame begins the video. With 'history' only size and "
+                "batch count. Helios takes it with 'still_clip', or an empty latent for text to video, and hides it."
             ),
         ),
         io.Float.Input(
@@ -234,8 +243,8 @@ def _run_inputs() -> list[io.Input]:
             step=0.1,  # the editor shows and keeps as many decimals as the step has
             tooltip=(
                 "Length in seconds, in whole sections: of 1.2 s (36 frames at 30 fps) with FramePack, of 5 s (80 "
-                "frames at 16 fps) with Wan. The video has one frame more: the start picture. The exact length is "
-                "shown before the first step."
+                "frames at 16 fps) with Wan; the video has one frame more: the start picture. With Helios 1.375 s "
+                "(33 frames at 24 fps). The exact length is shown before the first step."
             ),
         ),
         io.String.Input(

@@ -15,7 +15,7 @@ AS_STAGE = "as the stage"
 
 def _inputs() -> list[io.Input]:
     return [
-        *shared.video_inputs(),
+        *shared.video_inputs("FramePack-F1 from Load FramePack Model."),
         io.Combo.Input(
             "stage",
             options=[*training.STAGES, shared.PREPARE],

@@ -21,8 +21,9 @@ from ..frame_memory.forcing.prepared import write_videos
 from ..frame_memory.forcing.results import Result, write_result
 from ..frame_memory.forcing.video_trainer import VideoSettings
 from ..frame_memory.journal.files import JournalError, safe_name
-from ..frame_memory.model import head, memory_file
-from ..frame_memory.model.framepack import MODEL_OPTION, latent_families
+from ..frame_memory.model import head, memory_file, wan_file
+from ..frame_memory.model.families import is_wan, said
+from ..frame_memory.model.framepack import latent_families
 from ..frame_memory.model.memory import MEMORY_PACK
 from ..frame_memory.sampling.identity import patches_of
 from ..frame_memory.sampling.time_left import TimeLeft
@@ -39,15 +40,15 @@ WARNING = "Warning"
 HIGH_RATE = 1e-3
 # Seconds between two texts or pictures on the node.
 SAY_EVERY = 2.0
+# Tooltips of several nodes.
+SHIFT_TIP = "Noise levels that are learned from: above 1 noisier. 0 = 5."
+CHECKPOINTING_TIP = "Compute blocks twice instead of keeping their parts: a third slower, far less GPU memory."
 
 
-def video_inputs() -> list[io.Input]:
-    """MODEL, videos and captions."""
+def video_inputs(model: str) -> list[io.Input]:
+    """MODEL, videos and captions. model: a tooltip's beginning."""
     return [
-        io.Model.Input(
-            "model",
-            tooltip="FramePack-F1 from Load FramePack Model. It is not changed: what is trained lies beside it.",
-        ),
+        io.Model.Input("model", tooltip=f"{model} It is not changed: what is trained lies beside it."),
         io.Latent.Input("latents", tooltip="The videos: 'latents' of Video Clips, one LATENT a video, in model order."),
         io.Conditioning.Input("positive", tooltip="The captions: 'positive' of the same Video Clips, one a video."),
     ]
@@ -97,11 +98,11 @@ def advanced_inputs(shift: str, rank: str, checkpointing: str) -> list[io.Input]
     ]
 
 
-def outputs(model: str, memory: str) -> list[io.Output]:
-    """Of every node that trains. model, memory: tooltips."""
+def outputs(model: str, memory: str = "") -> list[io.Output]:
+    """Of every node that trains. model, memory: tooltips; no memory without one."""
     return [
         io.Model.Output(display_name="model", tooltip=model),
-        FrameMemorySocket.Output(display_name="memory", tooltip=memory),
+        *([FrameMemorySocket.Output(display_name="memory", tooltip=memory)] if memory else []),
         io.String.Output(display_name="checkpoint", tooltip="The result's file in models/frame_memory."),
         io.Image.Output(display_name="loss_curve", tooltip="The loss of every step and its running mean."),
         io.String.Output(
@@ -114,8 +115,8 @@ def shared_settings(asked: dict) -> dict:
     """What the widgets say of any kind of run, as arguments of its Request."""
     steps = asked["steps"]
     settings = VideoSettings(rate=asked["learning_rate"], warmup=training.warmup_of(steps), seed=asked["training_seed"])
-    optional = {key: asked[key] for key in ("shift", "rank", "checkpointing", "save_every") if key in asked}
-    return {"stage": asked["stage"], "steps": steps, "clips": asked["clips"], "settings": settings, **optional}
+    plain = ("clips", "shift", "rank", "checkpointing", "save_every")
+    return {"stage": asked["stage"], "steps": steps, "settings": settings, **{k: asked[k] for k in plain if k in asked}}
 
 
 def train(
@@ -126,16 +127,16 @@ def train(
     kind: TrainingRun, or one built on it. asked: the widgets. Raises what a run raises.
     """
     model, name = asked["model"], run_name(asked["name"], kind.node)
-    videos = stored_videos(latents, positive, kind.node)
+    videos = stored_videos(latents, positive, kind.node, is_wan(model))
     folder = Path(folder_paths.get_output_directory()) / RUNS / name
-    said: list[str] = []
+    heard: list[str] = []
 
     def say(text: str) -> None:
-        said.append(text)
+        heard.append(text)
         show(node, text)
 
     if request.stage == PREPARE:
-        return _prepared(node, model, videos, folder)
+        return _prepared(node, kind, model, videos, folder)
     watch = Watch(node, model)
     faces = training.Faces(say, watch, comfy.model_management.throw_exception_if_processing_interrupted)
     run = kind(model, memory, videos, request, folder, faces, patches=patches_of(model))
@@ -145,12 +146,13 @@ def train(
         _keep_curve(folder, watch.losses, request.steps, say)
     memories, loras = (Path(folder_paths.get_folder_paths(place)[0]) for place in (memory_file.FOLDER, "loras"))
     result = write_result(run, outcome, name, memories, loras, say)
-    report = "\n".join(_report(run, outcome, result, said))
+    report = "\n".join(_report(run, outcome, result, heard))
     show(node, report)
     none = ExecutionBlocker(f"'{run.node}' trained without a memory. Take 'memory' off '{MEMORY_PACK}'.")
     return io.NodeOutput(
-        _trained_model(model, run, outcome, result), result.memory or none, result.checkpoint.name,
-        plots.as_image(curve(outcome.losses, request.steps)), report, ui=ui.PreviewText(report),
+        _trained_model(model, run, outcome, result), *([result.memory or none] if kind.remembers else []),
+        result.checkpoint.name, plots.as_image(curve(outcome.losses, request.steps)), report,
+        ui=ui.PreviewText(report),
     )  # fmt: skip
 
 
@@ -251,9 +253,10 @@ def _keep_curve(folder: Path, losses: list[float], steps: int, say) -> None:
             say(f"Warning: the loss curve could not be written: {error}.")
 
 
-def _prepared(node, model, videos, folder: Path) -> io.NodeOutput:
-    family = model.model_options.get(MODEL_OPTION, {}).get("base", "")
-    check_families(videos, latent_families(model))
+def _prepared(node, kind: type[training.TrainingRun], model, videos, folder: Path) -> io.NodeOutput:
+    families = latent_families(model)
+    check_families(videos, families)
+    family = families[0] if is_wan(model) else said(model).get("base", "")
     paths = write_videos(folder / "videos", videos, family)
     report = (
         f"{len(paths)} videos with their captions are in {folder / 'videos'}. Train on them with\n"
@@ -261,21 +264,23 @@ def _prepared(node, model, videos, folder: Path) -> io.NodeOutput:
         "Nothing was trained, so what is connected behind this node is skipped."
     )
     show(node, report)
-    nothing = ExecutionBlocker(None)
-    return io.NodeOutput(model, nothing, nothing, nothing, report, ui=ui.PreviewText(report))
+    nothing = [ExecutionBlocker(None)] * (3 if kind.remembers else 2)
+    return io.NodeOutput(model, *nothing, report, ui=ui.PreviewText(report))
 
 
 def _trained_model(model, run: training.TrainingRun, outcome: training.Outcome, result: Result):
+    if outcome.trained.patchifiers(outcome.weights):
+        model = wan_file.with_file(model, wan_file.read(str(result.checkpoint)))[0]
     if outcome.trained.pairs:
         return comfy.sd.load_lora_for_models(model, None, result.lora_tensors, 1.0, 0.0)[0]
     file = memory_file.read(str(result.checkpoint), run.node)
     return head.apply_head(training.without_head_patches(model), file, 1.0)[0] if file.head else model
 
 
-def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result, said: list[str]) -> list[str]:
+def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result, heard: list[str]) -> list[str]:
     """What the node says at the end: warnings and the result first, since a picture leaves room for few lines."""
     done, request = len(outcome.losses), run.request
-    warnings = [text for text in said if text.startswith(WARNING)]
+    warnings = [text for text in heard if text.startswith(WARNING)]
     if outcome.stopped:
         warnings.append(f"{WARNING}: {outcome.stopped}")
     if request.settings.rate > HIGH_RATE:
@@ -292,7 +297,7 @@ def _report(run: training.TrainingRun, outcome: training.Outcome, result: Result
     if result.lora is not None:
         lines.append(f"LoRA: models/loras/{result.lora.name}.")
     lines.append(f"{request.stage}: {steps} on {len(run.videos)} videos, {run.how()}{earlier}.")
-    return [*lines, *_numbers(outcome), *(text for text in said if text not in warnings), *_longer(run)]
+    return [*lines, *_numbers(outcome), *(text for text in heard if text not in warnings), *_longer(run)]
 
 
 def _numbers(outcome: training.Outcome) -> list[str]:

@@ -79,9 +79,9 @@ def _advanced_inputs() -> list[io.Input]:
             advanced=True,
             tooltip=(
                 "carried: each latent frame once, with the VAE's state carried on; the pixels of whole in memory that "
-                "does not grow. Wan and self-test VAEs can; others (HunyuanVideo) are decoded windowed. windowed: 18 "
-                "latent frames at a time, neighbours crossfaded over 33 pixel frames, as in FramePack; twice the work. "
-                "whole: all in one pass; memory grows with the length."
+                "does not grow. Wan 2.1's and the self-test's VAE can; others (HunyuanVideo, Wan 2.2 5B) are decoded "
+                "windowed. windowed: 18 latent frames at a time (Wan 40), neighbours crossfaded over half of them, as "
+                "in FramePack; twice the work. whole: all in one pass; memory grows with the length."
             ),
         ),
     ]

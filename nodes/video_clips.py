@@ -1,4 +1,4 @@
-"""Node of the family "training data": a folder of videos as latents in order, for Train Direct Forcing."""
+"""Node of the family "training data": a folder of videos as latents in order, for the nodes that train."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import folder_paths
 import node_helpers
 from comfy_api.latest import io, ui
 
+from ..frame_memory.video.vae import check_video_vae
 from ..frame_memory.video.video_clips import LONGEST_SECONDS, NODE, ClipMaker, Request
 from .input_folders import chosen_folder, state_of_chosen
 from .shown import show
@@ -30,7 +31,10 @@ def _inputs() -> list[io.Input]:
             ),
         ),
         io.Clip.Input("clip", tooltip="The text encoders of the model; they read each caption once."),
-        io.Vae.Input("vae", tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack checkpoints."),
+        io.Vae.Input(
+            "vae",
+            tooltip="The VAE of the model: the HunyuanVideo VAE for FramePack, Wan's own for Wan (5B: wan2.2_vae).",
+        ),
         io.Int.Input(
             "size",
             default=640,
@@ -48,8 +52,16 @@ def _inputs() -> list[io.Input]:
             min=SECTION_SECONDS,
             max=3600.0,
             step=0.1,  # the editor shows and keeps as many decimals as the step has
-            tooltip="Longest clip in seconds, to the nearest 1.2 s. Longer stretches become several. Paper: 60.",
+            tooltip=(
+                "Longest clip in seconds, to the nearest whole section (1.2 s on FramePack, 5 s on Wan, 3.3 s on its "
+                "5B). Longer stretches become several. Paper: 60."
+            ),
         ),
+    ]
+
+
+def _more_inputs() -> list[io.Input]:
+    return [
         io.Float.Input(
             "shortest",
             default=SECTION_SECONDS,
@@ -57,12 +69,31 @@ def _inputs() -> list[io.Input]:
             max=3600.0,
             step=0.1,
             advanced=True,
-            tooltip="Shortest clip in seconds, to the nearest 1.2 s. What is shorter between two cuts is left out.",
+            tooltip=(
+                "Shortest clip in seconds, to the nearest whole section, at least one. What is shorter between two "
+                "cuts is left out."
+            ),
         ),
         io.ClipVision.Input(
             "clip_vision",
             optional=True,
-            tooltip="Sees the first picture of every clip, as FramePack Image does: SigLIP for FramePack checkpoints.",
+            tooltip=(
+                "Sees the first picture of every clip, as FramePack Image does: SigLIP for FramePack, clip_vision_h "
+                "for Wan 2.1 image to video."
+            ),
+        ),
+        io.Float.Input(
+            "fps",
+            default=0.0,
+            min=0.0,
+            max=240.0,
+            step=1.0,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Frames a second that the clips are put onto, whatever the videos have. 0 = as the VAE's model makes "
+                "them: 30 FramePack, 16 Wan, 24 Wan 2.2 5B. A model of another rate refuses the clips."
+            ),
         ),
     ]
 
@@ -78,7 +109,7 @@ class FrameMemoryVideoClips(io.ComfyNode):
             category="model/training",
             description=(
                 "Makes training clips from a folder of videos with captions: cut at shot cuts, without still parts, at "
-                "30 fps, encoded in order and kept in output/frame_memory_clips."
+                "the model's frame rate, encoded in order and kept in output/frame_memory_clips."
             ),
             search_aliases=[
                 "video dataset",
@@ -87,12 +118,12 @@ class FrameMemoryVideoClips(io.ComfyNode):
                 "shot detection",
                 "latent cache",
             ],
-            inputs=_inputs(),
+            inputs=[*_inputs(), *_more_inputs()],
             outputs=[
                 io.Latent.Output(
                     display_name="latents",
                     is_output_list=True,
-                    tooltip="One LATENT a clip: its first picture and k sections, 1 + 9k latent frames in order.",
+                    tooltip="One LATENT a clip: its first picture and k sections, 1 + 9k latent frames (Wan 1 + 20k).",
                 ),
                 io.Conditioning.Output(
                     display_name="positive",
@@ -114,12 +145,12 @@ class FrameMemoryVideoClips(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder, clip, vae, size, longest=LONGEST_SECONDS, shortest=SECTION_SECONDS, clip_vision=None
+        cls, folder, clip, vae, size, longest=LONGEST_SECONDS, shortest=SECTION_SECONDS, clip_vision=None, fps=0.0
     ) -> io.NodeOutput:
+        request = Request.of(size, shortest, longest, check_video_vae(vae).family, fps)
         maker = ClipMaker(
-            chosen_folder(folder, NODE), Path(folder_paths.get_output_directory()) / CACHE, vae,
-            Request.of(size, shortest, longest), comfy.model_management.throw_exception_if_processing_interrupted,
-            lambda text: show(cls, text),
+            chosen_folder(folder, NODE), Path(folder_paths.get_output_directory()) / CACHE, vae, request,
+            comfy.model_management.throw_exception_if_processing_interrupted, lambda text: show(cls, text),
         )  # fmt: skip
         bar = comfy.utils.ProgressBar(len(maker.captions) + len(maker.videos))
         captions = {}

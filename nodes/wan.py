@@ -41,7 +41,7 @@ class FrameMemoryWanFrameContext(io.ComfyNode):
                     default=wan_file.NEW,
                     tooltip=(
                         "Trained patchifiers in models/frame_memory (safetensors), for this very base: another one is "
-                        "refused. New ones are for training: the model was never taught to read them."
+                        "refused. New ones are what Train Wan Frame Context teaches; the model cannot read them yet."
                     ),
                 ),
             ],

@@ -1,7 +1,8 @@
-"""Train a memory, or a head by Direct Forcing, without the graph: on one GPU or several.
+"""Train a memory, a head by Direct Forcing, or Wan's look back, without the graph: on one GPU or several.
 
-First run the graph workflows/train_direct_forcing.json, or frame_preservation.json, once with the stage "write for the
-command line": it stores the videos and their captions in output/frame_memory_training/<name>/videos. Then:
+First run the graph workflows/train_direct_forcing.json, frame_preservation.json, or the part of wan_memory.json that
+trains, once with the stage "write for the command line": it stores the videos and their captions in
+output/frame_memory_training/<name>/videos. Then:
 
     python scripts/run.py -m frame_memory.forcing --model FramePack_F1.safetensors \\
         --videos <that folder> --stage memory --name my_memory
@@ -10,6 +11,14 @@ The stages query and follow are those of frame preservation; follow begins with 
 
     python scripts/run.py -m frame_memory.forcing --model FramePack_F1.safetensors --videos <that folder> \\
         --stage follow --memory training/my_frames.safetensors --name my_frames_2 --rate 1e-4
+
+The stage context is for Wan: patchifiers for finished frames, and a LoRA. Wan's follow needs both files of it:
+
+    python scripts/run.py -m frame_memory.forcing --model wan2.1_t2v_1.3B.safetensors --videos <that folder> \\
+        --stage context --schedule "Wan, 81 frames" --name my_wan
+    python scripts/run.py -m frame_memory.forcing --model wan2.1_t2v_1.3B.safetensors --videos <that folder> \\
+        --stage follow --memory training/my_frames.safetensors --name my_frames_2 \\
+        --patchifiers training/my_wan.safetensors --lora training/loras/my_wan.safetensors
 
 On several GPUs each one takes a video of its own in every step, and their gradients are averaged:
 
@@ -37,6 +46,7 @@ from ..plan.preservation import RATES
 
 SHORT_STAGES = {"memory": "1: memory", "lora": "1: memory and LoRA", "head": "2: head (Direct Forcing)"}
 FRAME_STAGES = {"query": "1: frame query", "follow": "2: next section"}
+CONTEXT_STAGES = {"context": "Wan: frame context"}
 SHORT_FORCINGS = {"teacher": "teacher forcing", "student": "student forcing", "direct": "Direct Forcing"}
 SAY_EVERY = 5.0
 
@@ -54,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         required=True,
-        help="FramePack-F1 checkpoint (safetensors; of shards any one)",
+        help="FramePack-F1 checkpoint (safetensors; of shards any one), or for query, follow and context a Wan file",
     )
     add(
         "--videos",
@@ -63,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with video-*.safetensors, written by the graph",
     )
-    stages = [*SHORT_STAGES, *FRAME_STAGES]
+    stages = [*SHORT_STAGES, *FRAME_STAGES, *CONTEXT_STAGES]
     add("--stage", choices=stages, default="head", help="what learns; train memory or query first (default: head)")
     add(
         "--memory",
@@ -73,11 +83,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--encoders", nargs="+", choices=RATES, default=["4x4x2"], help="of a new one in query (default: 4x4x2)")
     add("--freeze-encoder", action="store_true", help="stage follow: only the LoRA learns")
+    add("--cross-attention", action="store_true", help="query, follow: every block learns to read the features, too")
+    add("--drop-text", type=float, help="query and follow: share of updates without the caption (default: 0.1)")
+    add("--encoder-first", type=float, help="query, follow: share of the run in which the LoRA waits (default: 0.33)")
+    own = "context and follow: preset or text of 'Frame Context Packer' (default: the model's own; Wan, 81 frames)"
+    add("--schedule", metavar="TEXT", help=own)
+    own = "Wan: trained patchifiers, which context goes on from and follow looks through"
+    add("--patchifiers", type=Path, metavar="FILE", help=own)
+    add("--lora", type=Path, metavar="FILE", help="LoRA that lies on the model while it is trained on")
     add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
     add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
     add("--clips", type=int, default=16, help="most clips of a video in one update (default: 16)")
-    add("--rate", type=float, help="AdamW's learning rate (default: 1e-5; query and follow: 1e-4)")
+    add("--rate", type=float, help="AdamW's learning rate (default: 1e-5; query, follow and context: 1e-4)")
     add("--warmup", type=int, help="steps until the full rate (default: a tenth of the steps, 500 at most)")
     add("--average", type=float, default=0.999, help="share kept by the averaged weights, 0 for none (default: 0.999)")
     add("--per-worker", type=int, default=1, help="videos each GPU takes in one update (default: 1)")
@@ -124,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     import comfy.model_management
 
+    from .flow import WanConditioning
     from .prepared import read_videos
     from .results import write_result
     from .training_run import Faces
@@ -134,11 +153,11 @@ def _train(args: argparse.Namespace) -> int:
         say = _say if workers.first else (lambda text: None)
         videos, family = read_videos(args.videos, say)
         kind, request = _request(args, workers.count)
-        model = _model(args, family)
+        model, patches = _model(args, family, isinstance(videos[0].cond, WanConditioning))
         stop = _Stop(workers, _Lines(say) if workers.first else lambda moment: None)
         run = kind(
             model, _memory(args.memory, model), videos, request, args.output / args.name,
-            Faces(say, stop.after_update, stop.between_clips), workers,
+            Faces(say, stop.after_update, stop.between_clips), workers, patches,
         )  # fmt: skip
         with stop:
             outcome = run.run()
@@ -157,28 +176,58 @@ def _train(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, workers: int):
     """The kind of run, and what is asked of it. Raises ForcingError for an option that plays no part in the stage."""
-    from .clips import ForcingError
+    from ..plan import PRESETS
+    from .context_run import ContextRequest, ContextRun
     from .preserving_run import PreservingRequest, PreservingRun
     from .training_run import Request, TrainingRun, warmup_of
     from .video_trainer import VideoSettings
 
-    frames = args.stage in FRAME_STAGES
-    idle = {"--forcing": frames and args.forcing, "--history-shift": frames and args.history_shift,
-            "--freeze-encoder": args.freeze_encoder and args.stage != "follow"}  # fmt: skip
+    _check_idle(args)
+    short = args.stage in SHORT_STAGES
+    settings = VideoSettings(
+        rate=args.rate or (1e-5 if short else 1e-4), average=args.average, seed=args.seed,
+        warmup=warmup_of(args.steps) if args.warmup is None else args.warmup, videos=args.per_worker * workers,
+    )  # fmt: skip
+    asked = {
+        "stage": (SHORT_STAGES | FRAME_STAGES | CONTEXT_STAGES)[args.stage], "steps": args.steps, "shift": args.shift,
+        "rank": args.rank, "checkpointing": not args.no_checkpointing, "save_every": args.save_every,
+        "settings": settings,
+    }  # fmt: skip
+    if args.schedule:
+        asked["schedule"] = PRESETS.get(args.schedule, args.schedule)
+    if args.stage in CONTEXT_STAGES:
+        return ContextRun, ContextRequest(**asked)
+    asked["clips"] = args.clips
+    if args.stage in FRAME_STAGES:
+        if args.drop_text is not None:
+            asked["drop_text"] = args.drop_text
+        if args.encoder_first is not None:
+            asked["alone"] = args.encoder_first
+        asked |= {"rates": tuple(args.encoders), "frozen": args.freeze_encoder, "cross_attention": args.cross_attention}
+        return PreservingRun, PreservingRequest(**asked)
+    forcing = SHORT_FORCINGS.get(args.forcing)
+    return TrainingRun, Request(**asked, forcing=forcing, history_shift=args.history_shift)
+
+
+def _check_idle(args: argparse.Namespace) -> None:
+    """Raise ForcingError for an option that plays no part in the stage."""
+    from .clips import ForcingError
+
+    short, frames = args.stage in SHORT_STAGES, args.stage in FRAME_STAGES
+    idle = {
+        "--forcing": not short and args.forcing,
+        "--history-shift": not short and args.history_shift,
+        "--freeze-encoder": args.freeze_encoder and args.stage != "follow",
+        "--cross-attention": args.cross_attention and not frames,
+        "--encoder-first": args.encoder_first is not None and (not frames or args.freeze_encoder),
+        "--drop-text": args.drop_text is not None and not frames,
+        "--schedule": args.schedule and args.stage not in ("follow", *CONTEXT_STAGES),
+        "--patchifiers": args.patchifiers and short,
+        "--memory": args.memory and args.stage in CONTEXT_STAGES,
+    }
     if any(idle.values()):
         named = ", ".join(name for name, given in idle.items() if given)
         raise ForcingError(f"{named}: plays no part in the stage {args.stage}. Leave it out.")
-    settings = VideoSettings(
-        rate=args.rate or (1e-4 if frames else 1e-5), average=args.average, seed=args.seed,
-        warmup=warmup_of(args.steps) if args.warmup is None else args.warmup, videos=args.per_worker * workers,
-    )  # fmt: skip
-    asked = (
-        (SHORT_STAGES | FRAME_STAGES)[args.stage], args.steps, args.clips, SHORT_FORCINGS.get(args.forcing), args.shift,
-        args.history_shift, args.rank, not args.no_checkpointing, args.save_every, settings,
-    )  # fmt: skip
-    if frames:
-        return PreservingRun, PreservingRequest(*asked, tuple(args.encoders), args.freeze_encoder)
-    return TrainingRun, Request(*asked)
 
 
 def _say(text: str) -> None:
@@ -236,9 +285,31 @@ class _Lines:
         self.say(f"step {moment.step}/{moment.steps}  {moment.clips} clips  loss {loss}  rate {moment.rate:.1e}{left}")
 
 
-def _model(args: argparse.Namespace, family: str):
+def _model(args: argparse.Namespace, family: str, for_wan: bool):
+    """(the MODEL with what is put on it, a word for its LoRA). family: of the videos' latents."""
+    import comfy.sd
     import torch
 
+    from ..model import tensor_file, wan_file
+    from ..model.memory import fingerprint_of
+
+    options = {"dtype": torch.float8_e4m3fn} if args.dtype == "fp8" else {}
+    model, patches = _wan(args, options) if for_wan else _framepack(args, options, family), ""
+    if args.lora is not None:
+        lora = tensor_file.read(str(args.lora))
+        model, patches = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0], fingerprint_of(lora)
+    if args.patchifiers is not None:
+        model = wan_file.with_file(model, wan_file.read(str(args.patchifiers)))[0]
+    return model, patches
+
+
+def _wan(args: argparse.Namespace, options: dict):
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(str(args.model), model_options=options)
+
+
+def _framepack(args: argparse.Namespace, options: dict, family: str):
     from ..model import checkpoint
     from ..model.framepack import MODEL_OPTION
     from .clips import ForcingError
@@ -246,7 +317,6 @@ def _model(args: argparse.Namespace, family: str):
     info = checkpoint.inspect(str(args.model), args.model.name)
     if info.kind == "F0":
         raise ForcingError(f"{args.model} is FramePack F0, which makes a video from its end; expected FramePack F1.")
-    options = {"dtype": torch.float8_e4m3fn} if args.dtype == "fp8" else {}
     model = checkpoint.load_framepack(str(args.model), options)
     model.model_options = {**model.model_options, MODEL_OPTION: {"kind": "F1", "base": family}}
     return model

@@ -40,22 +40,26 @@ def clip_sections(count: int, schedule: str = PRESETS[SCHEDULE]) -> tuple[Sectio
 
 @dataclass(frozen=True)
 class TrainingVideo:
-    """latents `[B, C, 1 + 9k, H, W]`: the start frame, then k clips in order. name: for messages."""
+    """latents `[B, C, 1 + window x k, H, W]`: the start frame, then k clips in order. name: for messages.
+
+    window: latent frames of a clip.
+    """
 
     latents: Tensor = field(repr=False)
     cond: Conditioning | WanConditioning = field(repr=False)
     name: str = ""
+    window: int = field(default_factory=clip_frames)
 
     @property
     def clips(self) -> int:
         """How many whole clips follow the start frame."""
-        return (self.latents.shape[2] - 1) // clip_frames()
+        return (self.latents.shape[2] - 1) // self.window
 
     def to(self, device) -> TrainingVideo:
         """The same video as fp32 tensors on another device; tensors of the host's inference mode become plain ones."""
         held = {part.name: getattr(self.cond, part.name) for part in fields(self.cond)}
         moved = {name: _plain(value, device) for name, value in held.items() if isinstance(value, Tensor)}
-        return TrainingVideo(_plain(self.latents, device), replace(self.cond, **moved), self.name)
+        return replace(self, latents=_plain(self.latents, device), cond=replace(self.cond, **moved))
 
 
 def _plain(value: Tensor, device) -> Tensor:
@@ -92,24 +96,29 @@ def conditioning_of(
 
 @dataclass(frozen=True)
 class StoredVideo:
-    """A video as it is kept: samples `[1, C, 1 + 9k, H, W]` in VAE space, which may lie in a file until they are used.
+    """A video as it is kept: samples `[1, C, T, H, W]` in VAE space, which may lie in a file until they are used.
 
-    clips: how many whole clips follow the start frame. family: of the VAE's latents, empty where nobody says.
+    family: of the VAE's latents, empty where nobody says. fps: pictures a second, 0 where nobody says. window: latent
+    frames of a clip.
     """
 
     samples: Tensor = field(repr=False)
     cond: Conditioning | WanConditioning = field(repr=False)
     name: str
-    clips: int
     family: str = ""
+    fps: float = 0.0
+    window: int = field(default_factory=clip_frames)
 
-    def open(self, process_in: Callable[[Tensor], Tensor], device, window: int | None = None) -> TrainingVideo:
-        """Its numbers, ready to train on. process_in: VAE space to model space. window: latent frames of a clip where
-        they are not F1's; the video is then used up to its last whole one."""
-        length = clip_frames() * self.clips if window is None else (self.samples.shape[2] - 1) // window * window
-        frames = 1 + length
+    @property
+    def clips(self) -> int:
+        """How many whole clips follow the start frame."""
+        return (self.samples.shape[2] - 1) // self.window
+
+    def open(self, process_in: Callable[[Tensor], Tensor], device) -> TrainingVideo:
+        """Its numbers up to the last whole clip, ready to train on. process_in: VAE space to model space."""
+        frames = 1 + self.window * self.clips
         latents = process_in(self.samples[:, :, :frames].to(device=device, dtype=torch.float32))
-        return TrainingVideo(latents, self.cond, self.name).to(device)
+        return TrainingVideo(latents, self.cond, self.name, self.window).to(device)
 
 
 def stored_videos(
@@ -117,11 +126,9 @@ def stored_videos(
 ) -> list[StoredVideo]:
     """LATENT and CONDITIONING lists as videos, in their order. wan: for a Wan model.
 
-    Tensors given are neither changed nor copied. A video that is longer than whole clips is used up to its last whole
-    one. node: display name of the one that trains. Raises ForcingError for no videos, another count of prompts, several
-    videos in one LATENT, and videos under one clip.
+    Tensors given are neither changed nor copied. node: display name of the one that trains. Raises ForcingError for no
+    videos, another count of prompts, and several videos in one LATENT.
     """
-    window = clip_frames()
     if not latents:
         raise ForcingError(f"There are no videos to train on. Connect 'latents' of '{VIDEO_CLIPS}' to '{node}'.")
     if len(positive) != len(latents):
@@ -137,14 +144,9 @@ def stored_videos(
             raise ForcingError(
                 f"{name} has the shape {tuple(samples.shape)}; expected one video [1, channels, frames, height, width]."
             )
-        whole = (samples.shape[2] - 1) // window
-        if whole < 1:
-            raise ForcingError(
-                f"{name} has {samples.shape[2]} latent frames; expected at least {1 + window} (one clip). Leave short "
-                f"videos to '{VIDEO_CLIPS}', which names and skips them."
-            )
         family = "" if mark is None else mark.base or mark.latent_format
-        made.append(StoredVideo(samples, conditioning_of(entries, name, node, wan), name, whole, family))
+        fps = 0.0 if mark is None or mark.fps is None else float(mark.fps)
+        made.append(StoredVideo(samples, conditioning_of(entries, name, node, wan), name, family, fps))
     return made
 
 

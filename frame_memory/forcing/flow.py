@@ -7,7 +7,7 @@ Sigma is 1 at noise and 0 at data; the network predicts the velocity `noise - da
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class Conditioning:
     text: Tensor
     pooled: Tensor
     vision: Tensor | None = None
+
+    def without_text(self) -> Conditioning:
+        """The same with zeros for the text, as core's 'ConditioningZeroOut' makes them."""
+        return replace(self, text=torch.zeros_like(self.text), pooled=torch.zeros_like(self.pooled))
 
     def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
         """The network's velocity at `sigma`."""
@@ -53,6 +57,10 @@ class WanConditioning:
     text: Tensor
     vision: Tensor | None = None
     beside: int = 0
+
+    def without_text(self) -> WanConditioning:
+        """The same with zeros for the text, as core's 'ConditioningZeroOut' makes them."""
+        return replace(self, text=torch.zeros_like(self.text))
 
     def call(self, model, x_BCTHW: Tensor, sigma_B: Tensor, context: PackedContext, options: dict, memory_tokens):
         """The network's velocity at `sigma`. Raises ValueError for tokens of a memory that Wan has not."""
@@ -83,18 +91,18 @@ def add_noise(x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
     return (1 - sigma) * x_BCTHW + sigma * noise
 
 
-def flow_loss(model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict) -> Tensor:
-    """Mean squared error of the predicted velocity."""
-    velocity = predict_velocity(model, add_noise(x_BCTHW, noise, sigma_B), sigma_B, cond, context, options)
-    return (velocity - (noise - x_BCTHW)).square().mean()
+def flow_loss(
+    model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict,
+    memory_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(mean squared error of the predicted velocity, with its graph; one-step estimate of the window, without).
 
-
-def one_step_estimate(model, x_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, cond, context, options: dict) -> Tensor:
-    """The network's guess of the clean window from one noise level (reference/memorypack.md 3.1), without a graph."""
-    with torch.no_grad():
-        noisy = add_noise(x_BCTHW, noise, sigma_B)
-        velocity = predict_velocity(model, noisy, sigma_B, cond, context, options)
-        return noisy - sigma_B.reshape(-1, 1, 1, 1, 1) * velocity
+    The estimate is the network's guess of the clean window from one noise level (reference/memorypack.md 3.1).
+    """
+    noisy = add_noise(x_BCTHW, noise, sigma_B)
+    velocity = predict_velocity(model, noisy, sigma_B, cond, context, options, memory_tokens)
+    loss = (velocity - (noise - x_BCTHW)).square().mean()
+    return loss, (noisy - sigma_B.reshape(-1, 1, 1, 1, 1) * velocity).detach()
 
 
 def shifted_sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from ..plan import Section
 from ..plan.memory import with_true_image
 from .clips import TrainingVideo, clip_sections
 from .draws import DIRECT, STUDENT, TEACHER, Recipe, VideoDraw
-from .flow import add_noise, predict_velocity, shift_times
+from .flow import flow_loss, predict_velocity, shift_times
 from .recurrence import Recurrence
 
 
@@ -61,18 +61,11 @@ class _Clip:
         self.truth = video.latents[:, :, section.start : section.stop]
         self.context = gather_context(placed, seen, video.latents[:, :, :1], None, 0.0)
 
-    def velocity(self, noisy_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
-        return predict_velocity(
-            self.forced.network, noisy_BCTHW, sigma_B, self.cond, self.context, self.forced.options,
-            memory_tokens=self.tokens,
-        ).float()  # fmt: skip
-
     def estimate(self, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """(loss with its graph, one-step estimate without)."""
-        noisy = add_noise(self.truth, noise, sigma_B)
-        velocity = self.velocity(noisy, sigma_B)
-        loss = (velocity - (noise - self.truth)).square().mean()
-        return loss, (noisy - sigma_B.reshape(-1, 1, 1, 1, 1) * velocity).detach()
+        return flow_loss(
+            self.forced.network, self.truth, noise, sigma_B, self.cond, self.context, self.forced.options, self.tokens
+        )
 
     @torch.no_grad()
     def rollout(self, noise: Tensor, steps: int, shift: float) -> Tensor:
@@ -80,7 +73,11 @@ class _Clip:
         levels = shift_times(torch.linspace(1, 0, steps + 1), shift).tolist()
         x = noise
         for level, following in zip(levels, levels[1:], strict=False):
-            x = x + (following - level) * self.velocity(x, x.new_full((x.shape[0],), level))
+            sigma_B, forced = x.new_full((x.shape[0],), level), self.forced
+            velocity = predict_velocity(
+                forced.network, x, sigma_B, self.cond, self.context, forced.options, self.tokens
+            )  # fmt: skip
+            x = x + (following - level) * velocity.float()
         return x
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..model import tensor_file
-from .clips import TRAIN, TRAIN_FRAMES, ForcingError, StoredVideo, clip_frames
+from .clips import TRAIN, TRAIN_FRAMES, ForcingError, StoredVideo
 from .flow import Conditioning, WanConditioning
 
 FORMAT = "frame_memory training video 1"
@@ -33,7 +33,8 @@ def write_videos(folder: Path, videos: Sequence[StoredVideo], family: str) -> li
         if video.cond.vision is not None:
             tensors["vision"] = video.cond.vision
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        tensor_file.write(str(path), plain, {"format": FORMAT, "name": video.name, "base": family})
+        said = {"format": FORMAT, "name": video.name, "base": family, "fps": f"{video.fps:g}"}
+        tensor_file.write(str(path), plain, said)
         paths.append(path)
     for old in set(folder.glob("video-*.safetensors")) - set(paths):
         try:
@@ -79,7 +80,5 @@ def _read(path: Path) -> tuple[StoredVideo, str]:
     samples = entries["samples"].mapped()
     if not all(bool(torch.isfinite(t.float()).all()) for t in (*held.values(), samples)):
         raise tensor_file.FileError(f"{path} holds numbers that are not finite.")
-    clips = (samples.shape[2] - 1) // clip_frames()
-    name = metadata.get("name", path.stem)
-    family = metadata["base"]
-    return StoredVideo(samples, cond, name, clips, family), family
+    name, family, fps = metadata.get("name", path.stem), metadata["base"], float(metadata.get("fps", 0))
+    return StoredVideo(samples, cond, name, family, fps), family

@@ -21,22 +21,26 @@ import torch
 from torch import Tensor
 
 from ..model.context import PackedContext, gather_context
-from ..model.framepack import FRAME_POSITIONS, FRAME_TOKENS
+from ..model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
 from ..model.packing import ContextLayout
 from ..model.preservation import low_latents, mask_frames, pooled_mask
 from ..model.preserved_history import PreservedHistory, Remembered
 from ..plan import PRESETS
 from ..plan.preservation import Rate, low_size, seen_from, segment_ends, waiting_frames
-from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_frames, clip_sections
+from .clips import SCHEDULE, ForcingError, TrainingVideo, clip_sections
 from .draws import LOGIT_NORMAL, sigmas
-from .flow import add_noise, predict_velocity
+from .flow import flow_loss
 from .forcings import ClipLoss, Forced
 
 QUERY, FOLLOW = "frame query", "next section"
 # CHOICE of the reference, section 3: so many frames are asked for at most, and what is masked is noisier than this.
 MOST_ASKED = 8
 LEAST_MASK = 0.2
+DROP_TEXT = 0.1
 SHIFT = 5.0
+# Share of a run in which the encoder learns and the LoRA waits. A network that learns from the first step on, behind an
+# encoder that says nothing yet, looks away from it before it does (`benchmarks.claims frame-preservation`).
+ALONE = 0.33
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class QueryDraw:
 
     asked: frames, counted from that one, ascending. levels `[1, T]`: how noisy each frame is where it is masked, with
     the noise `[B, C, T, H, W]`, and low_noises, one an encoder, at its low-resolution copy's size. sigma `[B]`, noise
-    `[B, C, Q, H, W]`: of the frames that are asked for.
+    `[B, C, Q, H, W]`: of the frames that are asked for. without_text: the text is left out.
     """
 
     first: int
@@ -56,15 +60,20 @@ class QueryDraw:
     low_noises: tuple[Tensor, ...] = field(repr=False)
     sigma: Tensor
     noise: Tensor = field(repr=False)
+    without_text: bool = False
 
 
 @dataclass(frozen=True)
 class FollowDraw:
-    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise `[B, C, 9, H, W]`."""
+    """Stage 2: the clip that is denoised, by number, its sigma `[B]` and its noise, of the clip's shape.
+
+    without_text: the text is left out.
+    """
 
     clip: int
     sigma: Tensor
     noise: Tensor = field(repr=False)
+    without_text: bool = False
 
 
 def asked_frames(frames: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -77,10 +86,14 @@ def asked_frames(frames: int, generator: torch.Generator) -> tuple[int, ...]:
 
 
 def draw_query(
-    video: TrainingVideo, count: int, rates: Sequence[Rate], generator: torch.Generator, shift: float = SHIFT
-) -> QueryDraw:
-    """Draw an update of stage 1 on at most `count` clips. Raises ForcingError where no block of all rates is full."""
-    count, window = min(count, video.clips), clip_frames()
+    video: TrainingVideo, count: int, rates: Sequence[Rate], generator: torch.Generator, shift: float = SHIFT,
+    drop_text: float = 0.0,
+) -> QueryDraw:  # fmt: skip
+    """Draw an update of stage 1 on at most `count` clips. drop_text: share of updates without the text.
+
+    Raises ForcingError where no block of all rates is full.
+    """
+    count, window = min(count, video.clips), video.window
     first = int(torch.randint(video.clips - count + 1, (), generator=generator))
     batch, channels, _, height, width = video.latents.shape
     frames = 1 + window * count
@@ -104,18 +117,30 @@ def draw_query(
         low_noises=tuple(noise(*low_size(rate, frames, height, width)) for rate in rates),
         sigma=sigmas(batch, shift, LOGIT_NORMAL, generator),
         noise=noise(len(asked), height, width),
+        without_text=_without(drop_text, generator),
     )
 
 
-def draw_follow(video: TrainingVideo, count: int, generator: torch.Generator, shift: float = SHIFT) -> FollowDraw:
-    """Draw an update of stage 2: one of the first `count` clips that has another before it. Raises ForcingError."""
+def draw_follow(
+    video: TrainingVideo, count: int, generator: torch.Generator, shift: float = SHIFT, drop_text: float = 0.0
+) -> FollowDraw:
+    """Draw an update of stage 2: one of the first `count` clips that has another before it.
+
+    drop_text: share of updates without the text. Raises ForcingError for videos of one clip.
+    """
     count = min(count, video.clips)
     if count < 2:
         raise ForcingError(f"{video.name} has {count} clip(s); a memory is of use from 2 on.")
     batch, channels, _, height, width = video.latents.shape
     clip = 1 + int(torch.randint(count - 1, (), generator=generator))
     sigma = sigmas(batch, shift, LOGIT_NORMAL, generator)
-    return FollowDraw(clip, sigma, torch.randn(batch, channels, clip_frames(), height, width, generator=generator))
+    noise = torch.randn(batch, channels, video.window, height, width, generator=generator)
+    return FollowDraw(clip, sigma, noise, _without(drop_text, generator))
+
+
+def _without(share: float, generator: torch.Generator) -> bool:
+    # Last of an update's draws, so that the share changes no other number.
+    return share > 0 and bool(torch.rand((), generator=generator) < share)
 
 
 def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterator[ClipLoss]:
@@ -127,7 +152,7 @@ def frame_query(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> Iterat
 def asked(forced: Forced, video: TrainingVideo, draw: QueryDraw) -> tuple[Tensor, PackedContext, Remembered]:
     """The frames that are asked for `[B, C, Q, H, W]`, where they stand, and what the memory holds of the masked
     history."""
-    window, device = clip_frames(), video.latents.device
+    window, device = video.window, video.latents.device
     begin, frames = window * draw.first, 1 + window * draw.count
     history = video.latents[:, :, begin : begin + frames]
     keep = torch.zeros(1, frames, dtype=torch.bool, device=device)
@@ -147,13 +172,11 @@ def next_section(
 ) -> Iterator[ClipLoss]:
     """Stage 2: one loss, over a section behind its context and the memory of all whole blocks before it.
 
-    schedule: with F1's window; its groups say which frames stay clean beside the memory.
+    schedule: with the video's window; its groups say which frames stay clean beside the memory.
     """
     section = clip_sections(draw.clip + 1, schedule)[draw.clip]
     context = gather_context(section, video.latents, video.latents[:, :, :1], None, 0.0)
-    seen = _remembered(
-        forced, video.latents[:, :, : section.start], segment_ends(1, clip_frames(), draw.clip), None
-    )  # fmt: skip
+    seen = _remembered(forced, video.latents[:, :, : section.start], segment_ends(1, video.window, draw.clip), None)
     truth = video.latents[:, :, section.start : section.stop]
     yield _loss(forced, video, truth, draw, context, seen, seen_from(seen.places, section), draw.clip)
 
@@ -162,9 +185,10 @@ LOSSES = {QUERY: frame_query, FOLLOW: next_section}
 
 
 def behind(network: Callable[..., Tensor], seen: Remembered, places: Sequence[tuple[int, int, int]]):
-    """The network with a memory's tokens before it. places: of the tokens, on the time axis of what it denoises."""
+    """The network with a memory's tokens before it, and its features. places: of the tokens, on the time axis of what
+    it denoises."""
     at = torch.tensor(places, dtype=torch.long, device=seen.tokens.device).reshape(-1, 3)
-    return partial(network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at})
+    return partial(network, **{FRAME_TOKENS: seen.tokens, FRAME_POSITIONS: at, FRAME_FEATURES: seen.features})
 
 
 def _encoders(forced: Forced) -> PreservedHistory:
@@ -183,9 +207,7 @@ def _loss(
 ) -> ClipLoss:  # fmt: skip
     device = truth_BCTHW.device
     noise, sigma = draw.noise.to(device), draw.sigma.to(device)
-    noisy = add_noise(truth_BCTHW, noise, sigma)
     network = behind(forced.network, seen, places)
-    velocity = predict_velocity(network, noisy, sigma, video.cond, context, forced.options).float()
-    loss = (velocity - (noise - truth_BCTHW)).square().mean()
-    estimate = (noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity).detach()
+    cond = video.cond.without_text() if draw.without_text else video.cond
+    loss, estimate = flow_loss(network, truth_BCTHW, noise, sigma, cond, context, forced.options)
     return ClipLoss(clip, float(sigma.mean()), loss, estimate)

@@ -1,4 +1,4 @@
-"""The files that a training run leaves: a memory file, and a LoRA where one was trained."""
+"""The files that a training run leaves: a memory file or Wan's patchifiers, and a LoRA where one was trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model import memory_file, tensor_file
+from ..model import memory_file, tensor_file, wan_file
 from ..model.memory import FrameMemory, encoder_from_tensors
 from ..model.preserved_memory import PreservedMemory, memory_from_tensors
 from .clips import ForcingError
@@ -47,12 +47,15 @@ def write_result(
         kept = "frames" if given.kind == memory_file.FRAME_PRESERVATION else "pack"
         parts = {kept: pack, "spec": given.to_spec()}
     path = _free(memories, name, recipe["identity"], "frame_memory.recipe", say)
-    memory_file.write(str(path), outcome.base, **parts, head=head, recipe=recipe)
+    if patchifiers := trained.patchifiers(outcome.weights):
+        wan_file.write(str(path), outcome.base, patchifiers, recipe=recipe)
+    else:
+        memory_file.write(str(path), outcome.base, **parts, head=head, recipe=recipe)
     if given is not None:
         made = {"label": path.name, "base": outcome.base, "dtype": given.encoder.model.dtype}
         made["load_device"] = given.encoder.load_device
         if isinstance(given, PreservedMemory):
-            memory = memory_from_tensors(pack, given.specs, **made)
+            memory = memory_from_tensors(pack, given.specs, cross=given.cross, **made)
         else:
             memory = encoder_from_tensors(pack, given.spec, **made)
     tensors = {n: v.to("cpu", torch.bfloat16) for n, v in trained.lora(outcome.weights).items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.context import PackedContext, gather_context
 from ..plan import BLANK, START, Section
-from .flow import Conditioning, WanConditioning, add_noise, one_step_estimate, predict_velocity, shifted_sigmas
+from .flow import Conditioning, WanConditioning, add_noise, flow_loss, shifted_sigmas
 
 # The first section has the least to go by, and all others build on it: it is trained so often beside its own share.
 FIRST_SHARE = 0.15
@@ -64,17 +64,14 @@ def section_loss(
     if previous is not None and float(torch.rand((), generator=generator)) < disturbance.own:
         x = latents[:, :, previous.start : previous.stop]
         context = gather_context(previous, latents, start, None, 0.0)
-        estimate = one_step_estimate(network, x, *draw(x), sample.cond, context, options)
+        with torch.no_grad():
+            estimate = flow_loss(network, x, *draw(x), sample.cond, context, options)[1]
         history = torch.cat([latents[:, :, : previous.start], estimate, latents[:, :, previous.stop :]], dim=2)
     context = gather_context(section, history, start, None, 0.0)
     if disturbance.noise:
         context = with_noise(context, section, disturbance.noise, generator)
     x = latents[:, :, section.start : section.stop]
-    noise, sigma = draw(x)
-    noisy = add_noise(x, noise, sigma)
-    velocity = predict_velocity(network, noisy, sigma, sample.cond, context, options).float()
-    loss = (velocity - (noise - x)).square().mean()
-    return loss, (noisy - sigma.reshape(-1, 1, 1, 1, 1) * velocity).detach()
+    return flow_loss(network, x, *draw(x), sample.cond, context, options)
 
 
 def with_noise(context: PackedContext, section: Section, most: float, generator: torch.Generator) -> PackedContext:

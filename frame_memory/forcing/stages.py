@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..model.memory_file import HEAD
+from ..model.preserved_history import PreservedHistory
 from .forcings import Forced
 from .frozen import LoraPair, frozen_linears, is_linear
 from .gradients import differentiable, plain_attention, training_options
@@ -31,6 +32,8 @@ from .gradients import differentiable, plain_attention, training_options
 MEMORY, LORA, HEAD_PART, ALL = "memory", "LoRA", "head", "all"
 PARTS = (MEMORY, LORA, HEAD_PART, ALL)
 MODEL_NAME, PACK_NAME, LORA_NAME = "model.", "pack.", "lora."
+# Wan's, among the networks beside.
+PATCHIFIERS = "patchifiers"
 # Core's names of the kinds of block, and where a network keeps them.
 HUNYUAN_BLOCKS = {"double_block": "double_blocks", "single_block": "single_blocks"}
 WAN_BLOCKS = {"double_block": "blocks"}
@@ -132,6 +135,8 @@ class Trained:
             options = merged(options, {**turning, "optimized_attention_override": plain_attention})
         if self.checkpointing and self.through_blocks:
             options = merged(options, {"patches_replace": {"dit": self._checkpointed_blocks()}})
+        if isinstance(self.pack, PreservedHistory):
+            options = merged(options, self.pack.options)
         return Forced(self, self.pack, MEMORY in self.parts, options)
 
     @contextlib.contextmanager
@@ -148,6 +153,11 @@ class Trained:
                 stack.enter_context(differentiable(self.model))
                 stack.enter_context(frozen_linears(self.model, self.pairs))
             yield
+
+    def hold_lora(self, held: bool) -> None:
+        """Whether the LoRA stays as it is while the rest learns; a step leaves it alone from the next one on."""
+        for pair in self.pairs.values():
+            pair.requires_grad_(not held)
 
     def _checkpointed_blocks(self) -> dict:
         """Core's `patches_replace["dit"]` that runs each block again in the backward pass, and keeps nothing of it."""
@@ -194,6 +204,11 @@ class Trained:
             }
         return made
 
+    def patchifiers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of Wan's patchifiers by their own names; empty where they did not learn."""
+        word = f"{PATCHIFIERS}."
+        return {n.removeprefix(word): value for n, value in weights.items() if n.startswith(word)}
+
     def memory(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The memory's tensors, trained or as they were given; empty without one."""
         if self.pack is None:
@@ -203,8 +218,10 @@ class Trained:
 
 
 def _as_it_is(function: Any) -> Callable:
-    """The same function with the variables around it as they are now; core's names its block by a loop's variable."""
-    cells = tuple(CellType(cell.cell_contents) for cell in function.__closure__ or ())
+    """The same function with the variables around it as they are now, and so functions among these; core's names its
+    block by a loop's variable."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(_as_it_is(value) if isinstance(value, FunctionType) else value) for value in held)
     return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import comfy.lora
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.base_signature import MODEL_PREFIX, Base
+from ..model.families import frames_a_second, is_wan, loader_of, pixels_a_latent
 from ..model.framepack import MODEL_OPTION, latent_families
 from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of_kind
@@ -28,9 +29,9 @@ from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC
 from ..model.preserved_memory import PreservedMemory
 from ..model.semantic_pack import SemanticPack, open_gate
 from ..plan.preservation import PRESERVATION
-from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, check_families
+from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, TrainingVideo, check_families, clip_frames
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
-from .flow import Conditioning
+from .flow import WanConditioning
 from .forcings import LOSSES
 from .stages import HEAD_PART, LORA, MEMORY, Trained
 from .training_state import TrainingFolder
@@ -139,34 +140,51 @@ class TrainingRun:
     2 trains without, as it does where the memory's gate is closed. patches: which LoRAs lie on the MODEL, in words that
     differ with them. Raises ForcingError or MemoryMismatch for what cannot be trained.
 
-    node: display name of the one that trains. loaders: of those that read its result. usual: its learning rate.
+    node: display name of the one that trains. loaders: of those that read its result. usual: its learning rate. longer:
+    what to do about videos under one clip. remembers: whether there may be a memory.
     """
 
     node: ClassVar[str] = TRAIN
     loaders: ClassVar[tuple[str, ...]] = (LOAD_DIRECT_FORCING, LOAD_MEMORY)
     usual: ClassVar[str] = "the paper's is 1e-05"
+    longer: ClassVar[str] = f"Give longer videos to '{VIDEO_CLIPS}', which names and skips short ones."
+    remembers: ClassVar[bool] = True
+    memory: FrameMemory | PreservedMemory | None
 
     def __init__(
         self, patcher, memory: FrameMemory | None, videos: list[StoredVideo], request: Request, folder: Path,
         faces: Faces | None = None, workers: Workers = ALONE, patches: str = "",
     ):  # fmt: skip
-        check_model(patcher, TRAIN)
-        if memory is None and MEMORY in request.parts:
-            memory = new_encoder(patcher)
-        elif memory is not None:
-            check_fits(of_kind(memory, SEMANTIC_PACK, TRAIN, PRESERVATION), patcher, TRAIN)
         self.faces, self.workers = faces or Faces(), workers
-        if memory is not None and MEMORY not in request.parts and not bool(memory.pack.gate):
-            self.faces.say(WITHOUT_MEMORY.format(label=memory.label))
-            memory = None
-        self.original, self.memory, self.videos, self.request = patcher, memory, videos, request
+        self.original, self.request, self.patches = patcher, request, patches
+        self.memory = self._given(memory)
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
-        self.base, self.patches = Base.of(patcher), patches
+        self.base = Base.of(patcher)
+        self.videos = [replace(video, window=self._window()) for video in videos]
         self.folder = TrainingFolder(folder, self.identity(), self.faces.say, node=self.node)
         self.moment: Moment | None = None
         self.saved = 0  # the step of the newest whole checkpoint
         self._check_videos()
-        if self.patcher.patches.keys() != patcher.patches.keys():
+        self._warn()
+
+    def _given(self, memory):
+        """The memory to train with. Raises MemoryMismatch or ForcingError for a MODEL or memory that cannot be."""
+        check_model(self.original, self.node)
+        if memory is None:
+            return new_encoder(self.original) if MEMORY in self.request.parts else None
+        check_fits(of_kind(memory, SEMANTIC_PACK, TRAIN, PRESERVATION), self.original, TRAIN)
+        if MEMORY not in self.request.parts and not bool(memory.pack.gate):
+            self.faces.say(WITHOUT_MEMORY.format(label=memory.label))
+            return None
+        return memory
+
+    def _window(self) -> int:
+        """Latent frames of a clip."""
+        return clip_frames()
+
+    def _warn(self) -> None:
+        """Say what may be meant, and seldom is."""
+        if self.patcher.patches.keys() != self.original.patches.keys():
             self.faces.say(
                 "The MODEL has a LoRA or a head on its output layer already. Training goes on from there, and its "
                 f"result holds it: do not put it on once more beside '{LOAD_DIRECT_FORCING}' with that result."
@@ -191,15 +209,8 @@ class TrainingRun:
         }
 
     def _check_videos(self) -> None:
-        channels = self.patcher.model.latent_format.latent_channels
         for video in self.videos:
-            if not isinstance(video.cond, Conditioning):
-                raise ForcingError(f"{video.name} was prepared for a Wan model. Write it anew for FramePack-F1.")
-            if video.samples.shape[1] != channels:
-                raise ForcingError(
-                    f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
-                    f"Use the HunyuanVideo VAE in '{VIDEO_CLIPS}'."
-                )
+            self._check_video(video)
         check_families(self.videos, latent_families(self.original))
         longest = max(video.clips for video in self.videos)
         if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
@@ -207,6 +218,29 @@ class TrainingRun:
                 f"The longest video has {longest} clip(s) and 'clips' is {self.request.clips}; a memory learns from 2 "
                 f"clips on, since the first has nothing to remember. Give longer videos to '{VIDEO_CLIPS}', or raise "
                 "'clips'."
+            )
+
+    def _check_video(self, video: StoredVideo) -> None:
+        channels, fps = self.patcher.model.latent_format.latent_channels, frames_a_second(self.original)
+        if isinstance(video.cond, WanConditioning) != is_wan(self.original):
+            its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
+            raise ForcingError(
+                f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{self.node}'."
+            )
+        if video.samples.shape[1] != channels:
+            raise ForcingError(
+                f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
+                f"Use the MODEL's own VAE in '{VIDEO_CLIPS}'."
+            )
+        if video.fps not in (0, fps):
+            raise ForcingError(
+                f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move "
+                f"at a wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
+            )
+        if video.clips < 1:
+            raise ForcingError(
+                f"{video.name} has {video.samples.shape[2]} latent frames; expected at least {1 + video.window}, a "
+                f"start frame and one clip of {video.window}. {self.longer}"
             )
 
     def run(self) -> Outcome:
@@ -270,16 +304,19 @@ class TrainingRun:
         return stopped
 
     def _too_large(self, done: int) -> str:
-        shape = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
-        cheaper = [f"a smaller 'size' in '{VIDEO_CLIPS}'", "fp8 in 'weight_dtype' of 'Load FramePack Model'"]
+        shape, pixels = self._largest(), pixels_a_latent(self.original)
+        cheaper = [f"a smaller 'size' in '{VIDEO_CLIPS}'", f"fp8 in 'weight_dtype' of '{loader_of(self.original)}'"]
         cheaper += self._cheaper()
         if HEAD_PART not in self.request.parts and not self.request.checkpointing:
             cheaper.append("'checkpointing' on")
         kept = f" The checkpoint of step {self.saved} is kept." if self.saved else ""
         return (
-            f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * 8}x{shape[3] * 8} pixels)."
-            f"{kept} Cheaper are: {'; '.join(cheaper)}."
+            f"The memory of the GPU was full in step {done + 1} (videos of {shape[4] * pixels}x{shape[3] * pixels} "
+            f"pixels).{kept} Cheaper are: {'; '.join(cheaper)}."
         )
+
+    def _largest(self) -> torch.Size:
+        return max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
 
     def _cheaper(self) -> list[str]:
         return [f"the stage '{STAGE_MEMORY}'"] if LORA in self.request.parts else []
@@ -298,7 +335,7 @@ class TrainingRun:
         enough = min(count, max(video.clips for video in self.videos))
         eligible = [video for video in self.videos if video.clips >= enough]
         chosen = eligible[int(torch.randint(len(eligible), (), generator=generator))]
-        video = chosen.open(self.patcher.model.process_latent_in, trained.device)
+        video = self._open(chosen, trained)
         draw = draw_video(video, count, recipe, generator)
         for clip in LOSSES[recipe.forcing](trained.forced, video, draw, recipe):
             self.faces.interrupt()
@@ -307,49 +344,77 @@ class TrainingRun:
 
     def _load(self) -> None:
         """Have the host put the MODEL on its device, with room left for what training needs beside it."""
-        largest = max((video.samples.shape for video in self.videos), key=lambda shape: shape[3] * shape[4])
+        largest, window = self._largest(), self._window()
         # The packed history adds about a third to the window's tokens.
-        activations = self.patcher.memory_required([1, largest[1], 12, *largest[3:]])
+        activations = self.patcher.memory_required([1, largest[1], window + -(-window // 3), *largest[3:]])
         if self.request.parts != (HEAD_PART,):
             activations *= GRAPH_SHARE[self.request.checkpointing]
+        comfy.model_management.load_models_gpu([self.patcher], activations + self._bytes_beside())
+
+    def _bytes_beside(self) -> int:
+        """What learns beside the MODEL, with its gradients and the optimiser."""
         network = self.patcher.model.diffusion_model
         learning = sum(network.get_parameter(name).numel() for name in HEAD) if HEAD_PART in self.request.parts else 0
         beside = TRAINED_BYTES * learning
         if self.memory is not None:
-            pack = self.memory.pack.parameters()
+            pack = self.memory.encoder.model.parameters()
             beside += sum(p.numel() * (TRAINED_BYTES if MEMORY in self.request.parts else p.itemsize) for p in pack)
-        comfy.model_management.load_models_gpu([self.patcher], activations + beside)
+        return beside
 
     def _trained(self) -> Trained:
-        request, patcher = self.request, self.patcher
+        request, patcher, beside = self.request, self.patcher, self._beside()
         originals = {k.removeprefix(MODEL_PREFIX): v.weight for k, v in patcher.backup.items()}
         patched = self.original.patches if HEAD_PART in request.parts else {}
         for name in HEAD:
             key = MODEL_PREFIX + name
             if key in patched:
                 originals[name] = patched_weight(patcher, key, patched[key])
-        device = patcher.load_device
-        pack = None if self.memory is None else own_pack(self.memory, device, MEMORY in request.parts)
         return Trained(
-            patcher.model.diffusion_model, pack, request.parts, dtype=patcher.model.get_dtype_inference(),
-            device=device, rank=request.rank, seed=request.settings.seed, checkpointing=request.checkpointing,
-            options=patcher.model_options.get("transformer_options", {}), originals=originals,
+            patcher.model.diffusion_model, self._own_memory(), request.parts,
+            dtype=patcher.model.get_dtype_inference(), device=patcher.load_device, rank=request.rank,
+            seed=request.settings.seed, checkpointing=request.checkpointing, options=self._options(beside),
+            originals=originals, beside=beside,
         )  # fmt: skip
+
+    def _own_memory(self) -> nn.Module | None:
+        """A copy of the memory's network, which may learn."""
+        if self.memory is None:
+            return None
+        return own_pack(self.memory, self.patcher.load_device, MEMORY in self.request.parts)
+
+    def _beside(self) -> dict[str, nn.Module]:
+        """Other networks that learn, by word, as Trained takes them."""
+        return {}
+
+    def _options(self, beside: Mapping[str, nn.Module]) -> Mapping:
+        """`transformer_options` of the training's forward passes. beside: what `_beside` has made."""
+        return self.patcher.model_options.get("transformer_options", {})
+
+    def _open(self, chosen: StoredVideo, trained: Trained) -> TrainingVideo:
+        """A video's numbers, and for Wan how many channels the network reads beside the noise."""
+        video = chosen.open(self.patcher.model.process_latent_in, trained.device)
+        network: Any = trained.model
+        if isinstance(video.cond, WanConditioning):
+            return replace(video, cond=replace(video.cond, beside=network.in_dim - network.out_dim))
+        return video
 
     def recipe_of(self, outcome: Outcome) -> dict:
         """What is written beside the weights, as plain data."""
-        request = self.request
         good = [loss for loss in outcome.losses if loss == loss]
         return {
             "identity": self.folder.identity,
-            "stage": request.stage,
+            "stage": self.request.stage,
             "steps": len(outcome.losses),
-            "clips": request.clips,
             "videos": len(self.videos),
-            "losses": {**asdict(request.recipe), "shift": request.recipe.loss_shift},
-            "settings": asdict(request.settings),
+            **self._recipe(),
+            "settings": asdict(self.request.settings),
             "last_loss": sum(good[-20:]) / len(good[-20:]) if good else None,
         }
+
+    def _recipe(self) -> dict:
+        """What is of this kind of run alone."""
+        recipe = self.request.recipe
+        return {"clips": self.request.clips, "losses": {**asdict(recipe), "shift": recipe.loss_shift}}
 
 
 def without_head_patches(patcher):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.tensor_file import StoredTensor, real
+from ..model.tensor_file import StoredTensor, bytes_of, pieces, real
 from .files import JournalError
 
 # CPython's flag of a class that was made while running; a compiled class without it may hide what it holds.
@@ -73,7 +73,7 @@ class _Walk:
         self._cyclic |= outer
         return result
 
-    def _parts(self, value: object) -> Iterable[bytes]:
+    def _parts(self, value: object) -> Iterable[bytes | Tensor]:
         """The tag and the contents of a value, innermost kinds first: a bool is an int, an enum may be a str."""
         for kind, parts in _PLAIN:
             if isinstance(value, kind):
@@ -97,7 +97,7 @@ class _Walk:
     def _set(self, value: Set) -> Iterable[bytes]:
         return sorted(self.digest(part, "{}") for part in value)
 
-    def _tensor(self, value: Tensor) -> Iterable[bytes]:
+    def _tensor(self, value: Tensor) -> Iterable[bytes | Tensor]:
         value = real(value).detach()
         if hasattr(value, "__tensor_flatten__") and not isinstance(value, StoredTensor):
             names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,10 +109,8 @@ class _Walk:
             return [b"sparse", self.digest(inner, ".parts")]
         if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             raise self._refusal(f"A tensor of layout {value.layout} on {value.device}")
-        value = value.cpu().resolve_conj().resolve_neg().contiguous()
-        data = memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b""
-        # A view, not a copy: hashes take any buffer.
-        return [str(value.dtype).encode(), repr(tuple(value.shape)).encode(), data]  # pyright: ignore[reportReturnType]
+        value = value.cpu().resolve_conj().resolve_neg()
+        return [str(value.dtype).encode(), repr(tuple(value.shape)).encode(), value]
 
     def _array(self, value: np.ndarray | np.generic) -> Iterable[bytes]:
         value = np.asarray(value)
@@ -189,11 +187,15 @@ def _type_tag(value: object, kind: type | tuple) -> bytes:
     return kinds[0].__name__.encode() + (b"" if exact else b" " + _name(type(value)))
 
 
-def _hash(*parts: bytes | memoryview) -> bytes:
+def _hash(*parts: bytes | Tensor) -> bytes:
+    """The digest of parts, each with its length in bytes; of a tensor on the CPU its numbers."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(struct.pack("<Q", len(part)))
-        digest.update(part)
+        whole = isinstance(part, bytes)
+        digest.update(struct.pack("<Q", len(part) if whole else part.numel() * part.dtype.itemsize))
+        # Views, not copies: a history may be as large as the memory.
+        for data in [part] if whole else map(bytes_of, pieces(part)):
+            digest.update(data)
     return digest.digest()
 
 

@@ -505,9 +505,10 @@ class Project:
             path = folder / file.name
             stamp = _stamp(path)
             try:
-                tensors = patiently(lambda: tensor_file.read(str(path)))
+                entries, _ = patiently(lambda: tensor_file.read_header(str(path)))
                 self._last = (folder, record, file, stamp)
-                return tensors[SAMPLES] if name == SAMPLES else tensors.get(name)
+                # Only what is asked for: a kept tensor that was read among others leaves holes where those were.
+                return patiently(entries[name].read) if name == SAMPLES or name in entries else None
             except (OSError, KeyError, tensor_file.FileError) as error:
                 reason = f"{file.name} cannot be read ({error})"
         which = f"Section {self.manifest.number(record.index)}" if folder == self.folder else "A section"

@@ -18,8 +18,9 @@ GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
 # patchifiers are called, whether they are trained, and the schedule that they are trained on.
 FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
-# There, the display name of a loader of Wan that is not core's.
-LOADER = "loader"
+# There, the display name of a loader of Wan that is not core's; and that each section is a clip of its own: decoded
+# alone, begun from a still clip of the start picture.
+LOADER, CLIPS = "loader", "clips"
 
 
 def said(model_patcher) -> dict:
@@ -68,17 +69,26 @@ def frames_a_second(model_patcher) -> float:
     return float(known or fps_of(type(model_patcher.model.latent_format).__name__))
 
 
+def makes_clips(model_patcher) -> bool:
+    """Whether each section of a MODEL's videos is a clip of its own, to be decoded alone."""
+    return bool(said(model_patcher).get(CLIPS))
+
+
+def schedule_of(model_patcher) -> str:
+    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset."""
+    return said(model_patcher).get(SCHEDULE) or PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
+
+
 def window_of(model_patcher) -> int:
-    """Latent frames of a section that a MODEL was trained on: as its loader noted, or as its family's preset has."""
-    preset = PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
-    return parse_schedule(said(model_patcher).get(SCHEDULE) or preset).window
+    """Latent frames of a section that a MODEL was trained on."""
+    return parse_schedule(schedule_of(model_patcher)).window
 
 
 def carried_context(base_model, context: PackedContext) -> dict:
     """What every prompt of a section carries of its context.
 
     A Wan window holds no given frame: core then makes image and mask of an image-to-video model zeros, and the start
-    picture is seen in front of the window.
+    picture is seen in its context.
     """
     packed = {"latents": context.latents, "layout": context.layout}
     if has_context_weights(base_model):

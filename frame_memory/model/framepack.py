@@ -21,8 +21,10 @@ DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
 # In a prompt's entry: the memory's tokens `[B, M, D]` for one section.
 MEMORY_KEY = "memory_tokens"
-# Among a prompt's `model_conds`, of every family: tokens of frame preservation and where they stand.
+# Among a prompt's `model_conds`, of every family: tokens of frame preservation, where they stand, and the features that
+# cross-attention reads.
 FRAME_TOKENS, FRAME_POSITIONS = "frame_memory_tokens", "frame_memory_positions"
+FRAME_FEATURES = "frame_memory_features"
 # Latent positions that a token of the window stands for.
 _PATCH = 4
 # What the network gets of a prompt to keep what no step of the section changes.
@@ -44,11 +46,12 @@ class AloneConstant(comfy.conds.CONDConstant):
         return False
 
 
-def token_conditions(tokens: torch.Tensor | None, positions=None) -> dict:
+def token_conditions(tokens: torch.Tensor | None, positions=None, features: torch.Tensor | None = None) -> dict:
     """Tokens of frame preservation as a prompt's `model_conds`, which core hands to the network untouched.
 
     tokens: `[B, P, D]`, None or none of them for an empty dict. positions: (t, h, w) of each in latent frames and
-    patches, on the time axis of the window. Raises ValueError where the two do not belong together.
+    patches, on the time axis of the window. features: `[B, P', E]` of a memory with cross-attention. Raises ValueError
+    where tokens and positions do not belong together.
     """
     if tokens is None or not tokens.shape[1]:
         return {}
@@ -56,7 +59,8 @@ def token_conditions(tokens: torch.Tensor | None, positions=None) -> dict:
     if len(places) != tokens.shape[1]:
         raise ValueError(f"There are {tokens.shape[1]} memory tokens and {len(places)} positions for them.")
     # Whole numbers: core casts others to the model's, and bf16 cannot count beyond 256.
-    return {FRAME_TOKENS: comfy.conds.CONDRegular(tokens), FRAME_POSITIONS: AloneConstant(places)}
+    read = {} if features is None else {FRAME_FEATURES: comfy.conds.CONDRegular(features)}
+    return {FRAME_TOKENS: comfy.conds.CONDRegular(tokens), FRAME_POSITIONS: AloneConstant(places), **read}
 
 
 class FramePack(model_base.HunyuanVideo):
@@ -113,7 +117,7 @@ class FramePack(model_base.HunyuanVideo):
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""
-        if cond_key in ("context_latents", MEMORY_KEY, FRAME_TOKENS, FRAME_POSITIONS, ONCE):
+        if cond_key in ("context_latents", MEMORY_KEY, FRAME_TOKENS, FRAME_POSITIONS, FRAME_FEATURES, ONCE):
             return cond_value
         if cond_key == "context_layout":
             positions = cond_value.cond.positions

@@ -1,6 +1,6 @@
 """Helios, which packs its history on Wan's blocks: public weights read onto core's own WanModel.
 
-    blocks([4x | 2x | first frame, 1x | noisy window]) -> head(window)
+    blocks([noisy window | 4x | 2x | first frame, 1x]) -> head(window)
 
 Source: arXiv 2603.04379; diffusers 0.39, `transformer_helios.py`, whose names the files have. Its blocks are Wan's, one
 for one, under diffusers' names. `wan.py` does what else it does: patchifiers of its own at 1x, 2x and 4x for the
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from comfy.model_detection import count_blocks
 from torch import Tensor
 
+from ..plan import PRESETS
 from . import checkpoint, wan
 from .checkpoint import CheckpointError
-from .families import FPS_SAID, LOADER
+from .families import CLIPS, FPS_SAID, LOADER, PATCHIFIERS, SCHEDULE
 from .framepack import MODEL_OPTION
 from .key_map import BOTH, WEIGHT, KeyMapError, compare
 from .sources import LOAD_MEMORY_MODEL, choose
@@ -33,9 +34,14 @@ from .tensor_file import StoredTensor
 
 CHOOSE = choose(LOAD_MEMORY_MODEL)
 # What the artist has to know, since no file says it.
-RULES = "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; 24 fps"
-# Of its videos, where other models on Wan 2.1's latents make 16.
-FPS = 24.0
+RULES = (
+    "packing: the preset 'Helios' of 'Frame Context Packer'; text encoder umt5_xxl and VAE of Wan 2.1; start: "
+    "'still_clip' on in 'FramePack Image', or an empty latent for text to video; 24 fps, each section decoded alone"
+)
+# Of its videos: other models on Wan 2.1's latents make 16 pictures a second, and their sections are one running video.
+NOTES = {
+    FPS_SAID: 24.0, CLIPS: True, PATCHIFIERS: "Helios", SCHEDULE: PRESETS["Helios"], LOADER: LOAD_MEMORY_MODEL,
+}  # fmt: skip
 # The largest patchifier, which no other family has under this name.
 SIGNATURE = "patch_long.weight"
 AMPLIFIED = "history_key_scale"
@@ -48,6 +54,8 @@ EXPECTED = {
     "rope_theta": 10000.0, "guidance_cross_attn": True, "zero_history_timestep": True,
     "has_multi_term_memory_patch": True, "is_amplify_history": False,
 }  # fmt: skip
+# In the model index beside the folder of the network: of checkpoints that are sampled at growing sizes.
+PYRAMID = "HeliosPyramidPipeline"
 
 _PATCHIFIERS = {"proj": "patch_short", "proj_2x": "patch_mid", "proj_4x": "patch_long"}
 _MODULES = {
@@ -65,14 +73,15 @@ _MLP = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
 
 
 class WindowCrossAttention(comfy.ldm.wan.model.WanT2VCrossAttention):
-    """Core's cross-attention for the window's tokens; those in front of it pass by unchanged."""
+    """Core's cross-attention for the window's tokens; those behind it pass by unchanged."""
 
     def forward(self, x, context, transformer_options=None, **kwargs):
-        """What tokens `[B, N, D]` read of the text `[B, L, D]`: zeros for those in front of the window."""
+        """What tokens `[B, N, D]` read of the text `[B, L, D]`: zeros for those behind the window."""
         options = transformer_options or {}
-        front = options.get(wan.FRONT, 0)
-        read_BND = super().forward(x[:, front:], context, transformer_options=options, **kwargs)
-        return F.pad(read_BND, (0, 0, front, 0))
+        behind = options.get(wan.BEHIND, 0)
+        window_BND = x[:, : x.shape[1] - behind]
+        read_BND = super().forward(window_BND, context, transformer_options=options, **kwargs)
+        return F.pad(read_BND, (0, 0, 0, behind))
 
 
 def names(blocks: int) -> dict[str, str]:
@@ -139,7 +148,7 @@ def load_helios(paths, model_options=None, disable_dynamic=False):
     for block in network.blocks:
         block.cross_attn.__class__ = WindowCrossAttention
     attached = wan.attach(model, wan.patcher_of(_patchifiers(files[0], network, own)))
-    attached.model_options = {**attached.model_options, MODEL_OPTION: {FPS_SAID: FPS, LOADER: LOAD_MEMORY_MODEL}}
+    attached.model_options = {**attached.model_options, MODEL_OPTION: dict(NOTES)}
     attached.cached_patcher_init = (load_helios, (paths, model_options))
     return attached
 
@@ -172,17 +181,30 @@ def _refuse_other(path: str, stored: Mapping[str, Tensor]) -> None:
             f"{path}: this Helios amplifies the history's keys ({AMPLIFIED}), which core's Wan blocks cannot do. "
             f"Expected one without, as diffusers makes it. {CHOOSE}"
         )
-    _check_config(os.path.join(os.path.dirname(path), "config.json"))
+    folder = os.path.dirname(path)
+    _check_config(os.path.join(folder, "config.json"))
+    for index in (os.path.join(place, "model_index.json") for place in (folder, os.path.dirname(folder))):
+        if _read_json(index).get("_class_name") == PYRAMID:
+            raise CheckpointError(
+                f"{path}: this is Helios-Mid or Helios-Distilled ({index} says {PYRAMID}), which begin at a quarter of "
+                f"the size; no sampler here does that. Expected Helios-Base. {CHOOSE}"
+            )
 
 
-def _check_config(path: str) -> None:
-    """The flags are not in the tensors: they count where diffusers' own file lies beside them."""
+def _read_json(path: str) -> dict:
+    """diffusers' own file where one lies there; empty where it does not."""
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return
-    if not isinstance(config, dict) or config.get("_class_name") != "HeliosTransformer3DModel":
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _check_config(path: str) -> None:
+    """The flags are not in the tensors: they count where diffusers' own file lies beside them."""
+    config = _read_json(path)
+    if config.get("_class_name") != "HeliosTransformer3DModel":
         return
     wrong = [f"{k} {config[k]!r}, expected {v!r}" for k, v in EXPECTED.items() if config.get(k, v) != v]
     if wrong:

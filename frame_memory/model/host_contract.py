@@ -70,6 +70,7 @@ attention_mask guiding_frame_index ref_latent disable_time_r control transformer
 modulation_dims_txt transformer_options
     comfy.ldm.flux.layers.SingleStreamBlock.forward vec pe attn_mask modulation_dims transformer_options
     comfy.ldm.flux.layers.timestep_embedding t dim time_factor
+    comfy.ldm.modules.attention.optimized_attention
     comfy.ldm.common_dit.pad_to_patch_size img patch_size padding_mode
     comfy.conds.CONDRegular
     comfy.conds.CONDConstant
@@ -155,7 +156,6 @@ SECTIONS = _needs("""
     comfy.samplers.CFGGuider.set_conds
     comfy.clip_vision.Output
     comfy.ldm.modules.attention.attention_pytorch
-    comfy.ldm.modules.attention.optimized_attention
     comfy.model_management.get_torch_device_name device
     comfy.model_management.get_free_memory dev
     comfy.model_management.intermediate_device
@@ -210,7 +210,6 @@ ENCODER = _needs("""
     comfy.ldm.flux.layers.EmbedND dim theta axes_dim
     comfy.ldm.flux.math.apply_rope1 x freqs_cis
     comfy.ldm.modules.attention.attention_pytorch
-    comfy.ldm.modules.attention.optimized_attention
     comfy.model_base.BaseModel.get_dtype_inference
     comfy.model_management.get_torch_device
     comfy.model_management.load_models_gpu models memory_required
@@ -524,6 +523,7 @@ FAMILIES: dict[str, Family] = {
     "preservation_training": Family(
         ("FrameMemoryTrainPreservation",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + TRAINING
     ),
+    "wan_training": Family(("FrameMemoryTrainWanContext",), API + MODEL_CLASS + ENCODER + WAN + MEMORY + TRAINING),
     "selftest": Family(("FrameMemorySelfTestEncoders",), API + SELFTEST),
 }
 

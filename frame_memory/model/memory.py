@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_signature import MODEL_PREFIX, Base
+from .cross_attention import CROSS
 from .families import loader_of
 from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
 from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK, MemoryFile
@@ -190,7 +191,7 @@ def of_kind(memory, kind: str, node: str, other: str) -> Any:
 
 def attach(model_patcher, memory):
     """A clone of a MODEL that brings the encoder with it when it is loaded; the MODEL stays as it is."""
-    clone = model_patcher.clone()
+    clone = detach(model_patcher)
     clone.set_additional_models(ATTACHED, [memory.encoder])
     return clone
 
@@ -199,6 +200,7 @@ def detach(model_patcher):
     """A clone of a MODEL without an encoder; nothing of it is left."""
     clone = model_patcher.clone()
     clone.remove_additional_models(ATTACHED)
+    clone.model_options.get("transformer_options", {}).pop(CROSS, None)
     return clone
 
 

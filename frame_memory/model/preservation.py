@@ -55,7 +55,8 @@ class PreservationSpec:
     """What an encoder is made of.
 
     hidden: D. channels: widths of the convolutions, the last one twice and E. patch: of the DiT, frames, rows and
-    columns. branches: one of BRANCHES. cross_attention: whether the features before the projection are handed out.
+    columns. branches: one of BRANCHES. cross_attention: whether the features before the projection are handed out, for
+    the layers of `model.cross_attention`.
     """
 
     hidden: int

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..plan.cross_attention import CrossAttentionSpec
 from ..plan.preservation import Rate, chunks, token_grid
+from . import cross_attention
 from .preservation import Encoded, PreservationEncoder, PreservationSpec, initialise
 
 
@@ -31,16 +33,27 @@ class Remembered(NamedTuple):
 
 
 class PreservedHistory(nn.Module):
-    """The encoders. specs: of one width and one count of channels. dtype: as PreservationEncoder's."""
+    """The encoders, and what lets a DiT read the features of those that hand them out.
 
-    def __init__(self, specs: Sequence[PreservationSpec], dtype=None, device=None, operations=None):
+    specs: of one width and one count of channels. dtype: as PreservationEncoder's. cross: needed where features are
+    handed out, and only there.
+    """
+
+    def __init__(
+        self, specs: Sequence[PreservationSpec], dtype=None, device=None, operations=None,
+        cross: CrossAttentionSpec | None = None,
+    ):  # fmt: skip
         super().__init__()
         first = specs[0]
         if any((spec.hidden, spec.in_channels) != (first.hidden, first.in_channels) for spec in specs):
             raise ValueError("Encoders of one memory must have one width and one count of channels.")
+        wanted = {(spec.hidden, spec.features) for spec in specs if spec.cross_attention}
+        if wanted != (set() if cross is None else {(cross.hidden, cross.features)}):
+            raise ValueError(f"Features of (D, E) {sorted(wanted)} are handed out, and read by {cross}.")
         made = {"dtype": dtype, "device": device, "operations": operations}
         self.specs = tuple(specs)
         self.encoders = nn.ModuleList(PreservationEncoder(spec, **made) for spec in specs)
+        self.cross_attention = None if cross is None else cross_attention.CrossAttention(cross, **made)
         self.dtype = self.each[0].dtype
 
     @property
@@ -52,6 +65,11 @@ class PreservedHistory(nn.Module):
     def rates(self) -> tuple[Rate, ...]:
         """Their rates."""
         return tuple(encoder.rate for encoder in self.each)
+
+    @property
+    def options(self) -> dict:
+        """`transformer_options` with which a DiT reads the features; none where there are none."""
+        return {} if self.cross_attention is None else {cross_attention.CROSS: self.cross_attention}
 
     def requires_grad_(self, requires_grad: bool = True) -> PreservedHistory:
         """As of any network, but the embedding of the low branch stays frozen: it is the base's."""
@@ -88,7 +106,9 @@ class PreservedHistory(nn.Module):
 def initialise_all(
     history: PreservedHistory, weight: Tensor | None = None, bias: Tensor | None = None, seed: int = 0
 ) -> PreservedHistory:
-    """Give fresh encoders their weights, in place, as `preservation.initialise` does."""
+    """Give fresh encoders, and their cross-attention, weights in place, as `initialise` of either does."""
     for number, encoder in enumerate(history.each):
         initialise(encoder, weight, bias, seed + number)
+    if history.cross_attention is not None:
+        cross_attention.initialise(history.cross_attention, seed)
     return history

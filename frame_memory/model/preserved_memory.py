@@ -7,7 +7,7 @@ clean, at their places in time. A fresh one already shows something, since its l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -15,9 +15,10 @@ import comfy.ops
 import torch
 from torch import Tensor
 
+from ..plan.cross_attention import CrossAttentionSpec
 from ..plan.preservation import THIN, Budget
-from . import wan
-from .base_signature import MODEL_PREFIX, Base
+from . import cross_attention, wan
+from .base_signature import Base
 from .framepack import is_framepack
 from .memory import (
     FrameMemory,
@@ -36,7 +37,8 @@ from .memory import (
 from .memory_file import FRAME_PRESERVATION, LOAD_MEMORY, MemoryFile
 from .preservation import PreservationSpec
 from .preserved_history import PreservedHistory, initialise_all
-from .stored_weights import unpacked
+from .specs import from_plain
+from .stored_weights import original
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class PreservedMemory:
         return self.encoder.model
 
     @property
+    def cross(self) -> CrossAttentionSpec | None:
+        """What lets the MODEL read the encoders' features, None where they hand out none."""
+        made = self.history.cross_attention
+        return None if made is None else made.spec
+
+    @property
     def rates(self) -> tuple[str, ...]:
         """The rates of the encoders, as text."""
         return tuple(spec.rate for spec in self.specs)
@@ -80,24 +88,29 @@ class PreservedMemory:
 
     def to_spec(self) -> dict:
         """What the encoders are made of, as plain data for a file."""
-        return {"encoders": [spec.to_dict() for spec in self.specs]}
+        read = {} if self.cross is None else {"cross_attention": asdict(self.cross)}
+        return {"encoders": [spec.to_dict() for spec in self.specs], **read}
 
     def describe(self) -> str:
         """A line for people."""
         size = sum(p.numel() for p in self.history.parameters())
         branches = {spec.branches for spec in self.specs} - {"both"}
         only = f", {' and '.join(sorted(branches))} only" if branches else ""
+        read = ""
+        if self.cross is not None:
+            read = f", {self.cross.numbers / 1e6:.1f} M of them cross-attention in {len(self.cross.blocks)} blocks"
         state = "" if self.trained else ", UNTRAINED: it shows the history coarsely, as the base embeds it"
         return (
             f"{self.label}: frame preservation {' + '.join(self.rates)}{only}, width {self.specs[0].hidden}, "
-            f"{size / 1e6:.1f} M numbers ({self.fingerprint}){state}"
+            f"{size / 1e6:.1f} M numbers{read} ({self.fingerprint}){state}"
         )
 
 
 def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> PreservedMemory:
     """Fresh encoders for a MODEL: the low branch as the MODEL's own patch embedding without LoRAs, all else untrained.
 
-    rates: one or several. options: of PreservationSpec, as `branches`. Raises MemoryMismatch for another MODEL.
+    rates: one or several. options: of PreservationSpec, as `branches` or `cross_attention`. Raises MemoryMismatch for
+    another MODEL.
     """
     check_base_model(model_patcher, LOAD_MEMORY)
     weight, bias = _patch_embedding(model_patcher)
@@ -105,7 +118,7 @@ def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> Preserve
     made = {"hidden": hidden, "in_channels": channels, "patch": tuple(patch), **options}
     specs = tuple(PreservationSpec(rate=rate, **made) for rate in rates)
     place = place_of(model_patcher)
-    history = initialise_all(_build(specs, place["dtype"]), weight, bias, seed)
+    history = initialise_all(_build(specs, place["dtype"], _cross_of(specs, model_patcher)), weight, bias, seed)
     encoder = patcher_of(history, place["load_device"])
     return PreservedMemory(encoder, specs, "new", False, Base.of(model_patcher))
 
@@ -113,13 +126,15 @@ def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> Preserve
 def memory_from_tensors(
     tensors: Mapping[str, Tensor], specs: tuple[PreservationSpec, ...], *, label: str, trained: bool = True,
     base: Base | None = None, dtype: torch.dtype | None = None, load_device=None,
+    cross: CrossAttentionSpec | None = None,
 ) -> PreservedMemory:  # fmt: skip
-    """A memory from PreservedHistory's state dict. dtype: None for that of the tensors that are not the base's.
+    """A memory from PreservedHistory's state dict. dtype: None for that of the tensors that are not the base's. cross:
+    as PreservedHistory's.
 
     Raises MemoryMismatch where names or shapes are not those of `specs`.
     """
     own = {name: value for name, value in tensors.items() if ".embed." not in name}
-    history = _build(specs, dtype or dtype_of(own))
+    history = _build(specs, dtype or dtype_of(own), cross)
     load_weights(history, tensors, label)
     return PreservedMemory(patcher_of(history, load_device), specs, label, trained, base)
 
@@ -134,9 +149,14 @@ def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | 
         return encoder_of(file, node, model_patcher)
     try:
         specs = tuple(PreservationSpec.from_dict(spec) for spec in file.spec["encoders"])
+        read = file.spec.get("cross_attention")
+        cross = None if read is None else from_plain(CrossAttentionSpec, read)
+        made = {"label": file.name, "base": file.base, "cross": cross, **place_of(model_patcher)}
+        return memory_from_tensors(file.frames, specs, **made)
+    except MemoryMismatch:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{node}'.") from error
-    return memory_from_tensors(file.frames, specs, label=file.name, base=file.base, **place_of(model_patcher))
 
 
 def check_base_model(model_patcher, node: str) -> None:
@@ -157,6 +177,9 @@ def check_preserved(memory: PreservedMemory, model_patcher, node: str) -> str:
     check_base_model(model_patcher, node)
     spec, (hidden, channels, *_) = memory.specs[0], _patch_embedding(model_patcher)[0].shape
     sizes = {"hidden": (spec.hidden, hidden), "in_channels": (spec.in_channels, channels)}
+    if memory.cross is not None:
+        mine, its = (asdict(cross) for cross in (memory.cross, _cross_of(memory.specs, model_patcher)))
+        sizes |= {f"cross-attention's {name}": (mine[name], its[name]) for name in ("heads", "double", "single")}
     return fits_base(memory, model_patcher, node, sizes)
 
 
@@ -173,26 +196,43 @@ def with_tokens(memory: PreservedMemory, tokens: int) -> PreservedMemory:
     return made
 
 
+def with_cross_attention(memory: PreservedMemory, model_patcher, seed: int = 0) -> PreservedMemory:
+    """The same encoders with cross-attention into a MODEL's blocks, which changes nothing until it is trained.
+
+    A memory that has it already is returned as it is. Raises ValueError for encoders without a branch for it.
+    """
+    if memory.cross is not None:
+        return memory
+    specs = tuple(replace(spec, cross_attention=True) for spec in memory.specs)
+    history = _build(specs, memory.history.dtype, _cross_of(specs, model_patcher))
+    cross_attention.initialise(history.cross_attention, seed)
+    history.encoders.load_state_dict(memory.history.encoders.state_dict())
+    return replace(memory, encoder=patcher_of(history, memory.encoder.load_device), specs=specs)
+
+
 def attach_preserved(model_patcher, memory: PreservedMemory):
-    """A clone of a MODEL that brings the encoders with it and, on Wan, takes their tokens; the MODEL stays as it is."""
+    """A clone of a MODEL that brings the encoders with it, reads their features and, on Wan, takes their tokens; the
+    MODEL stays as it is."""
     clone = attach(model_patcher, memory)
+    clone.model_options.setdefault("transformer_options", {}).update(memory.history.options)
     return clone if is_framepack(clone) or wan.is_attached(clone) else wan.attach(clone)
 
 
 def _patch_embedding(model_patcher) -> tuple[Tensor, Tensor]:
     """Weight and bias of the base's first convolution for finished frames, unpacked and without patches."""
-    if not is_framepack(model_patcher):
-        return wan.given_embedding(model_patcher)
-    name = "img_in.proj"
-    layer = model_patcher.model.diffusion_model.get_submodule(name)
-
-    def original(parameter: str) -> Tensor:
-        saved = model_patcher.backup.get(f"{MODEL_PREFIX}{name}.{parameter}")
-        return unpacked(layer, layer.get_parameter(parameter) if saved is None else saved.weight)
-
-    return original("weight"), original("bias")
+    if is_framepack(model_patcher):
+        return original(model_patcher, "img_in.proj")
+    return wan.given_embedding(model_patcher)
 
 
-def _build(specs: tuple[PreservationSpec, ...], dtype: torch.dtype) -> PreservedHistory:
+def _cross_of(specs: tuple[PreservationSpec, ...], model_patcher) -> CrossAttentionSpec | None:
+    if not specs[0].cross_attention:
+        return None
+    return cross_attention.spec_of(model_patcher.model.diffusion_model, specs[0].features)
+
+
+def _build(
+    specs: tuple[PreservationSpec, ...], dtype: torch.dtype, cross: CrossAttentionSpec | None
+) -> PreservedHistory:
     device = comfy.model_management.unet_offload_device()
-    return PreservedHistory(specs, dtype, device, comfy.ops.manual_cast).requires_grad_(False)
+    return PreservedHistory(specs, dtype, device, comfy.ops.manual_cast, cross).requires_grad_(False)

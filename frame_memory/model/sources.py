@@ -7,6 +7,7 @@ import re
 LOAD_MODEL, LOAD_LORA = "Load FramePack Model", "Load Video LoRA"
 LOAD_MEMORY_MODEL = "Load Memory Model"
 WAN_CONTEXT, LOAD_WAN = "Wan Frame Context", "Load Diffusion Model"
+TRAIN_CONTEXT = "Train Wan Frame Context"
 # In messages about a number format, where a video of either family may have been made.
 LOADERS = f"'{LOAD_MODEL}' (Wan: '{LOAD_WAN}')"
 HOME = "https://huggingface.co/"

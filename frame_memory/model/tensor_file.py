@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -29,6 +29,8 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes that are brought into order at once, of a tensor whose numbers do not lie in order.
+PIECE = 8 * 2**20
 
 
 class FileError(ValueError):
@@ -47,7 +49,7 @@ class Entry:
 
     def read_into(self, out: Tensor) -> None:
         """Fill `out` (contiguous, same dtype and count of elements) from the file."""
-        view = _bytes_of(out)
+        view = bytes_of(out)
         with open(self.path, "rb") as file:
             file.seek(self.start)
             got = file.readinto(view) if len(view) else 0
@@ -200,7 +202,25 @@ def _refuse_foreign(path: str, size: int, head: bytes, node: str) -> None:
         raise _truncated(path, size, 8, again)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def pieces(value: Tensor) -> Iterator[Tensor]:
+    """Contiguous tensors whose bytes, one behind the other, are those of `value`, row-major.
+
+    What lies in order is given as it is; copies are of PIECE bytes at most, so a video that the system maps into memory
+    with its axes turned is never there as a whole.
+    """
+    size = value.numel() * value.dtype.itemsize
+    if value.is_contiguous() or size <= PIECE:
+        yield value.contiguous()
+        return
+    rows = PIECE * len(value) // size
+    if rows:
+        yield from (part.contiguous() for part in value.split(rows))
+    else:
+        for row in value:
+            yield from pieces(row)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of any dtype, as bytes."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
@@ -255,4 +275,5 @@ def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
 def _write_parts(file: BinaryIO, head: bytes, order: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     file.write(head)
     for name in order:
-        file.write(_bytes_of(real(tensors[name]).detach().cpu().contiguous()))
+        for piece in pieces(real(tensors[name]).detach().cpu()):
+            file.write(bytes_of(piece))

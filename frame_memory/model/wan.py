@@ -1,18 +1,21 @@
-"""History in front of Wan's window: packed context and memory tokens on core's own WanModel.
+"""History beside Wan's window: packed context and memory tokens on core's own WanModel.
 
-    blocks([memory | 4x, 2x, 1x context | noisy window]) -> head(window)
+    blocks([noisy window | memory | 4x, 2x, 1x context]) -> head(window)
 
 Nothing of Wan is copied or subclassed here. A MODEL from any of core's loaders keeps its class, names and weights; a
-wrapper of its ModelPatcher (core's `DIFFUSION_MODEL` seam) puts the history in front of the first block and takes it
-away behind the last one through core's `patches_replace`, so `WanModel.forward_orig` runs as core wrote it, and
-quantised weights, LoRAs and other packs' patches work as ever. Without history in the conditioning the wrapper hands
-its arguments on.
+wrapper of its ModelPatcher (core's `DIFFUSION_MODEL` seam) appends the history to the tokens of the first block and
+cuts it off those of the last one through core's `patches_replace`, so `WanModel.forward_orig` runs as core wrote it,
+and quantised weights, LoRAs and other packs' patches work as ever. Without history in the conditioning the wrapper
+hands its arguments on.
 
-Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, M tokens in front, N tokens of the window,
-D width, R rows of the modulation, F rotary frequencies (head size / 2).
+Shape legend: B batch, C latent channels, T latent frames, H W latent pixels, M tokens of history, N tokens of the
+window, D width, R rows of the modulation, F rotary frequencies (head size / 2).
 
-Source: pfp reference 2.4 and 6, reference/framepack.md section 1.1. Wan has no released weights for this; three things
+Source: pfp reference 2.4 and 6, reference/framepack.md section 1.1. Wan has no released weights for this; four things
 are our choice.
+
+- Order. Attention knows places by their phases alone. The window comes first, where other packs' patches look for it,
+  and so that few rows of modulation are enough (`modulation_rows`).
 
 - Noise level. The history is modulated as timestep 0 and the window as its own: Wan's blocks take a row of modulation
   for a run of tokens (`comfy.ldm.wan.model.repeat_e`), made for Wan 2.2 5B; every other member runs the same block.
@@ -38,16 +41,17 @@ from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .framepack import FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
+from .cross_attention import with_features
+from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
 from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
-from .stored_weights import unpacked
+from .stored_weights import original
 
 # Of the wrappers and of the additional model.
 KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
 TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
-# In `transformer_options`: how many tokens stand in front of the window.
-FRONT = "frame_memory_front"
+# In `transformer_options`: how many tokens stand behind the window.
+BEHIND = "frame_memory_behind"
 _MASK = 4
 _PATCH = (1, 2, 2)
 
@@ -97,13 +101,7 @@ def given_embedding(model_patcher) -> tuple[Tensor, Tensor]:
     LoRAs are left out. Raises ValueError as `check` does.
     """
     network = check(model_patcher)
-    layer = network.patch_embedding
-
-    def original(name: str) -> Tensor:
-        saved = model_patcher.backup.get(f"diffusion_model.patch_embedding.{name}")
-        return unpacked(layer, layer.get_parameter(name) if saved is None else saved.weight)
-
-    weight, bias, own = original("weight").detach().float(), original("bias").detach().float(), network.out_dim
+    (weight, bias), own = original(model_patcher, "patch_embedding"), network.out_dim
     if network.in_dim != own:
         noise, mask, image = weight.split((own, _MASK, own), dim=1)
         weight, bias = noise + image, bias + mask.sum(dim=(1, 2, 3, 4))
@@ -159,6 +157,14 @@ def accepts_context(model_patcher) -> bool:
     return is_attached(model_patcher) and bool(model_patcher.get_additional_models_with_key(KEY))
 
 
+def copied_patchifiers(model_patcher) -> Patchifiers:
+    """A trainable copy of a MODEL's patchifiers; fresh ones where it has none. Raises ValueError as `check` does."""
+    made = patchifiers_of(model_patcher)
+    if accepts_context(model_patcher):
+        made.load_state_dict(model_patcher.get_additional_models_with_key(KEY)[0].model.state_dict())
+    return made
+
+
 def check(model_patcher) -> WanModel:
     """The network of a MODEL. Raises ValueError unless core runs it by WanModel's own forward pass and its channels are
     those of a text-to-video or an image-to-video model."""
@@ -167,19 +173,22 @@ def check(model_patcher) -> WanModel:
     return network
 
 
-def conditions(base_model, context: Mapping | None = None, tokens: Tensor | None = None, positions=None) -> dict:
+def conditions(
+    base_model, context: Mapping | None = None, tokens: Tensor | None = None, positions=None,
+    features: Tensor | None = None,
+) -> dict:  # fmt: skip
     """What goes into a prompt's entry as `model_conds`; core hands it to the network untouched.
 
     context: `{"latents": [B C T H W, ...] in VAE space, "layout": ContextLayout}`, as FramePack's; the groups may be
     none, which places the window alone. tokens: `[B, M, D]`. positions: their (t, h, w) in latent frames and patches,
-    M of them, on the layout's time axis. Raises ValueError where tokens and positions do not belong together.
+    M of them, on the layout's time axis. features: as in `token_conditions`, which raises ValueError as it says.
     """
     out = {}
     if context is not None:
         latents = [base_model.process_latent_in(latent) for latent in context["latents"]]
         out[CONTEXT] = comfy.conds.CONDList(latents)
         out[LAYOUT] = AloneConstant(context["layout"])
-    return {**out, **token_conditions(tokens, positions)}
+    return {**out, **token_conditions(tokens, positions, features)}
 
 
 class _Wrapper:
@@ -191,19 +200,22 @@ class _Wrapper:
     def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
                  **kwargs):  # fmt: skip
         latents, layout, tokens, positions = (kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS))
+        features = kwargs.pop(FRAME_FEATURES, None)
         options = {} if transformer_options is None else transformer_options
         if layout is not None or tokens is not None:
             network = executor.class_obj
             _check_network(network, type(network).__name__)
             _check_alone(network, time_dim_concat, kwargs)
-            front = self.front(network, x, timestep, latents, layout, tokens, positions, options)
-            options = front.options(options, len(network.blocks))
+            history = self.history(network, x, timestep, latents, layout, tokens, positions, options)
+            window = slice(x.shape[2] * math.prod(_grid(x)))
+            options = with_features(options, features, x, window)
+            options = history.options(options, len(network.blocks))
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
-    def front(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _Front:
-        """Everything that stands in front of the window `x [B, C, T, H, W]` of one call."""
+    def history(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _History:
+        """Everything that stands behind the window `x [B, C, T, H, W]` of one call."""
         place = _placer(network, options)
-        grid = (-(-x.shape[3] // 2), -(-x.shape[4] // 2))
+        grid = _grid(x)
         parts, phases, window = [], [], None
         if tokens is not None:
             parts.append(tokens)
@@ -222,13 +234,13 @@ class _Wrapper:
             phases.append(table[: len(table) - own])
             window = table[len(table) - own :][None, :, None]
         empty = x.new_empty((x.shape[0], 0, network.dim))
-        front = torch.cat([empty, *(part.to(x).expand(x.shape[0], -1, -1) for part in parts)], dim=1)
-        return _Front(front, torch.cat(phases)[None, :, None], window, _clean_row(network, timestep, x.dtype))
+        seen = torch.cat([empty, *(part.to(x).expand(x.shape[0], -1, -1) for part in parts)], dim=1)
+        return _History(seen, torch.cat(phases)[None, :, None], window, _clean_row(network, timestep, x.dtype))
 
 
 @dataclass
-class _Front:
-    """What stands in front of the window during one forward pass."""
+class _History:
+    """What stands behind the window during one forward pass."""
 
     tokens_BMD: Tensor
     pe: Tensor  # [1, M, 1, F, 2, 2]
@@ -237,45 +249,31 @@ class _Front:
     _made: dict = field(default_factory=dict)  # last modulation and table, since every block gets the same ones
 
     def options(self, options: dict, blocks: int) -> dict:
-        """`transformer_options` whose blocks see the front; what others had put there runs as before, inside."""
+        """`transformer_options` whose blocks see the history; what others had put there runs as before, inside."""
         known = options.get("patches_replace", {})
         dit = dict(known.get("dit", {}))
         for index in range(blocks):
             name = ("double_block", index)
             dit[name] = self._block(index == 0, index == blocks - 1, dit.get(name))
-        patches = dict(options.get("patches", {}))
-        if "double_block" in patches:
-            patches["double_block"] = [self._shifted(patch, blocks - 1) for patch in patches["double_block"]]
-        front = self.tokens_BMD.shape[1]
-        return {**options, FRONT: front, "patches_replace": {**known, "dit": dit}, "patches": patches}
+        return {**options, BEHIND: self.tokens_BMD.shape[1], "patches_replace": {**known, "dit": dit}}
 
     def _block(self, first: bool, last: bool, theirs: Callable | None) -> Callable:
         count = self.tokens_BMD.shape[1]
 
         def replaced(args: dict, extra: dict) -> dict:
-            img = torch.cat((self.tokens_BMD, args["img"]), dim=1) if first else args["img"]
+            img = torch.cat((args["img"], self.tokens_BMD), dim=1) if first else args["img"]
             window = img.shape[1] - count
             args = {**args, "img": img, "vec": self._rows(args["vec"], window), "pe": self._table(args["pe"])}
             out = extra["original_block"](args) if theirs is None else theirs(args, extra)
-            return {**out, "img": out["img"][:, count:]} if last else out
+            return {**out, "img": out["img"][:, :window]} if last else out
 
         return replaced
 
-    def _shifted(self, patch: Callable, last: int) -> Callable:
-        """Core's patches behind a block find their tokens at `img_offset`."""
-        count = self.tokens_BMD.shape[1]
-
-        def shifted(args: dict) -> dict:
-            ahead = 0 if args["block_index"] == last else count
-            return patch({**args, "img_offset": args["img_offset"] + ahead})
-
-        return shifted
-
     def _rows(self, vec_BR6D: Tensor, window: int) -> Tensor:
-        return self._once("vec", vec_BR6D, lambda: modulation_rows(self.clean, vec_BR6D, self.pe.shape[1], window))
+        return self._once("vec", vec_BR6D, lambda: modulation_rows(vec_BR6D, self.clean, window, self.pe.shape[1]))
 
     def _table(self, pe: Tensor) -> Tensor:
-        return self._once("pe", pe, lambda: torch.cat((self.pe, pe if self.window_pe is None else self.window_pe), 1))
+        return self._once("pe", pe, lambda: torch.cat((pe if self.window_pe is None else self.window_pe, self.pe), 1))
 
     def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made or self._made[name][0] is not source:
@@ -283,24 +281,21 @@ class _Front:
         return self._made[name][1]
 
 
-def modulation_rows(clean_11KD: Tensor, vec_BRKD: Tensor, front: int, window: int) -> Tensor:
-    """Rows that core's `repeat_e` spreads so that `front` tokens get `clean` and the `window` behind them `vec`.
+def modulation_rows(vec_BRKD: Tensor, clean_11KD: Tensor, window: int, behind: int) -> Tensor:
+    """Rows that core's `repeat_e` spreads so that the `window` tokens get `vec` and `behind` tokens after them `clean`.
 
-    Core gives each of n rows a run of N // n tokens, or of one more, cut at the end, where that does not divide: so
-    the rows are as few as runs of one length can be that change at the border, not one a token.
+    Core gives each of n rows a run of N // n tokens, or of one more, cut at the end, where that does not divide. So the
+    run has to divide what one row of the window holds; the longest that core would choose is taken. Of a window of
+    T x h x w tokens the shorter of h and w serves at the latest. 'Wan, 81 frames' on 14B in bf16: 5.2 MiB at 832x480
+    and 9.3 MiB at 672x992, where a row a token would take 2.0 and 3.4 GiB.
     """
-    if not front:
+    if not behind:
         return vec_BRKD
-    total, rows = front + window, vec_BRKD.shape[1]
-    if rows > 1:
-        each = window // rows if window % rows == 0 else 1
-        run = math.gcd(front, each)
-        count = each // run if each > 1 else -(-window // rows)
-        own = vec_BRKD.repeat_interleave(count, dim=1)[:, : window // run]
-    else:
-        run = next(g for g in range(front, 0, -1) if front % g == 0 and _spreads(total, g))
-        own = vec_BRKD.expand(-1, -(-window // run), -1, -1)
-    return torch.cat((clean_11KD.expand(vec_BRKD.shape[0], front // run, -1, -1), own), dim=1)
+    total, each = window + behind, -(-window // vec_BRKD.shape[1])
+    longest = each if window % vec_BRKD.shape[1] == 0 else 1
+    run = next(run for run in range(longest, 0, -1) if longest % run == 0 and _spreads(total, run))
+    own = vec_BRKD.repeat_interleave(each // run, dim=1)[:, : window // run]
+    return torch.cat((own, clean_11KD.expand(vec_BRKD.shape[0], -(-behind // run), -1, -1)), dim=1)
 
 
 def _spreads(total: int, run: int) -> bool:
@@ -315,6 +310,11 @@ def _clean_row(network: WanModel, timestep: Tensor, dtype) -> Tensor:
     zero = torch.zeros_like(timestep.flatten()[:1])
     vec = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, zero).to(dtype))
     return network.time_projection(vec).unflatten(1, (6, network.dim))[:, None]
+
+
+def _grid(x_BCTHW: Tensor) -> tuple[int, int]:
+    """Rows and columns of a window's patches."""
+    return -(-x_BCTHW.shape[3] // 2), -(-x_BCTHW.shape[4] // 2)
 
 
 def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:

@@ -31,7 +31,7 @@ from .memory_file import (
     plain_data,
     shown,
 )
-from .sources import LOAD_WAN, WAN_CONTEXT
+from .sources import LOAD_WAN, TRAIN_CONTEXT, WAN_CONTEXT
 
 KIND = "wan_frame_context"
 NEW = "new (untrained)"
@@ -69,16 +69,17 @@ class PatchifierFile:
         return self.base.certainty(base)
 
 
-def write(path: str, base: Base, patchifiers: wan.Patchifiers, *, recipe: Mapping | None = None, licence: str = "",
-          dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
-    """Write patchifiers; `path` appears, or is replaced, only when all of it is on the disk.
+def write(path: str, base: Base, patchifiers: Mapping[str, Tensor], *, recipe: Mapping | None = None,
+          licence: str = "", dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+    """Write patchifiers, by the names of their state dict; `path` appears, or is replaced, only when all of it is on
+    the disk.
 
     dtype: of the numbers on disk. Raises MemoryFileError for numbers that are not finite, FileError (tensor_file) where
     the disk refuses.
     """
     if not path.lower().endswith(".safetensors"):
         raise MemoryFileError(f"Files of patchifiers are .safetensors files, not {os.path.basename(path)}.")
-    tensors = {WAN_PREFIX + name: value.detach().to(dtype) for name, value in patchifiers.state_dict().items()}
+    tensors = {WAN_PREFIX + name: value.detach().to(dtype) for name, value in patchifiers.items()}
     check_finite(path, tensors)
     metadata = {
         "format": FORMAT, "kind": KIND, **base.to_metadata(), "recipe": json.dumps(dict(recipe or {})),
@@ -141,7 +142,7 @@ def with_new(model_patcher) -> tuple[object, list[str]]:
     patchifiers = wan.patchifiers_of(model_patcher)
     lines = [
         "UNTRAINED: new patchifiers, which embed the mean of a cell as this MODEL's own embed a frame. It was never "
-        "taught to read history, and sections will not follow one another well. For training."
+        f"taught to read history, and sections will not follow one another well. '{TRAIN_CONTEXT}' teaches it."
     ]
     return _noted(model_patcher, patchifiers, {PATCHIFIERS: NEW, TRAINED: False, SCHEDULE: ""}), lines
 

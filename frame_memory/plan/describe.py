@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .sections import LongVideoPlan, Section
 
 _NAMES = {START: "start", END: "end", BLANK: "empty"}
+# Frame 0 of a video of clips: the start picture as it looks at the end of a still clip.
+_STILL = "still"
 
 
 def describe_plan(plan: LongVideoPlan) -> str:
@@ -17,13 +19,17 @@ def describe_plan(plan: LongVideoPlan) -> str:
     window = plan.schedule.window
     count = len(plan.sections)
     made = f"{count} section{'s' * (count != 1)} of {window} latent frames make {plan.pixel_frames} frames"
+    # Of a video of clips the frame in front is not shown.
+    latent_frames = plan.total_frames - plan.clips
     lines = [
-        f"{made} = {plan.seconds:.2f} s at {plan.fps:g} fps ({plan.total_frames} latent frames).",
+        f"{made} = {plan.seconds:.2f} s at {plan.fps:g} fps ({latent_frames} latent frames).",
         f"Schedule {plan.schedule.text}, order {plan.order}. Sections are listed in the order they are made.",
     ]
     if plan.given_frames:
         first, last = pixel_span(0, plan.given_frames)
         lines.append(f"The given video is frames {first}-{last}.")
+    if plan.clips:
+        lines.append("Each section is decoded alone, as this model was trained; the start picture is not shown.")
     rates = plan.schedule.kernels
     tails = any(section.tail for section in plan.sections)
     head = ["section", "makes frames", "seconds", *(f"sees at {rate}x" for rate in rates), *["tail"] * tails, "needs"]
@@ -38,21 +44,23 @@ def align(rows: list[list[str]]) -> list[str]:
 
 
 def _row(plan: LongVideoPlan, section: Section, rates: tuple[int, ...], tails: bool) -> list[str]:
-    first, last = pixel_span(section.start, section.stop)
+    first, last = pixel_span(section.start, section.stop, plan.clip)
     begin, end = plan.span_seconds(section)
     cells = [str(section.index + 1), f"{first}-{last}", f"{begin:.2f}-{end:.2f}"]
     for rate in rates:
-        seen = [_frames(group.frames) for group in section.groups if group.kernel == rate]
+        seen = [_frames(group.frames, plan.clip) for group in section.groups if group.kernel == rate]
         cells.append(", ".join(seen))
     if tails:
-        cells.append(_frames(section.tail.frames) if section.tail else "-")
+        cells.append(_frames(section.tail.frames, plan.clip) if section.tail else "-")
     cells.append(", ".join(str(i + 1) for i in section.depends_on) or "-")
     return cells
 
 
-def _frames(frames: tuple[int, ...]) -> str:
+def _frames(frames: tuple[int, ...], clip: int) -> str:
     parts = []
+    if clip and 0 in frames:
+        frames, parts = tuple(frame for frame in frames if frame != 0), [_STILL]
     for start, stop in runs(frames):
-        first, last = pixel_span(start, stop)
+        first, last = pixel_span(start, stop, clip)
         parts.append(_NAMES[start] if start < 0 else str(first) if first == last else f"{first}-{last}")
     return ", ".join(parts)

@@ -5,7 +5,9 @@ needs this class to write one:
 
     {"latent_format": "HunyuanVideo", "base": "HunyuanVideo" | "selftest",
      "order": "inverted" | "forward" | "both ends first", "window": 9, "fps": 30.0,
-     "given": 1, "project": "my video"}
+     "given": 1, "project": "my video", "clips": True}
+
+"clips" is there only where each section is to be decoded alone.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class LatentMark:
     """What the sampler said about a LATENT. Empty strings, None and 0 given frames mean: not said.
 
     given: latent frames in front of the first section. project: name of the project that holds the sections. source:
-    name of the video file that it was encoded from.
+    name of the video file that it was encoded from. clips: each section, `window` latent frames, is to be decoded
+    alone, and the frame in front of them is not shown.
     """
 
     latent_format: str = ""
@@ -44,6 +47,12 @@ class LatentMark:
     given: int = 0
     project: str = ""
     source: str = ""
+    clips: bool = False
+
+    @property
+    def clip(self) -> int:
+        """Latent frames of each clip of a video of clips, 0 of a running video."""
+        return self.window if self.clips else 0
 
 
 def fps_of(latent_format: str) -> float:
@@ -90,6 +99,7 @@ def read_mark(samples: Mapping) -> LatentMark | None:
         given=given if isinstance(given := raw.get("given", 0), int) and given > 0 else 0,
         project=str(raw.get("project") or ""),
         source=str(raw.get("source") or ""),
+        clips=raw.get("clips") is True,
     )
 
 

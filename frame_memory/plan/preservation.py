@@ -240,10 +240,11 @@ def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tup
             near = str(max(round(length / step), 1) * step)
             expected = f"a positive multiple of {step}"
             raise PlanError(refusal(f"a chunk of {length} latent frames", expected, near, PRESERVATION))
-    fine, thin = (
-        [sum(token_count(RATES[r], n, height, width) for r in rates) for n in lengths]
+    each = (
+        {n: sum(token_count(RATES[r], n, height, width) for r in rates) for n in set(lengths)}
         for rates in ((budget.rate, *budget.beside), (THIN,))
     )
+    fine, thin = ([counts[n] for n in lengths] for counts in each)
     # Chunks are added one by one, as in a run: what a long recent one has pushed out would else return behind it.
     total, thinned, dropped = 0, 0, 0
     for count, tokens in enumerate(fine, 1):

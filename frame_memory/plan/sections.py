@@ -12,7 +12,8 @@ Choices of ours, where the sources are silent:
 - the end frame stands for the latent frame after the last;
 - a kept tail (ta, tc) takes one position beyond its farthest history group, a dropped one none;
 - a second and later start anchor without a given video is the frame after the start once it is made;
-- with more than one end anchor the end frame is the last of them.
+- with more than one end anchor the end frame is the last of them;
+- without a start frame (text to video) the first frame that is made anchors the sections behind its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from itertools import accumulate
 
 from .describe import describe_plan
 from .errors import IMAGE, PACKER, SAMPLER, PlanError, refusal
-from .frames import BLANK, END, START, pixel_frames
+from .frames import BLANK, END, START, pixel_frames, section_frames
 from .schedule import PRESETS, Group, Schedule, frame_count, parse_schedule
 
 ORDERS = ("inverted", "forward", "both ends first")
@@ -75,7 +76,10 @@ class Section:
 
 @dataclass(frozen=True)
 class LongVideoPlan:
-    """Sections in the order they are made. given_frames: latent frames of an existing video, frames 0..given-1."""
+    """Sections in the order they are made. given_frames: latent frames of an existing video, frames 0..given-1.
+
+    clips: each section is decoded alone, as a clip of its own, and the frame in front of them is not shown.
+    """
 
     order: str
     schedule: Schedule
@@ -83,11 +87,22 @@ class LongVideoPlan:
     given_frames: int
     total_frames: int
     fps: float
+    clips: bool = False
+
+    @property
+    def clip(self) -> int:
+        """Latent frames of each clip of a video of clips, 0 of a running video."""
+        return self.schedule.window if self.clips else 0
 
     @property
     def pixel_frames(self) -> int:
         """Frames of the finished video, the given ones counted."""
-        return pixel_frames(self.total_frames)
+        return pixel_frames(self.total_frames, self.clip)
+
+    @property
+    def section_seconds(self) -> float:
+        """What each section adds to the video."""
+        return section_frames(self.schedule.window, self.clips) / self.fps
 
     @property
     def seconds(self) -> float:
@@ -96,25 +111,27 @@ class LongVideoPlan:
 
     def span_seconds(self, section: Section) -> tuple[float, float]:
         """When the frames of a section begin and end in the finished video, in seconds."""
-        first = max(4 * section.start - 3, 0)
-        return first / self.fps, (4 * section.stop - 3) / self.fps
+        begin, end = pixel_frames(section.start, self.clip), pixel_frames(section.stop, self.clip)
+        return begin / self.fps, end / self.fps
 
     def describe(self) -> str:
         """The table an artist reads before the run."""
         return describe_plan(self)
 
 
-def section_count(seconds: float, window: int = 9, fps: float = 30) -> int:
+def section_count(seconds: float, window: int = 9, fps: float = 30, clips: bool = False) -> int:
     """How many sections make a video of about this length: round(seconds*fps / (4*window)), at least 1.
 
-    Python's rounding (half to even), as published. Raises PlanError for zero, negative, NaN or endless lengths.
+    clips: each section is a clip of its own, of 4*window-3 frames. Python's rounding (half to even), as published.
+    Raises PlanError for zero, negative, NaN or endless lengths.
     """
     _check_fps(fps)
-    shortest = 4 * window / fps
+    frames = section_frames(window, clips)
+    shortest = frames / fps
     if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0:
         raise PlanError(refusal(f"{seconds!r} seconds", "a length above 0 s", f"{shortest:g} s (one section)", SAMPLER))
-    count = max(round(seconds * fps / (4 * window)), 1)
-    _check_count(count, window, fps)
+    count = max(round(seconds * fps / frames), 1)
+    _check_count(count, shortest)
     return count
 
 
@@ -144,35 +161,44 @@ def plan_sections(
     fps: float = 30.0,
     history_frames: int = 0,
     has_end: bool = False,
+    clips: bool = False,
+    has_start: bool = True,
 ) -> LongVideoPlan:
     """Resolve every section of a video.
 
     schedule: parsed, or its text. sections: how many windows are made. order: one of ORDERS, None for the schedule's
     own. history_frames: latent frames of an existing video put in front; 0 = a start frame alone. has_end: an end frame
-    is given. Raises PlanError (or ScheduleError for a text).
+    is given. clips: each section is decoded alone, and the frame in front of the first is not shown. has_start: there
+    is a start frame; without one nothing is seen before the first section is made. Raises PlanError (or ScheduleError
+    for a text).
     """
     if isinstance(schedule, str):
         schedule = parse_schedule(schedule)
     order = natural_order(schedule) if order is None else order
     _check_fps(fps)
-    _check_count(sections, schedule.window, fps)
+    _check_count(sections, section_frames(schedule.window, clips) / fps)
     if isinstance(history_frames, bool) or not isinstance(history_frames, int) or history_frames < 0:
         raise PlanError(refusal(f"{history_frames!r} frames of an existing video", "a whole number", "0", SAMPLER))
     _check_order(schedule, order)
     if has_end:
         _check_end(schedule, order)
-    made = _Builder(schedule, order, sections, history_frames, has_end).build()
-    return LongVideoPlan(order, schedule, made, history_frames, (history_frames or 1) + sections * schedule.window, fps)
+    made = _Builder(schedule, order, sections, history_frames, has_end, has_start).build()
+    total = (history_frames or 1) + sections * schedule.window
+    return LongVideoPlan(order, schedule, made, history_frames, total, fps, clips)
 
 
 class _Builder:
     """Makes the sections of one plan. `owner[f]` is the section that made frame f, -1 for given ones, None for none."""
 
-    def __init__(self, schedule: Schedule, order: str, count: int, given: int, has_end: bool):
+    def __init__(
+        self, schedule: Schedule, order: str, count: int, given: int, has_end: bool, has_start: bool
+    ):  # fmt: skip
         self.schedule, self.order, self.count, self.given, self.has_end = schedule, order, count, given, has_end
+        self.has_start = bool(given) or has_start
         self.first = given or 1
         self.total = self.first + count * schedule.window
-        self.owner: list[int | None] = [-1] * self.first + [None] * (self.total - self.first)
+        in_front = -1 if self.has_start else None
+        self.owner: list[int | None] = [in_front] * self.first + [None] * (self.total - self.first)
         self.before = frame_count(schedule.history_before)
         self.after = frame_count(schedule.history_after)
         self.anchors_before = frame_count(schedule.anchor_before)
@@ -185,7 +211,7 @@ class _Builder:
             section = self._section(index, start, window * pads[index])
             made.append(section)
             self.owner[start : start + window] = [index] * window
-        if not any(_sees_given(section, self.first) for section in made):
+        if self.has_start and not any(_sees_given(section, self.first) for section in made):
             text = f"f1k1_x_{self.schedule.text}"
             raise PlanError(
                 refusal(f"{self.schedule.text}, which never shows the start frame", "a group before g", text, PACKER)
@@ -253,6 +279,8 @@ class _Builder:
     def _start_anchors(self) -> list[int]:
         if self.given:
             return [self._made(self.given - self.anchors_before + i) for i in range(self.anchors_before)]
+        if not self.has_start:
+            return [self._made(self.first + i) for i in range(self.anchors_before)]
         return [START if i == 0 else self._made(i) for i in range(self.anchors_before)]
 
     def _end_anchors(self, index: int) -> list[int]:
@@ -325,12 +353,12 @@ def _check_fps(fps: float) -> None:
         raise PlanError(refusal(f"{fps!r} frames a second", "a rate above 0", "30", SAMPLER))
 
 
-def _check_count(sections: int, window: int, fps: float) -> None:
-    one = f"1 section ({4 * window / fps:g} s)"
+def _check_count(sections: int, section_s: float) -> None:
+    one = f"1 section ({section_s:g} s)"
     if isinstance(sections, bool) or not isinstance(sections, int) or sections < 1:
         raise PlanError(refusal(f"{sections!r} sections", "a whole number from 1", one, SAMPLER))
     if sections > MAX_SECTIONS:
-        longest = MAX_SECTIONS * 4 * window / fps
+        longest = MAX_SECTIONS * section_s
         raise PlanError(refusal(f"{sections} sections", f"at most {MAX_SECTIONS} sections", f"{longest:g} s", SAMPLER))
 
 

@@ -30,8 +30,9 @@ def by_index(changes: Sequence[SectionChange], plan: LongVideoPlan) -> Mapping[i
     for change in changes:
         if not 1 <= change.number <= len(in_time):
             raise PlanError(
-                f"'{NODE}' picks section {change.number}, but this video has sections 1 to {len(in_time)} (1.2 s "
-                f"each). Nearest: {min(max(change.number, 1), len(in_time))}. Change 'section' in '{NODE}'."
+                f"'{NODE}' picks section {change.number}, but this video has sections 1 to {len(in_time)} "
+                f"({plan.section_seconds:g} s each). Nearest: {min(max(change.number, 1), len(in_time))}. Change "
+                f"'section' in '{NODE}'."
             )
         index = in_time[change.number - 1].index
         if index in found:

@@ -2,19 +2,23 @@
 
 The sigmas are cut in two at the boundary and each part is sampled by core's CFGGuider around its own expert, the second
 from where the first ended: what two KSampler (Advanced) nodes do. So each expert is loaded, patched and offloaded by
-core for its part, and only one has to be in VRAM at a time.
+core for its part, and only one has to be in VRAM at a time. Both see the same prompts and context; the tokens of a
+memory only go to an expert whose MODEL brings the encoder, since they mean nothing to one that was trained apart.
 Source: Wan 2.2's published inference (a step at noise level `boundary` or above is the high expert's).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.samplers
 import torch
 from torch import Tensor
+
+from ..model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
+from ..model.memory import is_attached
 
 # Noise levels, 0 to 1, as published for text-to-video and image-to-video.
 BOUNDARY_T2V, BOUNDARY_I2V = 0.875, 0.9
@@ -40,15 +44,32 @@ class WanExpertGuider(comfy.samplers.CFGGuider):
         cut = steps_above(sigmas, self.boundary)
         common = {"denoise_mask": denoise_mask, "disable_pbar": disable_pbar, "seed": seed}
         if cut:
-            latent_image = super().sample(
+            high = copy.copy(self)
+            high.original_conds = _shown_to(self.model_patcher, self.original_conds)
+            latent_image = super(WanExpertGuider, high).sample(
                 noise, latent_image, sampler, sigmas[: cut + 1], callback=_shifted(callback, 0, steps), **common
             )
             noise = torch.zeros_like(noise)  # it is in the latent now
         if cut == steps:
             return latent_image
         low = copy.copy(self.low)
-        low.original_conds = self.original_conds
+        low.original_conds = _shown_to(low.model_patcher, self.original_conds)
         return low.sample(noise, latent_image, sampler, sigmas[cut:], callback=_shifted(callback, cut, steps), **common)
+
+
+def _shown_to(model_patcher, conds: Mapping) -> Mapping:
+    """Prompts by name as an expert sees them: without the tokens of a memory whose encoder its MODEL does not bring."""
+    if is_attached(model_patcher):
+        return conds
+    return {name: [_without_memory(entry) for entry in entries] for name, entries in conds.items()}
+
+
+def _without_memory(entry: Mapping) -> Mapping:
+    carried = entry.get("model_conds", {})
+    if FRAME_TOKENS not in carried:
+        return entry
+    left = {name: cond for name, cond in carried.items() if name not in (FRAME_TOKENS, FRAME_POSITIONS, FRAME_FEATURES)}
+    return {**entry, "model_conds": left}
 
 
 def steps_above(sigmas: Tensor, boundary: float) -> int:

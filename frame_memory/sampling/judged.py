@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ..plan import pixel_frames
 from ..plan.mark import LatentMark
 from ..video.contact import ContactSheet, SheetSection
 from ..video.guards import GuardSection, VideoGuards
@@ -20,9 +21,13 @@ NOTHING_FOUND = (
 )
 
 
-def pixel_spans(sections: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """`(number from 1, first pixel frame, one past the last)` of sections given as latent frames, in order of time."""
-    return [(n, max(4 * start - 3, 0), 4 * stop - 3) for n, (start, stop) in enumerate(sorted(sections), 1)]
+def pixel_spans(sections: Sequence[tuple[int, int]], clip: int = 0) -> list[tuple[int, int, int]]:
+    """`(number from 1, first pixel frame, one past the last)` of sections given as latent frames, in order of time.
+
+    clip: latent frames of each clip of a video of clips, 0 for a running video.
+    """
+    numbered = enumerate(sorted(sections), 1)
+    return [(n, pixel_frames(start, clip), pixel_frames(stop, clip)) for n, (start, stop) in numbered]
 
 
 def marked_sections(mark: LatentMark | None, total: int) -> list[tuple[int, int]]:
@@ -39,11 +44,13 @@ class Judged:
     """Takes the pixels of a video piece by piece, in any order, and says what an artist should know of each section.
 
     sections: latent frames `(start, stop)` of all of them. first_frame: pixel frame of the video that frame 0 given to
-    `look` is, for a part of a longer video.
+    `look` is, for a part of a longer video. clip: latent frames of each clip of a video of clips.
     """
 
-    def __init__(self, sections: Sequence[tuple[int, int]], fps: Fraction | float, first_frame: int = 0):
-        spans = pixel_spans(sections)
+    def __init__(
+        self, sections: Sequence[tuple[int, int]], fps: Fraction | float, first_frame: int = 0, clip: int = 0
+    ):  # fmt: skip
+        spans = pixel_spans(sections, clip)
         self.guarded = {number: GuardSection(number, *frames) for number, *frames in spans}
         self.guards = VideoGuards(list(self.guarded.values()))
         self.sheet = ContactSheet([SheetSection(*span) for span in spans], fps)

@@ -62,7 +62,7 @@ class LiveVideo:
         self.decoder: StreamDecoder | None = None
         self.unread: list[Segment] = []
         self.numbers = {s.index: n for n, s in enumerate(sorted(plan.sections, key=lambda s: s.start), 1)}
-        self.judge = Judged([(s.start, s.stop) for s in plan.sections], plan.fps)
+        self.judge = Judged([(s.start, s.stop) for s in plan.sections], plan.fps, clip=plan.clip)
         self.judged: set[int] = set()
         self.warned: set[str] = set()
         self.written_from = 4 * plan.total_frames  # the first pixel frame that this run has written itself
@@ -200,14 +200,14 @@ class LiveVideo:
                 f"The node plays and writes the first of {batch} videos, as {self.project.name}.mp4. 'Save Long Video' "
                 "makes a file of each from 'samples'."
             )
-        for piece in plan_pieces(plan.order, plan.total_frames, plan.schedule.window):
+        for piece in plan_pieces(plan.order, plan.total_frames, plan.schedule.window, plan.clips):
             segment = self._written_before(piece)
             if segment is not None:
                 self._add(segment)
                 self.unread.append(segment)
         self.decoder = StreamDecoder(
             self.decode, plan.order, plan.total_frames, plan.schedule.window, self._latents,
-            have=tuple(self.segments), interrupt=self._check,
+            clips=plan.clips, have=tuple(self.segments), interrupt=self._check,
         )  # fmt: skip
         for piece in self.decoder.finished(0, self.frames.first.shape[2]):
             self._write_piece(piece)

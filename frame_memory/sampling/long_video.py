@@ -39,10 +39,11 @@ from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
+from .clips import check_clips, still_of
 from .experts import models_of
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
-from .memory import with_memory
+from .memory import remembering, with_memory
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
@@ -109,6 +110,12 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
                 f"Choose that one in '{PACKER}'."
             )
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
+    looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
+    if looks and not any(entry.get("clip_vision_output") is not None for entry in entries):
+        warnings.append(
+            "Wan 2.1 image to video was trained to see the start picture through CLIP vision too, and no prompt brings "
+            "it. Connect clip_vision_h to 'clip_vision' of 'FramePack Image'."
+        )
     if any(entry.get(key) is not None for entry in entries for key in families.GIVEN_FRAMES):
         warnings.append(
             "The prompt brings frames of its own ('Wan Image To Video'), which no window here begins with. They are "
@@ -154,17 +161,19 @@ def frame_rate(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPL
 
 
 def make_plan(
-    schedule: Schedule, order: str, seconds: float, inputs: Inputs, fps: float = DEFAULT_FPS
+    schedule: Schedule, order: str, seconds: float, inputs: Inputs, fps: float = DEFAULT_FPS, clips: bool = False
 ) -> LongVideoPlan:
     """The plan of the whole video. Raises PlanError for lengths, orders and end frames that cannot be."""
     given = inputs.given.shape[2] if inputs.given is not None else 0
     plan = plan_sections(
         schedule,
-        sections=section_count(seconds, schedule.window, fps),
+        sections=section_count(seconds, schedule.window, fps, clips),
         order=None if order == ORDER_AUTO else order,
         fps=fps,
         history_frames=given,
         has_end=inputs.end is not None,
+        clips=clips,
+        has_start=not clips or inputs.still is not None,
     )
     if inputs.initial is not None and inputs.initial.shape[2] < plan.total_frames:
         raise PlanError(_too_short(inputs.initial.shape[2], plan))
@@ -174,7 +183,7 @@ def make_plan(
 def _too_short(held: int, plan: LongVideoPlan) -> str:
     """Refusal of `held` latent frames of 'initial', with the longest video they are enough for."""
     window, first = plan.schedule.window, plan.given_frames or 1
-    pictures = pixel_frames(held)
+    pictures = pixel_frames(held, plan.clip)
     text = (
         f"'initial' of Anti-Drift Sampler holds {held} latent frames ({pictures} pictures, "
         f"{pictures / plan.fps:.2f} s), the plan makes {plan.total_frames} ({plan.pixel_frames} pictures, "
@@ -184,9 +193,9 @@ def _too_short(held: int, plan: LongVideoPlan) -> str:
     if sections >= 1:
         return text + (
             "Expected at least as many; feed a longer video into 'initial', or set 'seconds' in Anti-Drift Sampler to "
-            f"{sections * 4 * window / plan.fps:g}."
+            f"{sections * plan.section_seconds:g}."
         )
-    text += f"Expected at least {first + window} latent frames ({pixel_frames(first + window)} pictures)"
+    text += f"Expected at least {first + window} latent frames ({pixel_frames(first + window, plan.clip)} pictures)"
     if plan.given_frames:
         text += f", of which the first {plan.given_frames} stand for the frames of 'history'"
     return text + "; feed a longer video into 'initial'."
@@ -204,9 +213,9 @@ def check_timeline(timeline: EncodedTimeline | None, guider, plan: LongVideoPlan
         )
     validate_timeline(timeline.timeline, plan.seconds, asked_seconds=seconds)
     starts = tuple(plan.span_seconds(s)[0] for s in plan.sections)
-    each = 4 * plan.schedule.window / plan.fps
     return [
-        f"The prompt at {e.start_s:g} s is never shown: it begins and ends inside one section ({each:g} s each): "
+        f"The prompt at {e.start_s:g} s is never shown: it begins and ends inside one section "
+        f"({plan.section_seconds:g} s each): "
         f"{e.text!r}"
         for e in unused_entries(timeline.timeline, starts)
     ]
@@ -271,10 +280,13 @@ def _say_all(say: Callable[[str], None], described: str, warnings: list[str]) ->
     return text
 
 
-def _read(start: Mapping, end: Mapping | None, history: Mapping | None, initial: Mapping | None) -> Inputs:
+def _read(
+    start: Mapping, end: Mapping | None, history: Mapping | None, initial: Mapping | None, clips: bool
+) -> Inputs:  # fmt: skip
+    begin = latent_of("start", start)
     inputs = Inputs(
-        start=latent_of("start", start)[:, :, :1], end=latent_of("end", end), given=latent_of("history", history),
-        initial=latent_of("initial", initial),
+        start=begin[:, :, :1], end=latent_of("end", end), given=latent_of("history", history),
+        initial=latent_of("initial", initial), still=still_of(begin) if clips else None,
     )  # fmt: skip
     inputs.check()
     return inputs
@@ -283,6 +295,8 @@ def _read(start: Mapping, end: Mapping | None, history: Mapping | None, initial:
 def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[str]]:
     """What is shown before the first step, and warnings about size and memory."""
     lines, warnings = [plan.describe()], []
+    if plan.clips and inputs.still is None:
+        lines.append("Text to video: 'start' is an empty latent and gives the size and the batch alone.")
     if inputs.given is not None:
         lines.append("The given video takes the place of the start picture; 'start' only gives the size and the batch.")
     height, width = inputs.start.shape[-2:]
@@ -324,7 +338,7 @@ class Live:
 
 
 def _mark(guider, base: str, plan: LongVideoPlan) -> dict:
-    return {
+    mark = {
         "latent_format": type(guider.model_patcher.model.latent_format).__name__,
         "base": base,
         "order": plan.order,
@@ -332,6 +346,7 @@ def _mark(guider, base: str, plan: LongVideoPlan) -> dict:
         "fps": plan.fps,
         "given": max(plan.given_frames, 1),
     }
+    return {**mark, "clips": True} if plan.clips else mark
 
 
 def sample_long_video(
@@ -351,15 +366,19 @@ def sample_long_video(
     guider, wrong = checked_attention(guider)
     warnings += wrong
     base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})
-    inputs = _read(start, end, history, initial)
+    clips = families.makes_clips(guider.model_patcher)
+    if clips:
+        check_clips(history, initial, schedule.window)
+    inputs = _read(start, end, history, initial, clips)
     if sigmas.shape[0] < 2:
         raise PlanError(
             f"'sigmas' holds {sigmas.shape[0]} values; expected at least 2 (one step). See 'FramePack Sigmas'."
         )
     fps = frame_rate(guider.model_patcher, {"history": history, "initial": initial})
-    plan = make_plan(schedule, order, seconds, inputs, fps)
-    remembered, plan, said, more = with_memory(memory, guider.model_patcher, plan, inputs)
-    warnings += [*more, *check_timeline(timeline, guider, plan, seconds)]
+    plan = make_plan(schedule, order, seconds, inputs, fps, clips)
+    patcher, without = remembering(memory, guider)
+    remembered, plan, said, more = with_memory(memory, patcher, plan, inputs)
+    warnings += [*more, *without, *check_timeline(timeline, guider, plan, seconds)]
     if timeline is None and is_framepack(guider.model_patcher):
         warnings += too_long(guider.original_conds.get("positive", []))
     described, more = _describe(guider, plan, inputs)

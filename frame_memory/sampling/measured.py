@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..journal.files import JournalError
+from ..plan import pixel_frames
 from ..plan.errors import PlanError
 from ..plan.mark import MarkError
 from ..video.decode import DecodeError
@@ -74,8 +75,8 @@ def _timing(plan: SavePlan, stored: StoredVideo | None, order: str) -> Timing:
     if not sections:
         return Timing.guessed(plan.frames, rate, mark.order)
     begin = stored.first_frame if stored is not None else 0
-    spans = [(n, max(a - begin, 0), min(b - begin, plan.frames)) for n, a, b in pixel_spans(sections)]
-    given = max(4 * mark.given - 3 - begin, 0) if mark.given else 0
+    spans = [(n, max(a - begin, 0), min(b - begin, plan.frames)) for n, a, b in pixel_spans(sections, mark.clip)]
+    given = max(pixel_frames(mark.given, mark.clip) - begin, 0)
     order = mark.order
     if order == "both ends first" and stored is not None and stored.stop < stored.total:
         order = "forward"  # of such a video only the last section is made before its time, and it is not in this part

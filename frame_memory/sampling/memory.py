@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor
 
 from ..journal.fingerprint import fingerprint
 from ..model.framepack import MEMORY_KEY
-from ..model.memory import ATTACHED, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
-from ..model.preserved_memory import PreservedMemory
+from ..model.memory import ATTACHED, LOAD_MEMORY, MEMORY_PACK, FrameMemory, check_fits, gate_of, is_attached
+from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..plan import START, LongVideoPlan, PlanError, Section, pixel_frames
-from ..plan.errors import PACKER, SAMPLER
+from ..plan.errors import SAMPLER
 from ..plan.memory import FARTHEST_DISTANCE, given_clips, memory_tokens, with_true_image
 from ..plan.preservation import PRESERVATION
-from .guards import SectionError
+from .encoder import check_finite, check_forward, load
+from .experts import models_of
 from .identity import encoder_outline, short
 from .preservation import PreservationRun, with_preserved
 
@@ -113,24 +114,47 @@ class MemoryRun:
         clip_BCTHW = comfy.utils.repeat_to_batch_size(clip_BCTHW, max(clip_BCTHW.shape[0], psi.shape[0]))
         clip = self.patcher.model.process_latent_in(clip_BCTHW.to(device, torch.float32))
         psi = pack.update(psi.to(device), clip, first=first).cpu()
-        if not bool(torch.isfinite(psi).all()):
-            raise SectionError(
-                f"The memory {self.memory.label} gave NaN or infinite values, so the next section cannot be made with "
-                "it. What was finished is kept. Use an earlier checkpoint of the memory, or take 'memory' out of "
-                f"'{SAMPLER}'."
-            )
+        check_finite(self.memory, psi)
         return psi
 
     def _loaded(self, shape: tuple[int, ...] = (1, 1, 1, 8, 8)):
-        """The network where ComfyUI has put it, and that device."""
         memory = self.memory
-        attached = self.patcher.get_additional_models_with_key(ATTACHED)
-        encoder = next((other for other in attached if other.model is memory.pack), memory.encoder)
         features = [memory.text.shape[1], 0 if memory.vision is None else memory.vision.shape[1]]
         tokens = memory_tokens(*shape[-3:]) + sum(features)
         needed = shape[0] * tokens * memory.spec.hidden * _WORK
-        comfy.model_management.load_models_gpu([encoder], memory_required=needed)
-        return memory.pack, encoder.load_device
+        return memory.pack, load(memory, self.patcher, needed)
+
+
+def remembering(memory: FrameMemory | PreservedMemory | None, guider) -> tuple[Any, list[str]]:
+    """(the MODEL of a GUIDER that a memory belongs to, warnings of an expert that goes without).
+
+    Of two experts those are shown a memory whose MODELs bring its encoder. Raises PlanError where none does or one
+    brings another encoder, MemoryMismatch where it is of another base.
+    """
+    models = models_of(guider)
+    bring = {which or "high noise ": patcher for which, patcher in models.items() if is_attached(patcher)}
+    first = next(iter(bring.values()), guider.model_patcher)
+    if len(models) == 1 or not isinstance(memory, PreservedMemory):
+        return first, []
+    if not bring:
+        raise PlanError(
+            f"'memory' of '{SAMPLER}' is connected, and no expert of the guider brings its encoder. Put "
+            f"'{PRESERVATION}' between the expert that the memory was trained for and 'Wan Expert Guider'."
+        )
+    for which, patcher in bring.items():
+        if patcher.get_additional_models_with_key(ATTACHED)[0].model is not memory.history:
+            raise PlanError(
+                f"The {which}expert brings another encoder than 'memory' of '{SAMPLER}', and a run has one. Feed both "
+                f"'{PRESERVATION}' from the same '{LOAD_MEMORY}', or take the one of this expert out."
+            )
+        check_preserved(memory, patcher, SAMPLER)
+    if len(bring) == len(models):
+        return first, []
+    without = "low" if first is guider.model_patcher else "high"
+    return first, [
+        f"The {without} noise expert is not shown the memory, since its MODEL brings no encoder: it sees the packed "
+        f"context alone. Put it through '{PRESERVATION}' too if it was trained with this memory."
+    ]
 
 
 def with_memory(
@@ -147,7 +171,7 @@ def with_memory(
     if isinstance(memory, PreservedMemory):
         run, lines, warnings = with_preserved(memory, patcher, plan, inputs)
         return run, plan, lines, warnings
-    _check(memory, plan)
+    _check(memory, patcher, plan)
     fits = check_fits(memory, patcher, SAMPLER)
     if not bool(memory.pack.gate):
         words = "untrained: its gate is closed" if not memory.trained else "its gate is closed (0)"
@@ -165,18 +189,13 @@ def with_memory(
     return run, moved, lines, _too_far(plan, image)
 
 
-def _check(memory: FrameMemory, plan: LongVideoPlan) -> None:
+def _check(memory: FrameMemory, patcher, plan: LongVideoPlan) -> None:
     if memory.text is None:
         raise PlanError(
             f"'memory' of '{SAMPLER}' was told neither prompt nor picture: it comes straight from the node that loads "
             f"or trains it. Expected a memory from '{MEMORY_PACK}': put that node between the two."
         )
-    if plan.order != "forward":
-        raise PlanError(
-            f"'memory' of '{SAMPLER}' holds what came before, and order {plan.order} with {plan.schedule.text} makes "
-            f"later sections first. Expected order forward: preset 'F1 forward' in '{PACKER}', with a FramePack F1 "
-            f"model. Or take 'memory' out of '{SAMPLER}'."
-        )
+    check_forward(patcher, plan)
 
 
 def _too_far(plan: LongVideoPlan, image: int) -> list[str]:

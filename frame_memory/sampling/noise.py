@@ -1,7 +1,8 @@
 """Noise for one section after the other out of a stock NOISE.
 
 Source: reference/framepack.md section 3: one CPU generator, made once, draws each section's noise in turn. The first
-section's noise equals what core would draw for the same seed.
+section's noise equals what core would draw for the same seed. Where a start picture gets noise too, its draws come
+first, as in Helios's pipeline (diffusers 0.39, pipelines/helios).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
+# Noise levels of a start picture, between which one is drawn.
+LEAST_LEVEL, MOST_LEVEL = 0.111, 0.135
+
 
 class SectionNoise:
     """Draws each section's noise. Core's RandomNoise becomes one continued generator; any other NOISE is asked
@@ -21,6 +25,13 @@ class SectionNoise:
         self.noise = noise
         self.seed = noise.seed
         self.generator = torch.Generator().manual_seed(noise.seed) if type(noise) is Noise_RandomNoise else None
+        self.of_start = self.generator or torch.Generator().manual_seed(noise.seed)
+
+    def a_little_on(self, latent: Tensor) -> Tensor:
+        """A latent in model space, fp32 on the CPU, with a little noise; must be called before the first `draw`."""
+        level = LEAST_LEVEL + (MOST_LEVEL - LEAST_LEVEL) * torch.rand(1, generator=self.of_start)
+        noise = torch.randn(latent.shape, generator=self.of_start)
+        return level * noise + (1 - level) * latent
 
     def draw(self, section: int, shape: tuple[int, ...]) -> Tensor:
         """Noise `shape` in fp32 on the CPU; must be called in the order of making."""

@@ -58,7 +58,7 @@ class GrowingPreview:
 
     def _words(self, moment: Moment) -> str:
         plan = self.plan
-        made = 4 * plan.schedule.window * moment.section / plan.fps
+        made = plan.section_seconds * moment.section
         # Each text takes the plan's place on the node, so each must say the exact length (faults.md 24).
         lines = [
             f"section {moment.section + 1} of {moment.sections} · {plan.pixel_frames} frames = {plan.seconds:.2f} s",

@@ -20,6 +20,7 @@ from ..journal.project import IF_CHANGED, Project
 from ..model import tensor_file, wan
 from ..model.families import pixels_a_latent, said
 from ..model.framepack import is_framepack
+from ..model.memory import is_attached
 from ..model.tensor_file import StoredTensor
 from ..plan import LongVideoPlan, Section, latent_bytes
 from ..video.guards import warnings_of
@@ -74,6 +75,9 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     low = low_noise_of(runner.guider)
     if low is not None:
         shared["low noise guidance"] = guider_fields(low, runner.sampler, runner.sigmas)["guidance"]
+        if runner.memory is not None:
+            brings = (is_attached(patcher) for patcher in models_of(runner.guider).values())
+            shared["memory shown to"] = " and ".join(which for which, own in zip(("high", "low"), brings) if own)
     timeline = runner.timeline
     words = [] if timeline is None else [timeline.timeline, prompt_field({"timeline": list(timeline.conditionings)})]
     fields = {
@@ -241,7 +245,7 @@ def on_disk(project: Project, frames: LatentFrames) -> Tensor:
 
     def stored(load, start: int, stop: int) -> StoredTensor:
         shape = (stop - start, *frames.first.shape[:2], *frames.first.shape[3:])
-        return StoredTensor(lambda: load().permute(2, 0, 1, 3, 4).contiguous(), shape, torch.float32)
+        return StoredTensor(lambda: load().permute(2, 0, 1, 3, 4), shape, torch.float32)
 
     # One tensor a section, in the order of time: their bytes lie behind one another and are one long tensor as well.
     parts = {name: stored(load, *span) for name, (span, load) in zip(names, spans.items(), strict=True)}

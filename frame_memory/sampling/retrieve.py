@@ -19,6 +19,7 @@ from ..model.context import PackedContext
 from ..model.families import carried_context, window_of
 from ..model.framepack import token_conditions
 from ..model.packing import ContextLayout
+from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..plan import PlanError, pixel_frames, sigma_schedule
 from ..plan.mark import KEY, LatentMark
@@ -70,15 +71,15 @@ def retrieve_frame(
         )
     window = (latent.get(KEY) or {}).get("window", window_of(model))
     run = PreservationRun(memory, model, video, window)
-    tokens, places = run.shown()
-    if not tokens:
+    remembered = run.shown()
+    if remembered is None:
         raise PlanError(
             f"The memory at {' + '.join(memory.rates)} holds nothing of a video of {video.shape[2]} latent frames yet: "
             f"no block is full. Feed a longer video into 'samples' of '{RETRIEVE}'."
         )
     layout = ContextLayout(positions=(place,), groups=())
-    seen = within_reach(places, place)
-    made = _denoised(model, positive, layout, torch.cat(tokens, 1), seen, video[:, :, :1], steps, seed)
+    remembered = remembered._replace(places=within_reach(remembered.places, place))
+    made = _denoised(model, positive, layout, remembered, video[:, :, :1], steps, seed)
     start, shown = max(place - BEFORE, 0), -1 - (4 * place - picture)
     pair = []
     for frame in (video[:, :, place : place + 1], made):
@@ -90,7 +91,7 @@ def retrieve_frame(
         *([] if held else [_forgotten(place, video.shape[2])]),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",
-        f"Left the frame itself, right what the memory holds of it: {sum(t.shape[1] for t in tokens)} tokens for "
+        f"Left the frame itself, right what the memory holds of it: {remembered.tokens.shape[1]} tokens for "
         f"{video.shape[2]} latent frames.",
         f"{memory.describe()}. {fits}",
     ]
@@ -103,11 +104,11 @@ def _forgotten(place: int, frames: int) -> str:
 
 
 def _denoised(
-    model, positive: list, layout: ContextLayout, tokens: Tensor, places, like: Tensor, steps: int, seed: int
+    model, positive: list, layout: ContextLayout, seen: Remembered, like: Tensor, steps: int, seed: int
 ) -> Tensor:
     """One latent frame `[1, C, 1, H, W]` made from noise behind the memory alone."""
     alone = carried_context(model.model, PackedContext([], layout))
-    carried = with_carried(alone, {"model_conds": token_conditions(tokens, places)})
+    carried = with_carried(alone, {"model_conds": token_conditions(*seen)})
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, positive)
     guider.set_cfg(1.0)

@@ -33,10 +33,11 @@ class SaveSource:
     def begin(self, fps: Fraction) -> Callable[[int, object], None]:
         """Start on one video of the batch; returns what takes its pixels."""
         if self.stored is not None:
-            self.judge = Judged(self.stored.sections, fps, self.stored.first_frame)
+            self.judge = Judged(self.stored.sections, fps, self.stored.first_frame, self.stored.mark.clip)
         else:
-            sections = marked_sections(read_mark(self.samples), self.samples["samples"].shape[2])
-            self.judge = Judged(sections, fps)
+            mark = read_mark(self.samples)
+            sections = marked_sections(mark, self.samples["samples"].shape[2])
+            self.judge = Judged(sections, fps, clip=mark.clip if mark else 0)
         return self.judge.look
 
     def end(self, first: bool = True) -> list[str]:

@@ -52,18 +52,21 @@ class Inputs:
     """What a run starts from, in VAE space.
 
     start: `[B, C, 1, H, W]`. end: the same, or None. given: an existing video `[B, C, T, H, W]` to go on from, or
-    None. initial: a whole video `[B, C, total, H, W]` to begin each window from (video to video), or None.
+    None. initial: a whole video `[B, C, total, H, W]` to begin each window from (video to video), or None. still: of a
+    video of clips, the start picture as it is at the end of a still clip, `[B, C, 1, H, W]`; None without a picture.
     """
 
     start: Tensor
     end: Tensor | None = None
     given: Tensor | None = None
     initial: Tensor | None = None
+    still: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
         """The frames in front of the first section, `[B, C, T, H, W]` fp32: an existing video, or the start frame."""
-        first = (self.given if self.given is not None else self.start).float().cpu()
+        start = self.start if self.still is None else self.still
+        first = (self.given if self.given is not None else start).float().cpu()
         return first.expand(self.start.shape[0], -1, -1, -1, -1)
 
     def check(self) -> None:
@@ -159,6 +162,8 @@ class SectionSampler:
         self.noise = SectionNoise(noise)
         self.keeper, self.identity, self.changes, self.memory = keeper, identity, changes, memory
         self.notes: list[str] = []
+        # Frames that sections see in another form than they are kept in.
+        self.shown: dict[int, Tensor] = {}
 
     def run(
         self,
@@ -176,6 +181,7 @@ class SectionSampler:
         inputs.check()
         frames = LatentFrames(inputs.first, plan.total_frames)
         frames.load = None if self.keeper is None else self.keeper.load
+        self._show_start(inputs)
         strip: deque[Tensor] = deque(maxlen=STRIP_FRAMES)
         for section in plan.sections:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -188,6 +194,15 @@ class SectionSampler:
                 if on_section is not None:
                     on_section(made, frames)
         return frames
+
+    def _show_start(self, inputs: Inputs) -> None:
+        """Sections that are clips of their own see the start picture and its still clip with a little noise."""
+        if inputs.still is None:
+            return
+        base = self.guider.model_patcher.model
+        for ref, latent in ((START, inputs.start), (0, inputs.still)):
+            noised = self.noise.a_little_on(base.process_latent_in(latent.float().cpu()))
+            self.shown[ref] = base.process_latent_out(noised)
 
     def _section(self, plan, section: Section, frames: LatentFrames, inputs: Inputs, watch, strip) -> Made:
         shape = (*frames.first.shape[:2], section.stop - section.start, *frames.first.shape[3:])
@@ -284,6 +299,8 @@ class SectionSampler:
         def say(ref: int):
             if ref == BLANK:
                 return "blank"
+            if ref in self.shown:
+                return self.identity.digest(self.shown[ref])
             if ref in (START, END):
                 return self.identity.digest(inputs.start if ref == START else inputs.end)
             made = frames.made_by(ref)
@@ -301,8 +318,8 @@ class SectionSampler:
         conds = dict(self.guider.original_conds)
         if self.timeline is not None and "positive" in conds:
             start_s, _ = plan.span_seconds(section)
-            section_s = 4 * plan.schedule.window / plan.fps
-            conds["positive"] = with_text(conds["positive"], *section_text(self.timeline, start_s, section_s))
+            words = section_text(self.timeline, start_s, plan.section_seconds)
+            conds["positive"] = with_text(conds["positive"], *words)
         change = self.changes.get(section.index)
         if change is not None and change.positive is not None:
             text, extra = change.positive[0]
@@ -317,7 +334,12 @@ class SectionSampler:
         end = inputs.end
         if end is not None:
             end = comfy.utils.repeat_to_batch_size(end, first.shape[0])
-        context = gather_context(section, frames.frame, inputs.start, end, blank)
+        start = self.shown.get(START, inputs.start)
+
+        def frame(ref: int) -> Tensor:
+            return self.shown[ref] if ref in self.shown else frames.frame(ref)
+
+        context = gather_context(section, frame, start, end, blank)
         carried = carried_context(base_model, context)
         if self.memory is not None:
             carried = with_carried(carried, self.memory.carried(section))

@@ -48,7 +48,7 @@ def keep_front(project: Project, first: Tensor) -> None:
     path = project.folder / front_name(first)
     if path.exists() and _front_in(path) is not None:
         return
-    write_durable(path, lambda file: tensor_file.write_to(file, {"samples": first.contiguous()}, {"format": "front"}))
+    write_durable(path, lambda file: tensor_file.write_to(file, {"samples": first}, {"format": "front"}))
     for old in project.folder.glob(FRONT.format("*")):
         if old != path:
             with contextlib.suppress(OSError):
@@ -56,9 +56,10 @@ def keep_front(project: Project, first: Tensor) -> None:
 
 
 def _front_in(path: Path) -> Tensor | None:
-    """The frames of a front file; None where it is missing or holds something else than its name says."""
+    """The frames of a front file, mapped: an existing video may be an hour long. None where it is missing or holds
+    something else than its name says."""
     try:
-        first = tensor_file.read(str(path))["samples"]
+        first = tensor_file.read_header(str(path))[0]["samples"].mapped()
     except (OSError, KeyError, tensor_file.FileError):
         return None
     return first if path.name == front_name(first) else None
@@ -98,15 +99,15 @@ class StoredVideo:
     @property
     def first_frame(self) -> int:
         """The pixel frame of the video that the stretch begins with."""
-        return 4 * self.start
+        return pixel_frames(self.start, self.mark.clip) if self.mark.clips else 4 * self.start
 
     @property
     def windows(self) -> tuple[DecodeWindow, ...]:
         """Those windows of the whole video that lie in the stretch, counted from its start."""
-        planned = decode_windows(self.mark.order, self.total, self.mark.window)
+        planned = decode_windows(self.mark.order, self.total, self.mark.window, self.mark.clips)
         inside = [w for w in planned if self.start <= w.start and w.stop <= self.stop]
         inside = inside or [DecodeWindow(self.start, self.stop)]
-        return tuple(DecodeWindow(w.start - self.start, w.stop - self.start) for w in inside)
+        return tuple(w.counted_from(self.start, self.first_frame) for w in inside)
 
     def frames(self, item: int, start: int, stop: int) -> Tensor:
         """Latent frames [start, stop) of the stretch, of one video of the batch. Raises DecodeError for NaN."""
@@ -126,10 +127,11 @@ class StoredVideo:
         """A line for the artist: what of the project this is. done_with, again: what the node does, in two words."""
         fps = float(self.mark.fps or 30)
         made, count = len(self.records), len(self.sections)
-        length = pixel_frames(self.total) / fps
+        clip = self.mark.clip
+        length = pixel_frames(self.total, clip) / fps
         if self.whole:
             return f"Project {self.folder.name!r}: all {count} sections, {length:.2f} s"
-        begin, end = self.first_frame / fps, (4 * self.stop - 3) / fps
+        begin, end = self.first_frame / fps, pixel_frames(self.stop, clip) / fps
         return (
             f"Project {self.folder.name!r} is not finished: {made} of {count} sections are there. {done_with}: "
             f"{begin:.1f} to {end:.1f} s of {length:.1f} s. Queue its graph again to make the rest, then {again} again"

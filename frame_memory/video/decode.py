@@ -25,10 +25,14 @@ class DecodeError(ValueError):
 
 
 class Window(Protocol):
-    """Latent frames [start, stop) decoded together; `frame_memory.plan.decode.DecodeWindow` is one."""
+    """Latent frames [start, stop) decoded together; `frame_memory.plan.decode.DecodeWindow` is one.
+
+    begin: its first pixel frame where it is a clip of its own, beside which others lie; None in a running video.
+    """
 
     start: int
     stop: int
+    begin: int | None
 
 
 DecodeFn = Callable[[torch.Tensor], torch.Tensor]
@@ -58,8 +62,9 @@ def crossfade_weights(frames: int, *, device: torch.device | None = None) -> tor
 
 
 def overlap_frames(earlier: Window, later: Window) -> int:
-    """Pixel frames that two neighbouring windows share: 33 for the 9 latent frames of the reference."""
-    return TEMPORAL_RATIO * (earlier.stop - later.start) - (TEMPORAL_RATIO - 1)
+    """Pixel frames that two neighbouring windows share: 33 for the 9 latent frames of the reference, none of clips."""
+    shared = earlier.stop - later.start
+    return TEMPORAL_RATIO * shared - (TEMPORAL_RATIO - 1) if shared else 0
 
 
 def check_windows(windows: Sequence[Window], total: int) -> None:
@@ -67,10 +72,12 @@ def check_windows(windows: Sequence[Window], total: int) -> None:
 
     Every window must share at least one latent frame with its neighbour (a causal VAE makes 3 pixel frames too few
     otherwise), and none with the window after its neighbour (a frame would be blended twice, and order would matter).
+    Clips lie side by side instead; a frame in front of them is not decoded.
     """
     if not windows:
         raise DecodeError("No decode windows were given; expected at least one.")
-    if windows[0].start != 0 or windows[-1].stop != total:
+    clips = all(window.begin is not None for window in windows)
+    if windows[0].start > clips or windows[-1].stop != total:
         raise DecodeError(
             f"The decode windows cover latent frames {windows[0].start} to {windows[-1].stop}, "
             f"expected 0 to {total}, the length of the latent."
@@ -78,6 +85,8 @@ def check_windows(windows: Sequence[Window], total: int) -> None:
     for i, window in enumerate(windows):
         if window.stop <= window.start:
             raise DecodeError(f"Decode window {i} is empty: {window.start} to {window.stop}.")
+        if clips and (not i or window.start == windows[i - 1].stop):
+            continue
         # The last window may end where the one before it does: F0 makes it first and blends over all of it.
         if i and not windows[i - 1].start < window.start < windows[i - 1].stop <= window.stop:
             raise DecodeError(

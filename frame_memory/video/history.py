@@ -184,10 +184,11 @@ def encode_stream(
 
     The first latent frame is one picture, every later one four. More than 19 are encoded in groups of 4m-3 pixel frames
     (a causal VAE takes no other count), 19 latent frames each, of which each later group makes 12 again as a run-up and
-    drops them. Holds the pixel frames of one group, whatever the length. Raises HistoryError where fewer come.
+    drops them. Holds the latents once and the pixel frames of one group, whatever the length. Raises HistoryError where
+    fewer come.
     """
     source = (frame_HWC for chunk_THWC in chunks for frame_HWC in chunk_THWC)
-    parts, held, first, done = [], deque(), 0, 0
+    made_BCTHW, held, first, done = None, deque(), 0, 0
     while done < latent_frames:
         if interrupt is not None:
             interrupt()
@@ -203,9 +204,14 @@ def encode_stream(
                 f"The video ended after {first + len(held)} frames, {pixel_frames(latent_frames)} were expected. "
                 f"Choose another part of it in '{NODE}'."
             )
-        parts.append(_encode(vae, list(held))[:, :, done - start :])
+        group_BCTHW = _encode(vae, list(held))
+        if made_BCTHW is None:
+            one, channels, _, height, width = group_BCTHW.shape
+            made_BCTHW = group_BCTHW.new_empty(one, channels, latent_frames, height, width)
+        made_BCTHW[:, :, done:stop] = group_BCTHW[:, :, done - start :]
         done = stop
-    return torch.cat(parts, dim=2)
+    assert made_BCTHW is not None
+    return made_BCTHW
 
 
 def _encode(vae, frames: list[np.ndarray]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 
 from ..model.sources import LOADERS
-from ..plan.decode import DecodeWindow, decode_windows, pixel_frames
+from ..plan.decode import DecodeWindow, decode_windows
 from ..plan.mark import LatentMark, read_mark, resolve_fps
 from .carried import CarriedDecoder, can_carry, steps
 from .decode import DecodeError, LatentSource, decode_stream
@@ -75,8 +75,8 @@ class SavePlan:
 
     @property
     def frames(self) -> int:
-        """Pixel frames of each video: 4n-3 of n latent frames."""
-        return pixel_frames(self.latents_BCTHW.shape[2])
+        """Pixel frames of each video: 4n-3 of n latent frames, those of all clips of a video of clips."""
+        return self.windows[-1].pixel_stop - self.windows[0].pixel_start
 
     @property
     def steps(self) -> int:
@@ -115,8 +115,8 @@ def plan_save(
 
     `mode` "carried" goes from front to back with carried state, and is "windowed" for a VAE that cannot. "windowed"
     follows the order in which the latent was made (its mark says so; without one: forward), "whole" decodes all of it
-    in one pass. windows: those of mode "windowed" where the latent is a part of a longer video. Raises DecodeError,
-    MarkError, VAEError or PlanError.
+    in one pass; a video of clips goes clip by clip in all of them. windows: those of mode "windowed" where the latent
+    is a part of a longer video. Raises DecodeError, MarkError, VAEError or PlanError.
     """
     if mode not in MODES:
         raise DecodeError(f"decode in '{NODE}' is \"{mode}\", expected one of: {', '.join(MODES)}.")
@@ -125,13 +125,14 @@ def plan_save(
     latents_BCTHW = video_latents(samples)
     found = check_vae(vae, latents_BCTHW, mark)
     total = latents_BCTHW.shape[2]
-    if mode == CARRIED and not can_carry(vae):
+    clips = mark is not None and mark.clips
+    if clips or (mode == CARRIED and not can_carry(vae)):
         mode = WINDOWED
     if mode != WINDOWED:
         windows = (DecodeWindow(0, total),)
     elif windows is None:
         order, window = ("forward", 9) if mark is None else (mark.order, mark.window)
-        windows = decode_windows(order, total, window)
+        windows = decode_windows(order, total, window, clips)
     return SavePlan(
         latents_BCTHW=LookedAt(latents_BCTHW) if isinstance(latents_BCTHW, torch.Tensor) else latents_BCTHW,
         mark=mark,

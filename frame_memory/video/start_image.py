@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from ..plan import nearest_bucket
+from ..plan.errors import IMAGE
 from ..plan.mark import KEY
 from .images import ImageError, check_image, to_bucket, with_mask
-from .vae import check_video_vae, identify_vae
+from .vae import EXPECTED_FILES, SELFTEST, WAN, WAN_5B, VAEError, check_video_vae, identify_vae
+
+# What it means that there is no CLIP vision, by the family of the VAE; empty where no model looks through it.
+_UNSEEN = {WAN: "of Wan only 2.1 image to video looks through one", WAN_5B: ""}
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,17 @@ class StartImage:
     report: str
 
 
-def encode_pictures(vae, picture_BHWC: Tensor) -> dict:
-    """Each picture alone through a video VAE: LATENT of `[B, C, 1, h, w]` (core would read a batch as time)."""
-    latents = [vae.encode(picture_BHWC[i : i + 1, :, :, :3]) for i in range(picture_BHWC.shape[0])]
+# Pictures of a clip that stands still: what 9 latent frames decode to.
+STILL_PICTURES = 33
+
+
+def encode_pictures(vae, picture_BHWC: Tensor, pictures: int = 1) -> dict:
+    """Each picture alone through a video VAE: LATENT of `[B, C, 1, h, w]` (core would read a batch as time).
+
+    pictures: how long each is held, as a clip of `1 + (pictures - 1) / 4` latent frames.
+    """
+    each = [picture_BHWC[i : i + 1, :, :, :3].expand(pictures, -1, -1, -1) for i in range(picture_BHWC.shape[0])]
+    latents = [vae.encode(clip_THWC) for clip_THWC in each]
     return {"samples": torch.cat(latents), KEY: {"base": identify_vae(vae).family}}
 
 
@@ -47,21 +59,28 @@ def mean_vision(a: comfy.clip_vision.Output, b: comfy.clip_vision.Output) -> com
 
 def prepare(
     vae, clip_vision, image: Tensor, end_image: Tensor | None, base: int, background: str,
-    mask: Tensor | None = None, end_mask: Tensor | None = None,
+    mask: Tensor | None = None, end_mask: Tensor | None = None, still_clip: bool = False,
 ) -> StartImage:  # fmt: skip
     """Fit, encode and look at the start image, and the end image where there is one.
 
     base: side of the square the bucket is taken from, pixels. mask, end_mask: 1 where their picture is transparent.
+    still_clip: start is the picture held still, `[B, C, 9, h, w]`, whose first latent frame is the picture alone.
     Raises ImageError (empty batch, wrong shape, a mask without its picture), VAEError (no VAE of such a model).
     """
-    multiple = 2 * check_video_vae(vae).spatial
+    found = check_video_vae(vae)
+    if still_clip and found.family not in (WAN, SELFTEST):
+        raise VAEError(
+            f"'still_clip' of '{IMAGE}' is for Helios, which reads {EXPECTED_FILES[WAN]}, and 'Load VAE' gave {found}. "
+            "Change the file there, or switch 'still_clip' off."
+        )
+    multiple = 2 * found.spatial
     check_image(image, "image")
     if end_mask is not None and end_image is None:
         raise ImageError("The socket 'end_mask' is connected and 'end_image' is not; connect both or neither.")
     height, width = nearest_bucket(image.shape[1], image.shape[2], base, multiple)
     start_picture, report = to_bucket(with_mask(image, mask, "mask"), width, height, background=background)
     vision = clip_vision.encode_image(start_picture, crop=False) if clip_vision is not None else None
-    start, end = encode_pictures(vae, start_picture), None
+    start, end = encode_pictures(vae, start_picture, STILL_PICTURES if still_clip else 1), None
     if end_image is not None:
         check_image(end_image, "end_image")
         end_image = with_mask(end_image, end_mask, "end_mask")
@@ -70,6 +89,7 @@ def prepare(
         end = encode_pictures(vae, end_picture)
         if vision is not None:
             vision = mean_vision(vision, clip_vision.encode_image(end_picture, crop=False))
-    if clip_vision is None:
-        report += "\nNo CLIP vision model is connected: the picture is seen through the start latent alone."
+    unseen = _UNSEEN.get(start[KEY]["base"], "the picture is seen through the start latent alone")
+    if clip_vision is None and unseen:
+        report += f"\nNo CLIP vision model is connected: {unseen}."
     return StartImage(start, end, vision, start_picture, report)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from ..plan.decode import DecodeWindow, decode_windows
-from ..plan.frames import pixel_frames
 from .decode import DecodeError, DecodeFn, check_windows, crossfade_weights, decode_window, overlap_frames
 
 INVERTED = "inverted"
@@ -40,12 +39,13 @@ class Piece:
     frames_THWC: torch.Tensor
 
 
-def plan_pieces(order: str, total_latent_frames: int, window: int = 9) -> tuple[PieceRange, ...]:
+def plan_pieces(order: str, total_latent_frames: int, window: int = 9, clips: bool = False) -> tuple[PieceRange, ...]:
     """How a video is cut into pieces: in video order, without gaps. Depends on nothing but its arguments.
 
     Cut where a blend begins in the direction of the walk, so that every piece but the outermost has 4 * window frames.
+    clips: each section is a clip and a piece of its own.
     """
-    windows = decode_windows(order, total_latent_frames, window)
+    windows = decode_windows(order, total_latent_frames, window, clips)
     return tuple(piece for piece in _pieces_of(windows, order == INVERTED) if piece is not None)
 
 
@@ -54,6 +54,9 @@ def _pieces_of(windows: tuple[DecodeWindow, ...], backward: bool) -> list[PieceR
     found: list[PieceRange | None] = []
     for i, window in enumerate(windows):
         first, last = windows[max(i - 1, 0)], windows[min(i + 1, len(windows) - 1)]
+        if window.begin is not None:
+            found.append(PieceRange(window.pixel_start, window.pixel_stop, window.start, window.stop))
+            continue
         if backward:
             start, stop = (first.pixel_stop if i else 0), window.pixel_stop
             decides = window.start, last.stop
@@ -71,6 +74,7 @@ class StreamDecoder:
     stop)` returns latent frames of the video as [1,C,t,H,W] and is only asked for frames that were reported.
     `have` are pixel ranges that need not be made again (after a restart): pieces wholly inside one are skipped, and
     windows that only they need are not decoded. `interrupt()` is called before every window; `on_window()` after it.
+    `clips`: each section is a clip of its own, and nothing is blended.
 
     At most two windows of float pixels are alive: the one being decoded, and one overlap (33 frames at window 9).
     Raises PlanError for an order or length that has no windows, DecodeError for wrong shapes.
@@ -84,12 +88,13 @@ class StreamDecoder:
         window: int,
         latents: Callable[[int, int], torch.Tensor],
         *,
+        clips: bool = False,
         have: Iterable[tuple[int, int]] = (),
         interrupt: Callable[[], None] | None = None,
         on_window: Callable[[], None] | None = None,
     ) -> None:
         self.total = total_latent_frames
-        self.windows = decode_windows(order, total_latent_frames, window)
+        self.windows = decode_windows(order, total_latent_frames, window, clips)
         check_windows(self.windows, total_latent_frames)
         self._decode_fn, self._latents = decode_fn, latents
         self._interrupt, self._on_window = interrupt, on_window
@@ -114,7 +119,7 @@ class StreamDecoder:
     @property
     def frames(self) -> int:
         """Pixel frames of the whole video."""
-        return pixel_frames(self.total)
+        return self.windows[-1].pixel_stop
 
     @property
     def done(self) -> bool:
@@ -143,6 +148,8 @@ class StreamDecoder:
         if self._at == 0 or self.done:
             return None
         index = self._walk[self._at - 1]
+        if not self._shared(index, self._following(index)):
+            return None
         overlap_THWC = self._overlap_of(index)
         start = self.windows[index if self._backward else index + 1].pixel_start
         return Piece(start, start + overlap_THWC.shape[0], overlap_THWC)
@@ -165,7 +172,7 @@ class StreamDecoder:
     def _final_pixels(self, index: int) -> torch.Tensor:
         """Decode a window, blend the neighbour's overlap into it, keep the overlap for the next one."""
         neighbour = index + 1 if self._backward else index - 1
-        kept_THWC = self._overlap_of(neighbour) if 0 <= neighbour < len(self.windows) else None
+        kept_THWC = self._overlap_of(neighbour) if self._shared(index, neighbour) else None
         pixels_THWC = self._decode(index)
         with torch.inference_mode():  # what core decodes is an inference tensor, which may be changed in here only
             if kept_THWC is not None:
@@ -187,14 +194,22 @@ class StreamDecoder:
         return self._kept[1]
 
     def _keep(self, index: int, pixels_THWC: torch.Tensor) -> None:
-        following = index - 1 if self._backward else index + 1
-        if not 0 <= following < len(self.windows):
+        shared = self._shared(index, self._following(index))
+        if not shared:
             self._kept = None
             return
-        shared = overlap_frames(self.windows[min(index, following)], self.windows[max(index, following)])
         part_THWC = pixels_THWC[:shared] if self._backward else pixels_THWC[-shared:]
         # A view would keep the whole window alive while the next one is decoded.
         self._kept = index, part_THWC.clone()
+
+    def _following(self, index: int) -> int:
+        return index - 1 if self._backward else index + 1
+
+    def _shared(self, index: int, other: int) -> int:
+        """Pixel frames that a window shares with a neighbour; 0 where there is none."""
+        if not 0 <= other < len(self.windows):
+            return 0
+        return overlap_frames(self.windows[min(index, other)], self.windows[max(index, other)])
 
     def _decode(self, index: int) -> torch.Tensor:
         if self._interrupt is not None:

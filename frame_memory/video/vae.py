@@ -5,7 +5,7 @@ the wrong pair makes a plausible-looking but wrong video. What core keeps after 
 
 - HunyuanVideo: `AutoencoderKL` with 3-D convolutions, or the tiny TAEHV with HunyuanVideo's latent format;
 - Wan 2.1: core's `WanVAE` at its only published width, 96, or the tiny TAEHV without a latent format;
-- Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4;
+- Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4, or the tiny TAEHV with as many;
 - self-test: core's `WanVAE`, narrower than that (core reads the width from the file).
 
 Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
@@ -34,9 +34,9 @@ SELFTEST = "selftest"
 WAN_WIDTH = 96
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
-CHANNELS = 16
+CHANNELS, CHANNELS_5B = 16, 48
 # (channels, pixels per latent pixel) of the autoencoders whose latents a model here can read.
-READABLE = ((CHANNELS, SPATIAL_RATIO), (48, 16))
+READABLE = ((CHANNELS, SPATIAL_RATIO), (CHANNELS_5B, 16))
 # safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE.
 METADATA_BASE = "frame_memory.base"
 
@@ -88,6 +88,8 @@ def _family(vae) -> tuple[str, str]:
         return "", f'a VAE that belongs to "{said}"'
     if isinstance(model, Wan22VAE):
         return WAN_5B, "a Wan 2.2 VAE"
+    if isinstance(model, TAEHV) and vae.latent_channels == CHANNELS_5B:
+        return WAN_5B, "a tiny Wan 2.2 VAE (TAEHV)"
     if isinstance(model, TAEHV) and vae.latent_channels == CHANNELS:
         if model.latent_format is None:
             return WAN, "a tiny Wan 2.1 VAE (TAEHV)"

@@ -1,8 +1,8 @@
 """A folder of videos with captions as training clips: stretches without a cut, as latents in their order.
 
 Each video is looked through once for cuts and for stretches in which nothing moves, then each stretch that is left is
-encoded as one video of 1 + 9k latent frames: the picture it begins with and k sections of 1.2 s. Pixels are held a few
-at a time; latents lie in files (`clip_cache`) and are mapped into memory as they are used.
+encoded as one video of 1 + nk latent frames: the picture it begins with and k sections of n, 9 for FramePack and 20 for
+Wan. Pixels are held a few at a time; latents lie in files (`clip_cache`) and are mapped into memory as they are used.
 
 Shape suffixes: B batch, T time, H height, W width, C channels.
 Source: reference/memorypack.md section 3.2 (data: shot cuts and static clips filtered, clips of a video in order).
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..plan import PRESETS, parse_schedule
 from ..plan.errors import PlanError, refusal
 from ..plan.frames import pixel_frames
-from ..plan.mark import DEFAULT_FPS, KEY
+from ..plan.mark import DEFAULT_FPS, FPS, KEY, as_fps, fps_of
 from .clip_cache import ClipCache, content_of, is_finite, key_of
 from .clip_folder import VIDEOS, DatasetError, caption_beside, files_in, none_left, videos_of
 from .history import bucket_size, encode_stream, latent_frames_of, read_video
@@ -32,38 +33,56 @@ from .source import HistoryError, VideoFacts, probe_video
 from .vae import check_video_vae, vae_fingerprint
 
 NODE = "Video Clips"
-FPS = Fraction(DEFAULT_FPS)
-# FramePack's window, and the pixel frames of a section.
-WINDOW = 9
-SECTION = 4 * WINDOW
 # A minute, as the paper's clips had at most.
 LONGEST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """base: side of the square the size is taken from, pixels. shortest, longest: of a clip, in sections of 1.2 s."""
+    """base: side of the square the size is taken from, pixels. shortest, longest: of a clip, in sections.
+
+    fps: pictures a second that clips are put onto. window: latent frames of a section.
+    """
 
     base: int = 640
     shortest: int = 1
     longest: int = 50
+    fps: Fraction = Fraction(DEFAULT_FPS)
+    window: int = 9
+
+    @property
+    def section(self) -> int:
+        """Pixel frames of a section."""
+        return 4 * self.window
+
+    @property
+    def least(self) -> int:
+        """Pixel frames of the shortest clip."""
+        return pixel_frames(1 + self.window * self.shortest)
 
     @staticmethod
-    def of(base: int, shortest_seconds: float, longest_seconds: float) -> Request:
-        """From what an artist types; raises PlanError where no clip can be that long."""
-        sections = [max(round(seconds * float(FPS) / SECTION), 1) for seconds in (shortest_seconds, longest_seconds)]
+    def of(base: int, shortest_seconds: float, longest_seconds: float, family: str = "", fps: float = 0.0) -> Request:
+        """From what an artist types. family: of the VAE's latents; it says the section, and where fps is 0 the rate.
+
+        Raises PlanError where no clip can be that long, MarkError for a rate outside 1 to 240.
+        """
+        rate = as_fps(fps or fps_of(family))
+        window = parse_schedule(PRESETS["Wan, 81 frames" if family in FPS else "F1 forward"]).window
+        lengths = (shortest_seconds, longest_seconds)
+        sections = [max(round(seconds * float(rate) / (4 * window)), 1) for seconds in lengths]
         if sections[0] > sections[1]:
             given = f"clips of at least {shortest_seconds:g} s and at most {longest_seconds:g} s"
             raise PlanError(refusal(given, "shortest below longest", f"shortest {longest_seconds:g}", NODE))
-        return Request(base, *sections)
+        return Request(base, sections[0], sections[1], rate, window)
 
 
 @dataclass(frozen=True)
 class ClipPart:
-    """One training clip of a video: `frames` pixel frames at 30 fps from number `first` on, 36 a section and one."""
+    """One training clip of a video: `frames` pixel frames at `fps` from number `first` on, whole sections and one."""
 
     first: int
     frames: int
+    fps: Fraction = Fraction(DEFAULT_FPS)
 
     @property
     def latent_frames(self) -> int:
@@ -71,7 +90,7 @@ class ClipPart:
 
     @property
     def seconds(self) -> float:
-        return float(self.frames / FPS)
+        return float(self.frames / self.fps)
 
 
 @dataclass
@@ -101,15 +120,15 @@ class MadeClip:
     def first_picture(self) -> Tensor:
         """Its picture 0 as an IMAGE [1,H,W,3], as it was encoded."""
         wanted = range(self.part.first, self.part.first + 1)
-        (chunk_THWC,) = read_video(self.video.facts, wanted, fps=FPS, size=self.video.size)
+        (chunk_THWC,) = read_video(self.video.facts, wanted, fps=self.part.fps, size=self.video.size)
         return torch.from_numpy(chunk_THWC).float().div_(255)
 
 
 def parts_of(stretch: Stretch, request: Request) -> list[ClipPart]:
     """The clips that a stretch holds, one behind the other, as long as can be; what is left at its end is dropped."""
     found, first = [], stretch.start
-    while (sections := min((stretch.stop - first - 1) // SECTION, request.longest)) >= request.shortest:
-        found.append(ClipPart(first, pixel_frames(1 + WINDOW * sections)))
+    while (sections := min((stretch.stop - first - 1) // request.section, request.longest)) >= request.shortest:
+        found.append(ClipPart(first, pixel_frames(1 + request.window * sections), request.fps))
         first += found[-1].frames
     return found
 
@@ -128,6 +147,7 @@ class ClipMaker:
     ):  # fmt: skip
         self.vae, self.request, self.interrupt, self.say = vae, request, interrupt, say
         self.base, self.cache = check_video_vae(vae).family, ClipCache(cache)
+        self.fps = request.fps
         self.why: dict[str, str] = {}
         self.videos: list[VideoEntry] = []
         self.used: list[MadeClip] = []
@@ -171,25 +191,25 @@ class ClipMaker:
 
     def _look_at(self, path: Path) -> VideoEntry:
         caption, facts = caption_beside(path), probe_video(path)
-        least = pixel_frames(1 + WINDOW * self.request.shortest)
-        if round(facts.seconds * FPS) < least:
-            shortest = float(self.request.shortest * SECTION / FPS)
+        least, request = self.request.least, self.request
+        if round(facts.seconds * self.fps) < least:
+            shortest = float(request.shortest * request.section / self.fps)
             raise DatasetError(
-                f"it has {facts.seconds:.2f} s, and {float(least / FPS):.2f} s are needed: the {shortest:g} s of "
+                f"it has {facts.seconds:.2f} s, and {float(least / self.fps):.2f} s are needed: the {shortest:g} s of "
                 "'shortest' and one picture before"
             )
         return VideoEntry(path, caption, facts, bucket_size(facts, self.request.base), content_of(path, self.interrupt))
 
     def _parts(self, video: VideoEntry) -> list[ClipPart]:
         """The clips of a video: its stretches without a cut, but for those in which nothing moves or that are short."""
-        key = key_of("stretches", video.content, video.size)
+        key = key_of("stretches", video.content, video.size, *self._rate)
         found = self.cache.stretches(key)
         if found is None:
             self.say(f"{video.name}: looking for cuts")
             found = find_stretches(self._pictures(video))
             self.cache.keep_stretches(key, video.name, found)
         self.cuts[video.name] = len(found) - 1
-        moving = [stretch for stretch in found if not stretch.is_still or stretch.frames <= SECTION]
+        moving = [stretch for stretch in found if not stretch.is_still or stretch.frames <= self.request.section]
         self.still[video.name] = len(found) - len(moving)
         made = [parts_of(stretch, self.request) for stretch in moving]
         self.short[video.name] = sum(not parts for parts in made)
@@ -201,19 +221,24 @@ class ClipMaker:
         cuts, still, short = self.cuts[name], self.still[name], self.short[name]
         if still and not short:
             return "nothing moves in it"
-        least = float(pixel_frames(1 + WINDOW * self.request.shortest) / FPS)
+        least = float(self.request.least / self.fps)
         more = f", and in {still} of its stretches nothing moves" if still else ""
         return f"it has {_many(cuts, 'cut')}, and no stretch of {least:.2f} s is left{more}"
 
+    @property
+    def _rate(self) -> tuple[str, ...]:
+        """What other rates than FramePack's add to the names of files."""
+        return () if self.fps == DEFAULT_FPS else (str(self.fps),)
+
     def _pictures(self, video: VideoEntry, wanted: range | None = None) -> Iterator[np.ndarray]:
-        return read_video(video.facts, wanted, fps=FPS, size=video.size, interrupt=self.interrupt)
+        return read_video(video.facts, wanted, fps=self.fps, size=video.size, interrupt=self.interrupt)
 
     def _latent(self, video: VideoEntry, part: ClipPart, fingerprint: str) -> dict:
-        key = key_of("latents", video.content, video.size, fingerprint)
+        key = key_of("latents", video.content, video.size, fingerprint, *self._rate)
         path = self.cache.path(key, part.first, part.frames)
         samples_BCTHW = self.cache.latents(path, part.latent_frames)
         if samples_BCTHW is None:
-            begin = float(part.first / FPS)
+            begin = float(part.first / self.fps)
             self.say(f"{video.name}: encoding {begin:.1f} to {begin + part.seconds:.1f} s")
             chunks = self._pictures(video, range(part.first, part.first + part.frames))
             made_BCTHW = encode_stream(self.vae, chunks, part.latent_frames, interrupt=self.interrupt)
@@ -224,7 +249,8 @@ class ClipMaker:
                 )
             samples_BCTHW = self.cache.keep(path, made_BCTHW, {"video": video.name, "base": self.base})
         # A key of ours beside the tensor, as Anti-Drift Sampler's LATENTs have it; unknown names in it are ignored.
-        return {"samples": samples_BCTHW, KEY: {"base": self.base, "fps": float(FPS), "given": 1, "source": video.name}}
+        mark = {"base": self.base, "fps": float(self.fps), "given": 1, "source": video.name}
+        return {"samples": samples_BCTHW, KEY: mark}
 
     def _skip(self, path: Path, error: Exception) -> None:
         """Keep the reason in words for this node, which has a folder and no file to choose, and without the path."""
@@ -249,7 +275,7 @@ class ClipMaker:
         source = _many(total, "video") if len(names) == total else f"{len(names)} of the {total} videos in the folder"
         lines = [
             f"{_many(len(self.used), 'clip')} from {source}, "
-            f"{seconds:.1f} s in all, {', '.join(f'{w}x{h}' for w, h in sizes)} at {float(FPS):g} fps.",
+            f"{seconds:.1f} s in all, {', '.join(f'{w}x{h}' for w, h in sizes)} at {float(self.fps):g} fps.",
         ]
         if self.why:
             lines.append(f"Warning: {_many(len(self.why), 'video')} skipped:")

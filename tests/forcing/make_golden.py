@@ -56,4 +56,8 @@ def write_preserving() -> None:
             losses[stage] = [reference_preserving.frame_query(model, pack, video, draw)[0] for draw in draws]
         else:
             losses[stage] = [reference_preserving.next_section(model, pack, video, draw) for draw in draws]
+    from . import test_preserving_wan
+
+    for case in test_preserving_wan.CASES:
+        losses[" ".join(case)] = test_preserving_wan.plain_loss(*case)
     PRESERVING.write_text(json.dumps({"tolerance": TOLERANCE, "losses": losses}, indent=1) + "\n")

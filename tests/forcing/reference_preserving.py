@@ -12,7 +12,9 @@ import torch
 from frame_memory.model.packing import ContextLayout
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
-from model import preserved
+from model import preserved, wan_reference
+
+NAMES = {4: "proj_4x", 2: "proj_2x", 1: "proj"}
 
 
 def blocks_of(ends, deep):
@@ -55,13 +57,31 @@ def call(model, x, sigma, cond, i, context, layout, tokens, places):
     )  # fmt: skip
 
 
+def wan_call(family, sd, own):
+    """The same for Wan, by plain sums in float64. sd: the network's weights by name, own: those of its patchifiers."""
+    channels, out, _ = wan_reference.FAMILIES[family]
+
+    def call(model, x, sigma, cond, i, context, layout, tokens, places):
+        groups = [
+            (rate, times, own[f"{NAMES[rate]}.weight"], own[f"{NAMES[rate]}.bias"], latent[0])
+            for latent, (rate, times) in zip(context, layout.groups, strict=True)
+        ]
+        x = torch.cat([x[0], torch.zeros(channels - out, *x.shape[2:])])
+        seen = None if cond.vision is None else cond.vision[i]
+        timesteps = [float(sigma) * 1000] * x.shape[1]
+        memory = (tokens, places) if places else None
+        return wan_reference.forward(sd, x, timesteps, cond.text[i], seen, groups, memory, layout.positions, out)[None]
+
+    return call
+
+
 def squared(velocity, noise, x):
     return float((velocity - (noise - x)).pow(2).mean())
 
 
-def frame_query(model, pack, video, draw):
+def frame_query(model, pack, video, draw, window=9, call=call):
     """Mean loss over the batch, and the masked history `[B, C, T, H, W]` that the encoder was shown."""
-    begin, frames, losses, shown = 9 * draw.first, 1 + 9 * draw.count, [], []
+    begin, frames, losses, shown = window * draw.first, 1 + window * draw.count, [], []
     for i in range(video.latents.shape[0]):
         history = video.latents[i, :, begin : begin + frames].double()
         masked, copies = history.clone(), []
@@ -76,7 +96,7 @@ def frame_query(model, pack, video, draw):
                 if hidden:
                     copy[:, t] = (1 - max(hidden)) * copy[:, t] + max(hidden) * noise[i, :, t]
             copies.append(copy)
-        ends = [1 + 9 * n for n in range(draw.count + 1)]
+        ends = [1 + window * n for n in range(draw.count + 1)]
         tokens, places = remembered(pack, masked, ends, copies)
         x, noise, sigma = history[:, list(draw.asked)].float()[None], draw.noise[i : i + 1], draw.sigma[i : i + 1]
         layout = ContextLayout(positions=draw.asked, groups=())
@@ -113,5 +133,21 @@ def next_section(model, pack, video, draw, clean=None):
         x, noise, sigma = latents[:, :, start : start + 9], draw.noise[i : i + 1], draw.sigma[i : i + 1]
         noisy = (1 - sigma) * x + sigma * noise
         velocity = call(model, noisy, sigma, video.cond, i, context, layout, tokens, places)
+        losses.append(squared(velocity, noise, x))
+    return sum(losses) / len(losses)
+
+
+def next_wan_section(pack, video, draw, window, call, clean=3):
+    """The same on Wan behind the newest frames alone, which stand before the window at the front of the time axis."""
+    start, losses = 1 + window * draw.clip, []
+    for i in range(video.latents.shape[0]):
+        latents = video.latents[i : i + 1]
+        tokens, places = remembered(pack, latents[0, :, :start], [1 + window * n for n in range(draw.clip + 1)])
+        places = [(clean - (start - t), y, x) for t, y, x in places]
+        layout = ContextLayout(positions=tuple(range(clean, clean + window)), groups=((1, tuple(range(clean))),))
+        x, noise, sigma = latents[:, :, start : start + window], draw.noise[i : i + 1], draw.sigma[i : i + 1]
+        noisy = (1 - sigma) * x + sigma * noise
+        newest = latents[:, :, start - clean : start]
+        velocity = call(None, noisy, sigma, video.cond, i, [newest], layout, tokens, places)
         losses.append(squared(velocity, noise, x))
     return sum(losses) / len(losses)

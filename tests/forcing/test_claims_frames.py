@@ -50,6 +50,7 @@ def test_every_row_of_a_table_is_measured_alike_and_goes_on_from_its_like():
         if row.after:
             before = ROWS[row.after]
             assert (before.rates, before.branches) == (row.rates, row.branches) and row.schedule and not before.schedule
+            assert before.cross == row.cross
     assert sum(row.frozen for row in ROWS.values()) == 1
 
 
@@ -151,12 +152,14 @@ def test_training_that_ran_out_of_time_goes_on_to_the_same_weights(tmp_path, cod
 
 def test_a_toy_run_trains_and_measures_each_kind_of_row_once_and_goes_on(folder, capsys):
     names = ["both, 4x4x2", "F1 without a memory", "frozen encoder", "+ sliding window", "both, 4x4x2 + 2x2x8"]
+    names += ["+ cross-attention"]
     work = ["--work", str(folder)]
     claims.main([*COMMAND, *work, "--only", *names])
     out = capsys.readouterr().out
     assert all(f"| {name} | 1 of 1 | " in out for name in names) and "| without stage 1 | 0 of 1 | missing |" in out
     files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-s0.*")}
-    assert len(files) == 2 * len(names) - 1  # the base has figures and no weights
+    # The base has figures and no weights, and what cross-attention goes on from has weights and no figures.
+    assert len(files) == 2 * len(names)
     first, frozen, learned = (
         safetensors.torch.load_file(folder / f"{slug(name)}-s0.safetensors")
         for name in ("both, 4x4x2", "frozen encoder", "+ sliding window")
@@ -169,6 +172,9 @@ def test_a_toy_run_trains_and_measures_each_kind_of_row_once_and_goes_on(folder,
         "pack.encoders.0.embed.weight", "pack.encoders.0.embed.bias",
     }  # fmt: skip
     assert all(first[name].any() and not torch.equal(first[name], frozen[name]) for name in loras)
+    crossed = safetensors.torch.load_file(folder / f"{slug('+ cross-attention')}-s0.safetensors")
+    assert len({name for name in crossed if "cross_attention" in name and "out.weight" in name}) == 5
+    assert all(crossed[name].any() for name in crossed if name.endswith("out.weight"))
     claims.main([*COMMAND, *work, "--only", *names])
     assert capsys.readouterr().out == out[out.index("\n**1.") :]
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.glob("*-s0.*")}

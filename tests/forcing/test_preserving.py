@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from frame_memory.forcing.preserving import (
     next_section,
 )
 from frame_memory.forcing.stages import LORA, MEMORY, Trained
+from frame_memory.model.cross_attention import spec_of
 from frame_memory.model.preservation import PreservationSpec
 from frame_memory.model.preserved_history import PreservedHistory, initialise_all
 
@@ -37,11 +39,14 @@ def model():
     return small.network()
 
 
-def encoders(model, *rates: str, seed: int = 1, **options) -> PreservedHistory:
-    """Encoders for a network, no part of them zero."""
+def encoders(model, *rates: str, seed: int = 1, cross: bool = False, **options) -> PreservedHistory:
+    """Encoders for a network, no part of them zero. cross: with cross-attention."""
     layer = model.img_in.proj if hasattr(model, "img_in") else model.patch_embedding
-    specs = [PreservationSpec.of(layer, 16, rate=rate, **SMALL, **options) for rate in rates or ("2x2x2",)]
-    pack = PreservedHistory(specs, torch.float32, None, comfy.ops.disable_weight_init)
+    options = {**SMALL, **options, "cross_attention": cross}
+    specs = [PreservationSpec.of(layer, 16, rate=rate, **options) for rate in rates or ("2x2x2",)]
+    read = spec_of(model, specs[0].features) if cross else None
+    # Layers that cast, as own_history's.
+    pack = PreservedHistory(specs, torch.float32, None, comfy.ops.manual_cast, read)
     initialise_all(pack, layer.weight, layer.bias, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -81,6 +86,32 @@ def test_a_section_may_follow_a_schedule_with_fewer_clean_frames(model, schedule
     (made,) = next_section(Forced(model, pack), video, draw, schedule)
     expected = reference_preserving.next_section(model, pack, video, draw, clean)
     assert float(made.loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [QUERY, FOLLOW])
+@torch.no_grad()
+def test_a_tenth_of_the_updates_has_no_text_and_nothing_else_changes(model, stage):
+    """Such an update is that of a video whose caption says nothing; its picture is still seen."""
+    pack, video = encoders(model), small.video(3, batch=2)
+
+    def draws(share: float, count: int):
+        made = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        if stage == QUERY:
+            return [draw_query(video, 2, pack.rates, g, drop_text=share) for g in made]
+        return [draw_follow(video, 3, g, drop_text=share) for g in made]
+
+    often = draws(0.1, 600)
+    assert 40 < sum(draw.without_text for draw in often) < 80
+    for draw, plain in zip(often[:20], draws(0.0, 20), strict=True):
+        assert torch.equal(draw.noise, plain.noise) and torch.equal(draw.sigma, plain.sigma)
+        assert not plain.without_text
+    draw = next(draw for draw in often if draw.without_text)
+    cond = replace(video.cond, text=0 * video.cond.text, pooled=0 * video.cond.pooled)
+    (made,) = LOSSES[stage](Forced(model, pack), video, draw)
+    bare, told = replace(video, cond=cond), replace(draw, without_text=False)
+    (expected,) = LOSSES[stage](Forced(model, pack), bare, told)
+    (other,) = LOSSES[stage](Forced(model, pack), video, told)
+    assert torch.equal(made.estimate, expected.estimate) and not torch.equal(made.estimate, other.estimate)
 
 
 @pytest.mark.parametrize("stage", [QUERY, FOLLOW])
@@ -200,12 +231,13 @@ def test_gradients_are_where_they_should_be_and_nothing_stays_behind(model, stag
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *pack.modules()))
 
 
-@pytest.mark.parametrize("kind", ["pack.", "lora."])
+@pytest.mark.parametrize("kind", ["pack.", "lora.", "pack.cross_attention.", "pack.encoders."])
 @pytest.mark.parametrize("stage", [QUERY, FOLLOW])
 def test_gradients_equal_finite_differences(stage, kind):
-    """In fp64, along the gradients of encoder or LoRA, each number of them stretched by chance."""
+    """In fp64, along the gradients of encoder or LoRA, each number of them stretched by chance; and of cross-attention,
+    or of the encoder through it."""
     model = small.network().double()
-    pack = encoders(model, "2x2x2").double()
+    pack = encoders(model, "2x2x2", cross=kind.count(".") > 1).double()
     for encoder in pack.each:
         encoder.dtype = torch.float64
         encoder.embed.float()
@@ -233,12 +265,28 @@ def test_gradients_equal_finite_differences(stage, kind):
     assert (4 * near - far) / 3 == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", [QUERY, FOLLOW])
-def test_gradient_checkpointing_changes_no_gradient(model, stage):
-    pack, video, found = encoders(model, "2x2x2"), small.video(3), []
+@pytest.mark.parametrize(("stage", "cross"), [(QUERY, False), (FOLLOW, False), (FOLLOW, True)])
+def test_gradient_checkpointing_changes_no_gradient(model, stage, cross):
+    pack, video, found = encoders(model, "2x2x2", cross=cross), small.video(3), []
     draw = drawn(stage, video, pack)
     for on in (False, True):
         trained = opened(Trained(model, pack, (MEMORY, LORA), rank=2, checkpointing=on))
         found.append(gradients(trained, stage, video, draw))
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-4, atol=1e-7) for n in found[0])
+
+
+@pytest.mark.parametrize("stage", [QUERY, FOLLOW])
+def test_cross_attention_learns_in_fp32_beside_a_network_in_bf16_and_every_block_of_it(model, stage):
+    pack, video, found = encoders(model, "2x2x2", cross=True), small.video(3, batch=2), []
+    draw = drawn(stage, video, pack)
+    for dtype in (torch.float32, torch.bfloat16):
+        network = copy.deepcopy(model).to(dtype)
+        made = gradients(Trained(network, pack, (MEMORY,), dtype=dtype), stage, video, draw)
+        found.append({n: g for n, g in made.items() if n.startswith("pack.cross") and not n.endswith("key.bias")})
+    names = {f"pack.{n}" for n, _ in pack.named_parameters() if n.startswith("cross") and not n.endswith("key.bias")}
+    exact, near = ({n: g for n, g in made.items() if n in names} for made in found)
+    assert exact.keys() == names and len(names) == 2 + 2 * 7 and near.keys() == names
+    for name, value in exact.items():
+        assert near[name].dtype == torch.float32
+        assert torch.cosine_similarity(near[name].flatten(), value.flatten(), 0) > 0.97, name

@@ -17,9 +17,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests ar
 from model import wan_reference as reference
 
 from frame_memory.forcing.gradients import plain_attention
-from frame_memory.forcing.stages import ALL, HEAD_PART, LORA, Trained
+from frame_memory.forcing.stages import ALL, HEAD_PART, LORA, MEMORY, Trained
 from frame_memory.model import wan
+from frame_memory.model.framepack import FRAME_FEATURES
 from frame_memory.model.packing import ContextLayout
+from frame_memory.model.preserved_memory import new_memory
 
 from .test_stages import Budgeted, same
 
@@ -154,6 +156,24 @@ def test_gradient_checkpointing_changes_no_gradient(parts):
         found.append(gradients(opened(trained_of(reference.load("2.1 T2V"), parts, checkpointing=on)), inputs))
     assert len(found[0]) >= 4
     same(*found, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_no_gradient_of_a_memory_with_cross_attention():
+    """Then core's block, which its loop names by a variable, is called from within another function."""
+    inputs, found = given("2.1 T2V", batch=2) | {FRAME_FEATURES: reference.drawn(2, 5, 8, seed=11)}, []
+    for on in (False, True):
+        patcher = reference.load("2.1 T2V")
+        pack = new_memory(patcher, "2x2x2", channels=(4, 6, 8, 8), heads=2, cross_attention=True).history
+        with torch.no_grad():
+            for index, (_, value) in enumerate(sorted(pack.cross_attention.named_parameters())):
+                value += 0.1 * reference.drawn(*value.shape, seed=index)
+        network, around = patcher.model.diffusion_model.requires_grad_(False), wan.options(patchifiers_of(patcher))
+        trained = Trained(network, pack, (LORA, MEMORY), rank=2, options=around, checkpointing=on)
+        found.append(gradients(opened(trained), inputs))
+    assert {n for n in found[0] if n.endswith("value.weight")} == {
+        f"pack.cross_attention.blocks.{i}.value.weight" for i in (0, 1)
+    }  # fmt: skip
+    same(*({n: g for n, g in made.items() if not n.endswith("key.bias")} for made in found), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -58,7 +58,7 @@ def videos(count: int = 2, clips: int = 2, channels: int = 16) -> list[StoredVid
         cond = Conditioning(torch.randn(1, 5, 64, generator=g), torch.randn(1, 768, generator=g),
                             torch.randn(1, 4, 1152, generator=g))  # fmt: skip
         samples = torch.randn(1, channels, 1 + 9 * clips, 4, 6, generator=g)
-        return StoredVideo(samples, cond, f"video {i}", clips)
+        return StoredVideo(samples, cond, f"video {i}")
 
     return [one(i) for i in range(count)]
 
@@ -339,9 +339,10 @@ def test_a_run_is_not_gone_on_with_behind_another_lora(tiny_file, tmp_path):
     [
         ({"kind": "F0"}, MemoryMismatch, "F0"),
         ({"clips": 1}, ForcingError, "a memory learns from 2 clips on"),
+        ({"clips": 0}, ForcingError, "video 0 has 1 latent frames; expected at least 10"),
         ({"channels": 4}, ForcingError, "video 0 has 4 latent channels, and the MODEL works on 16"),
     ],
-    ids=["F0", "one clip", "another VAE"],
+    ids=["F0", "one clip", "short", "another VAE"],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, tmp_path, change, error, said):
     kind, change = change.get("kind", "F1"), {k: v for k, v in change.items() if k != "kind"}
@@ -362,6 +363,8 @@ def test_fault_22_latents_of_another_vae_of_the_same_shape_are_refused(tiny_file
 
     with pytest.raises(ForcingError, match=r"video 1 of 1 \(a.mp4\) was .* Wan21 VAE, .* works on Hunyuan.*'Load VAE'"):
         run(base="Wan21", fps=30.0, source="a.mp4")
+    with pytest.raises(ForcingError, match=r"\(a.mp4\) has 16 frames a second, and the MODEL makes 30.*Set 'fps'"):
+        run(base="HunyuanVideo", fps=16.0, source="a.mp4")
     assert run(base="HunyuanVideo").videos[0].family == "HunyuanVideo" and not run().videos[0].family
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.train_selftest import build
-from frame_memory.forcing.flow import Conditioning, flow_loss, one_step_estimate, shifted_sigmas
+from frame_memory.forcing.flow import Conditioning, flow_loss, shifted_sigmas
 from frame_memory.forcing.gradients import differentiable, rotate, training_options
 from frame_memory.forcing.loop import Trainer, TrainSettings, rate_at, run
 from frame_memory.forcing.muon import Muon, orthogonalise
@@ -49,7 +49,7 @@ def test_gradients_equal_finite_differences():
     names = ["double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.weight", "clean_x_embedder.proj_4x.weight"]
     parameters = dict(model.named_parameters())
     with differentiable(model):
-        flow_loss(model, x, noise, sigma, cond, context, training_options()).backward()
+        flow_loss(model, x, noise, sigma, cond, context, training_options())[0].backward()
     for name in names:
         p = parameters[name]
         index = int(p.grad.abs().argmax())
@@ -58,7 +58,7 @@ def test_gradients_equal_finite_differences():
         for sign in (1, -1):
             flat[index] += sign * step
             with torch.no_grad():
-                values.append(float(flow_loss(model, x, noise, sigma, cond, context, training_options())))
+                values.append(float(flow_loss(model, x, noise, sigma, cond, context, training_options())[0]))
             flat[index] -= sign * step
         numeric = (values[0] - values[1]) / (2 * step)
         # rotary tables and embeddings are fp32 inside core's blocks, which bounds the agreement
@@ -81,7 +81,7 @@ def test_training_forward_equals_inference_forward_and_leaves_no_hooks():
 def test_flow_loss_equals_a_plain_loop():
     model = network()
     x, noise, sigma, cond, context = made()
-    ours = float(flow_loss(model, x, noise, sigma, cond, context, {}).detach())
+    ours = float(flow_loss(model, x, noise, sigma, cond, context, {})[0].detach())
     total = 0.0
     for b in range(2):
         s = float(sigma[b])
@@ -105,7 +105,7 @@ def test_one_step_estimate_of_a_perfect_network_is_the_data():
         def forward(self, noisy, *args, **kwargs):
             return noise - x
 
-    assert torch.allclose(one_step_estimate(Perfect(), x, noise, sigma, cond, context, {}), x, atol=1e-5)
+    assert torch.allclose(flow_loss(Perfect(), x, noise, sigma, cond, context, {})[1], x, atol=1e-5)
 
 
 def test_rotation_equals_core_s_and_keeps_length():

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from frame_memory.journal.files import JournalError
 from frame_memory.journal.fingerprint import fingerprint
+from frame_memory.model import tensor_file
 from frame_memory.model.tensor_file import StoredTensor
 
 from . import fingerprint_samples as samples
@@ -53,6 +54,25 @@ def test_different_values_differ():
         assert text not in seen, f"{value!r} reads as {seen[text]!r}"
         seen[text] = value
     assert all(re.fullmatch("[0-9a-f]{64}", text) for text in prints)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x, lambda x: x.permute(3, 1, 0, 2), lambda x: x[:1].expand(3, -1, -1, -1), lambda x: x[:, :, 1:, ::2],
+        lambda x: x[:, :0].transpose(0, 1), lambda x: x[0, 0, 0, 0], lambda x: x.reshape(1, 1, -1).expand(2, 1, -1),
+    ],
+)  # fmt: skip
+def test_a_tensor_whose_numbers_do_not_lie_in_order_is_read_in_small_pieces(view, dtype, monkeypatch):
+    tensor = view(torch.randn(2, 7, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype))
+    whole = fingerprint(tensor.clone(memory_format=torch.contiguous_format))
+    monkeypatch.setattr(tensor_file, "PIECE", 40)
+    pieces = list(tensor_file.pieces(tensor))
+    assert fingerprint(tensor) == whole
+    assert b"".join(p.float().numpy().tobytes() for p in pieces) == tensor.float().contiguous().numpy().tobytes()
+    own = tensor.untyped_storage().data_ptr()
+    assert all(p.untyped_storage().data_ptr() == own or p.nbytes <= 40 for p in pieces)
 
 
 def test_the_same_in_every_process_whatever_its_hash_seed():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
+from model import wan_reference as reference
 
 from benchmarks import parity_models
 from frame_memory.model import checkpoint, head, memory_file
@@ -18,9 +23,11 @@ from frame_memory.model.preserved_memory import (
     check_preserved,
     memory_of,
     new_memory,
+    with_cross_attention,
     with_tokens,
 )
 from frame_memory.plan import PlanError
+from frame_memory.plan.cross_attention import CrossAttentionSpec
 
 from .conftest import opened
 from .runs import of_kind as of_framepack
@@ -85,8 +92,10 @@ def test_tokens_of_two_encoders_stand_beside_each_other_over_the_same_frames(mem
     assert made.places[0] == (1, 2, 2) and made.places[16] == (4, 1, 1) and made.places[-1] == (12, 3, 7)
 
 
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_comes_back_as_it_was(model, memory, tmp_path, dtype):
+def test_a_file_comes_back_as_it_was(model, memory, tmp_path, dtype, cross):
+    memory = with_cross_attention(memory, model) if cross else memory
     tensors = {n: v if ".embed." in n else v.to(dtype) for n, v in memory.history.state_dict().items()}
     path = write(tmp_path / "mine.safetensors", memory, frames=tensors, recipe={"steps": 3}, licence="Apache-2.0")
     held = memory_file.read(path)
@@ -94,7 +103,9 @@ def test_a_file_comes_back_as_it_was(model, memory, tmp_path, dtype):
     assert held.base == memory.base and held.licence == "Apache-2.0"
     back = memory_of(held, NODE)
     assert isinstance(back, PreservedMemory) and back.specs == memory.specs and back.trained
-    assert back.label == "mine.safetensors" and back.history.dtype == dtype
+    assert back.label == "mine.safetensors" and back.history.dtype == dtype and (back.cross is not None) == cross
+    assert back.cross == memory.cross and ("cross_attention" in held.spec) == cross
+    assert ("of them cross-attention in 3 blocks" in back.describe()) == cross
     for name, value in back.history.state_dict().items():
         assert torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype, name
     assert "Trained on this base" in check_preserved(back, model, NODE)
@@ -148,6 +159,19 @@ def test_another_base_width_or_kind_is_refused_with_both_fingerprints(model, mem
     wrong.model_options = {**model.model_options, MODEL_OPTION: known}
     with pytest.raises(MemoryMismatch, match="taken for FramePack F1"):
         new_memory(wrong, "4x4x2")
+
+
+def test_cross_attention_for_another_number_of_blocks_is_refused(model, memory, tmp_path):
+    read = with_cross_attention(memory, model)
+    assert read.cross == CrossAttentionSpec(128, 8, 1, 1, 2)
+    assert "Made for this base" in check_preserved(read, model, NODE)
+    other = new_memory(reference.load("2.1 T2V"), "4x4x2", "2x2x8", **SMALL, cross_attention=True)
+    with pytest.raises(MemoryMismatch, match="its cross-attention's double is 2, not 1"):
+        check_preserved(replace(other, base=None), model, NODE)
+    spec = {n: v for n, v in read.to_spec().items() if n != "cross_attention"}
+    held = memory_file.read(write(tmp_path / "lost.safetensors", read, spec=spec))
+    with pytest.raises(MemoryMismatch, match=r"lost.safetensors: Features.*read by None.*'Load Memory Encoder'"):
+        memory_of(held, NODE)
 
 
 def test_each_kind_is_refused_where_the_other_is_meant(model, memory):

@@ -49,6 +49,15 @@ def test_a_file_is_loaded_and_attached_with_a_limit(nodes, faces, own, model, fi
     assert limited.tokens == 5460 and made.tokens is None and not model.additional_models
     assert patched.get_additional_models()[0].model is made.history
     assert "At most 5460 tokens, which are about 16 s of 832x480 at 30 fps. Past that the oldest go." in report
+    assert report.endswith("Past that the oldest go.")
+    read = own.with_cross_attention(made, model)
+    patched, _, report = faces.FrameMemoryFramePreservation.execute(model, read, 5460).result
+    # Keys, values, attention and output of 128 in 3 blocks, for a window of 9 x 30 x 52 tokens.
+    window, known = 9 * 30 * 52, 5460
+    work = 3 * (2 * known * 8 * 128 * 2 + 4 * window * known * 128 + 2 * window * 128 * 128)
+    size = 4 * (2 * 8 + 3 * (2 * 128 + 2 * (8 * 128 + 128) + 128 * 128 + 128))
+    assert f"Cross-attention in 3 blocks: {size / 1e6:.1f} MB beside the MODEL, and {work / 1e12:.3g} T op" in report
+    assert patched.get_additional_models()[0].model.cross_attention.spec == read.cross
 
 
 def test_each_node_refuses_the_other_kind(nodes, faces, own, model):  # noqa: F811
@@ -60,9 +69,9 @@ def test_each_node_refuses_the_other_kind(nodes, faces, own, model):  # noqa: F8
         nodes.FrameMemoryMemoryPack.execute(model, frames, prompt())
 
 
-def ask(faces, own, model, seconds=0.5, tokens=1000, frames=13, **more):
+def ask(faces, own, model, seconds=0.5, tokens=1000, frames=13, attached=None, **more):
     memory = own.with_tokens(filled(own.new_memory(model, "2x2x2", **SMALL)), tokens)
-    patched = own.attach_preserved(model, memory)
+    patched = own.attach_preserved(model, attached or memory)
     asked = {"model": patched, "memory": memory, "positive": prompt(), "samples": start_latent(2, frames, 3)}
     asked |= {"vae": Pixels(), "seconds": seconds, "steps": 2, "seed": 1, **more}
     with torch.inference_mode():
@@ -92,6 +101,16 @@ def test_a_frame_is_asked_at_its_own_time_behind_the_whole_memory(faces, own, mo
     assert near == pytest.approx(psnr(*sides)) and like == pytest.approx(ssim(*sides))
     assert "Frame at 0.50 s (picture 15, latent frame 4)" in report and "Warning" not in report
     assert torch.equal(ask(faces, own, model)[0], pair), "the same seed, the same picture"
+
+
+def test_a_frame_is_asked_behind_what_cross_attention_reads_too(faces, own, model):
+    plain = own.with_tokens(filled(own.new_memory(model, "2x2x2", **SMALL)), 1000)
+    read = own.with_cross_attention(plain, model)
+    before, fresh = (ask(faces, own, model, memory=memory, attached=memory)[0] for memory in (plain, read))
+    learned = ask(faces, own, model, memory=filled(read), attached=read)[0]
+    assert torch.equal(fresh, before) and not torch.allclose(learned, before, atol=1e-3)
+    with pytest.raises(ValueError, match="Expected both outputs of 'Frame Preservation Encoder'"):
+        ask(faces, own, model, memory=read, attached=plain)
 
 
 def test_frames_that_are_not_remembered_are_warned_of(faces, own, model):

@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS
-from frame_memory.model.memory import MemoryMismatch
+from frame_memory.model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
+from frame_memory.model.memory import MemoryMismatch, detach
 from frame_memory.model.preserved_history import PreservedHistory
-from frame_memory.model.preserved_memory import attach_preserved, memory_from_tensors, new_memory, with_tokens
+from frame_memory.model.preserved_memory import (
+    attach_preserved,
+    memory_from_tensors,
+    new_memory,
+    with_cross_attention,
+    with_tokens,
+)
 from frame_memory.plan import PRESETS, PlanError, plan_sections
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.guards import SectionError
@@ -54,8 +60,9 @@ class Watched(comfy.samplers.KSAMPLER):
 
     def sample(self, model_wrap, *args, **kwargs):
         conds = model_wrap.conds["positive"][0]["model_conds"]
-        shown = [conds[name].cond for name in (FRAME_TOKENS, FRAME_POSITIONS) if name in conds]
-        type(self).log.append((shown[0].clone(), shown[1].tolist()) if shown else None)
+        names = (FRAME_TOKENS, FRAME_POSITIONS, FRAME_FEATURES)
+        shown = [conds[name].cond for name in names if name in conds]
+        type(self).log.append((shown[0].clone(), shown[1].tolist(), *shown[2:]) if shown else None)
         if type(self).fail_at == len(self.log):
             raise RuntimeError("pulled the plug")
         return super().sample(model_wrap, *args, **kwargs)
@@ -100,6 +107,8 @@ def test_each_section_is_shown_all_whole_blocks_before_it_at_their_true_places(m
     assert torch.equal(with_it[:, :, :10], plain[:, :, :10])  # the start and the first section
     assert not torch.allclose(with_it[:, :, 10:19], plain[:, :, 10:19], atol=1e-3)
     assert "28 tokens at the end, at most 1000" in report and "is untrained" in report
+    for again in (model, attach_preserved(model, memory), detach(attach_preserved(model, memory))):
+        assert torch.equal(film(again, None)[0], plain)  # taken out, it has left nothing
 
 
 def test_an_existing_video_is_cut_into_segments_and_read_first(model, memory):
@@ -132,6 +141,33 @@ def test_tokens_lie_beside_each_section_and_are_not_computed_twice(model, memory
         off.setattr(PreservedHistory, "encode", None)
         again, shown, report = film(model, memory, tmp_path=tmp_path)
     assert torch.equal(again, whole) and shown == [] and "3 of 3 sections were finished before" in report
+
+
+def test_features_for_cross_attention_lie_beside_the_tokens_and_go_with_them(model, memory, tmp_path):
+    """Fresh ones change no bit; learned ones do, and a run that dies ends as one that does not."""
+    before, _, _ = film(model, memory)
+    both = with_tokens(with_cross_attention(memory, model), 17)
+    assert torch.equal(film(model, with_tokens(both, 1000))[0], before)
+    filled(both, 5)
+    with torch.no_grad():
+        both.history.cross_attention.norm.bias.fill_(0.1)
+    whole, shown, report = film(model, both)
+    assert not torch.allclose(whole, film(model, with_tokens(memory, 17))[0], atol=1e-3)
+    with torch.no_grad():
+        latents, encoder = model.model.process_latent_in(whole.float()), both.history.encoders[0]
+        parts = [encoder.encode(latents[:, :, a:b]) for a, b in ((0, 10), (10, 18))]
+    for (tokens, places, features), part in zip(shown[1:], parts, strict=True):  # the budget keeps the newest chunk
+        assert torch.allclose(tokens, part.tokens, atol=1e-5) and torch.allclose(features, part.features, atol=1e-5)
+        assert len(places) == features.shape[1] and features.shape[2] == 8
+    film(model, both, tmp_path=tmp_path, fail_at=3)
+    stored = load_file(tmp_path / "frame_memory" / "p" / "sections" / "000.safetensors")
+    (name,) = set(stored) - {"samples"}
+    assert torch.equal(stored[name], torch.cat((shown[1][0], shown[1][2]), -1))
+    run = PreservationRun(both, model, whole[:, :, :1], 9)
+    assert run.bytes_a_section(whole.shape) == stored[name].nbytes == 10 * (128 + 8) * 4
+    assert torch.equal(film(model, both, tmp_path=tmp_path)[0], whole)
+    with pytest.raises(PlanError, match="Expected both outputs of 'Frame Preservation Encoder'"):
+        film(model, both, guider=guider_for(attach_preserved(model, memory)))
 
 
 def test_each_section_is_encoded_once(model, memory, monkeypatch):

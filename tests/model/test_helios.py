@@ -267,3 +267,15 @@ def test_loaders_name_each_other_s_files_and_missing_shards(tmp_path, folder):
     (tmp_path / shards[0].name).write_bytes(shards[0].read_bytes())
     with pytest.raises(ValueError, match="00002-of.* then run 'Load Memory Model' again"):
         load(tmp_path / shards[0].name)
+
+
+@pytest.mark.parametrize("pipeline", ["HeliosPipeline", "HeliosPyramidPipeline"])
+def test_checkpoints_that_grow_in_size_are_refused_by_the_index_beside_them(tmp_path, tensors, pipeline):
+    (tmp_path / "transformer").mkdir()
+    path = cf.write_file(tmp_path / "transformer" / "a.safetensors", tensors)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    if pipeline == "HeliosPipeline":
+        assert helios.inspect(path).tensors == len(tensors)
+    else:
+        with pytest.raises(checkpoint.CheckpointError, match="this is Helios-Mid or Helios-Distilled .* Helios-Base"):
+            helios.inspect(path)

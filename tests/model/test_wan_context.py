@@ -1,6 +1,8 @@
-"""History in front of Wan: against plain sums, and nothing attached against core's own Wan bit for bit."""
+"""History beside Wan's window: against plain sums, and nothing attached against core's own Wan bit for bit."""
 
 from __future__ import annotations
+
+import math
 
 import comfy.patcher_extension
 import pytest
@@ -167,32 +169,38 @@ def test_what_others_patch_goes_on_working_with_history(loaded):
     given, past = inputs(family), history(family)
     patched = run(patcher, patchifiers, given, options, **past)
     assert not torch.allclose(patched, run(patcher, patchifiers, given, **past), atol=1e-3)
-    ahead, window = 2 * 1 * 1 + 1 * 2 * 2 + 2 * 9 + len(PLACES), 18
-    assert [s[1] for s in seen] == [ahead + window, ahead + window, window]
-    assert [s[2] for s in seen if s[0] == "behind"] == [ahead, 0]
+    behind, window = 2 * 1 * 1 + 1 * 2 * 2 + 2 * 9 + len(PLACES), 18
+    assert [s[1] for s in seen] == [window + behind, window + behind, window]
+    assert [s[2] for s in seen if s[0] == "behind"] == [0, 0]  # the window is where it is without history
     assert repr({k: sorted(map(str, v)) for k, v in options.items()}) == before
 
 
-@pytest.mark.parametrize("front", [1, 2, 3, 7, 12, 24, 36, 97])
+@pytest.mark.parametrize("behind", [1, 2, 3, 7, 12, 24, 36, 97])
 @pytest.mark.parametrize("window,rows", [(1, 1), (5, 1), (18, 1), (36, 1), (97, 1), (36, 3), (36, 36), (35, 4)])
-def test_rows_are_spread_to_the_right_tokens(front, window, rows):
+def test_rows_are_spread_to_the_right_tokens(behind, window, rows):
     """Against a loop over tokens; of a window of rows alone, core's own rule says which token has which."""
     from comfy.ldm.wan.model import repeat_e
 
-    tokens = torch.zeros(2, front + window, 5)
+    tokens = torch.zeros(2, window + behind, 5)
     clean, vec = torch.full((1, 1, 6, 5), -1.0), torch.rand(2, rows, 6, 5)
-    made = wan.modulation_rows(clean, vec, front, window)
-    own = repeat_e(vec[:, :, 2], tokens[:, front:]).expand(-1, window, -1)
+    made = wan.modulation_rows(vec, clean, window, behind)
+    own = repeat_e(vec[:, :, 2], tokens[:, :window]).expand(-1, window, -1)
     got = repeat_e(made[:, :, 2], tokens)
     assert got.shape == tokens.shape
-    for token in range(front + window):
-        assert torch.equal(got[:, token], clean[:, 0, 2].expand(2, -1) if token < front else own[:, token - front])
-    assert wan.modulation_rows(clean, vec, 0, window) is vec
+    for token in range(window + behind):
+        assert torch.equal(got[:, token], own[:, token] if token < window else clean[:, 0, 2].expand(2, -1))
+    assert wan.modulation_rows(vec, clean, window, 0) is vec
 
 
-def test_a_large_history_takes_few_rows_of_modulation():
-    made = wan.modulation_rows(torch.zeros(1, 1, 6, 1), torch.zeros(1, 1, 6, 1), 5460, 9 * 1560)
-    assert made.shape[1] < 200  # and not the 19,500 of a row a token
+@pytest.mark.parametrize("size", [(480, 832), (416, 608), (672, 992), (624, 624), (720, 1280)])
+@pytest.mark.parametrize("frames,rows", [(20, 1), (9, 1), (20, 20)])
+def test_few_rows_of_modulation_are_enough_whatever_the_history(size, frames, rows):
+    """Bytes of a row are those of 14B: 6 x 5120 in bf16. A row a token was 3.4 GiB at 672x992."""
+    area = math.prod(side // 16 for side in size)
+    for behind in (1, area // 7, 2503, 3926, 6563, 8191, 8192 + 6563, frames * area):
+        made = wan.modulation_rows(torch.ones(1, rows, 6, 1), torch.zeros(1, 1, 6, 1), frames * area, behind)
+        assert made.shape[1] * 6 * 5120 * 2 < 32 * 2**20
+        assert made.shape[1] <= -(-(frames * area + behind) // (min(size) // 16))
 
 
 # --- patchifiers ----------------------------------------------------------------------------------------------------

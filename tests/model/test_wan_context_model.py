@@ -58,8 +58,8 @@ def sample(model, cfg: float = 1.0, channels: int = 16, texts=(3, 4), sigmas=Non
     return made
 
 
-def both() -> dict:
-    return {"context": context(), "tokens": reference.drawn(1, 2, 128, seed=9), "positions": PLACES}
+def both(channels: int = 16) -> dict:
+    return {"context": context(channels), "tokens": reference.drawn(1, 2, 128, seed=9), "positions": PLACES}
 
 
 @pytest.mark.parametrize("family", reference.FAMILIES)
@@ -101,19 +101,22 @@ def test_conditions_reach_the_network_as_they_are_meant(patcher):
     assert torch.allclose(got.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_attaching_without_history_and_detaching_leave_core_s_result(patcher):
-    plain = sample(patcher)
+@pytest.mark.parametrize("family", reference.FAMILIES)
+def test_attaching_without_history_and_detaching_leave_core_s_result(family):
+    patcher, channels = reference.load(family), reference.FAMILIES[family][1]
+    past = {**both(channels), "channels": channels}
+    plain = sample(patcher, channels=channels)
     clone = attached(patcher)
-    assert torch.equal(sample(clone), plain)
-    with_history = sample(clone, **both())
-    assert not torch.equal(with_history, plain) and torch.equal(sample(patcher), plain)
-    assert torch.equal(sample(clone.clone(), **both()), with_history)
+    assert torch.equal(sample(clone, channels=channels), plain)
+    with_history = sample(clone, **past)
+    assert not torch.equal(with_history, plain) and torch.equal(sample(patcher, channels=channels), plain)
+    assert torch.equal(sample(clone.clone(), **past), with_history)
     bare = wan.detach(clone)
     assert not wan.is_attached(bare) and not bare.get_additional_models_with_key(wan.KEY)
     for kind in bare.wrappers.values():
         assert wan.KEY not in kind
-    assert torch.equal(sample(bare), plain) and wan.is_attached(clone)
-    assert torch.equal(sample(bare, **both()), plain)  # nobody is there to read it
+    assert torch.equal(sample(bare, channels=channels), plain) and wan.is_attached(clone)
+    assert torch.equal(sample(bare, **past), plain)  # nobody is there to read it
 
 
 def test_attaching_again_replaces_and_never_doubles(patcher):

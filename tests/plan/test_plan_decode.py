@@ -81,3 +81,21 @@ def test_pixel_frames():
 def test_impossible_requests_are_refused(wrong):
     with pytest.raises(PlanError):
         decode_windows(*wrong)
+
+
+@pytest.mark.parametrize("window", [1, 2, 9, 20])
+def test_clips_are_numbered_by_what_each_decodes_to(window):
+    """Counted one pixel frame at a time: 1 for the first latent frame of a clip, 4 for the others, 0 in front."""
+    makes = [0, *([1, *[4] * (window - 1)] * 5)]
+    for total in range(len(makes) + 1):
+        assert pixel_frames(total, window) == sum(makes[:total])
+    begin, end = sum(makes[: 1 + window]), sum(makes[: 1 + 2 * window])
+    assert pixel_span(1 + window, 1 + 2 * window, window) == (begin, end - 1)
+    windows = decode_windows("forward", len(makes), window, clips=True)
+    assert [(w.start, w.pixel_start) for w in windows] == [(s, sum(makes[:s])) for s in range(1, len(makes), window)]
+
+
+@pytest.mark.parametrize("total", [1, 9, 18, 20])
+def test_clips_that_were_cut_are_refused_with_the_nearest_length(total):
+    with pytest.raises(PlanError, match="the frame in front, and whole clips.*(10|19), uncut"):
+        decode_windows("forward", total, clips=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
 
-from frame_memory.plan import BLANK, PRESETS, START, plan_sections
+from frame_memory.plan import BLANK, PRESETS, START, plan_sections, section_count
 
 CHUNKS = 4
 SLOTS = {4: "long", 2: "mid", 1: "short"}
@@ -51,3 +51,18 @@ def test_the_frames_are_told_apart(run):
     calls, start, made_BCTHW = run
     frames = [start[:, :, 0], *made_BCTHW.unbind(2)]
     assert not [i for i in range(len(frames)) for j in range(i) if torch.equal(frames[i], frames[j])]
+
+
+def test_text_to_video_begins_from_nothing_and_keeps_its_own_first_frame_as_anchor():
+    """Against the pipeline's words: zeros in every slot, then the first frame of the first chunk as the prefix."""
+    plan = plan_sections(PRESETS["Helios"], sections=3, fps=24.0, clips=True, has_start=False)
+    seen = [[frame for group in section.groups for frame in group.frames] for section in plan.sections]
+    assert set(seen[0]) == {BLANK} and not plan.sections[0].depends_on
+    for section, frames in zip(plan.sections[1:], seen[1:], strict=True):
+        before = range(section.start - 19, section.start)
+        history = [frame if frame > 0 else BLANK for frame in before]
+        assert sorted(frames) == sorted([1, *history]) and 0 in section.depends_on
+    assert (plan.pixel_frames, plan.seconds) == (99, 99 / 24)
+    assert [plan.span_seconds(s) for s in plan.sections] == [(33 * i / 24, 33 * (i + 1) / 24) for i in range(3)]
+    assert "33-65" in plan.describe() and "decoded alone" in plan.describe()
+    assert [section_count(s, 9, 24, clips=True) for s in (0.1, 1.375, 4.8, 60)] == [1, 1, 3, 44]

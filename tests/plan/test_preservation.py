@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from frame_memory.plan import BUCKETS, PlanError
@@ -187,25 +187,25 @@ BUDGET = st.builds(
 )  # fmt: skip
 
 
-def choices(count, budget):
-    """What may become of so many chunks, the best first, written out."""
-    old = max(count - budget.recent, 0)
+def choices(count, budget, gone):
+    """What may become of so many chunks, of which so many are dropped already, the best first, written out."""
+    old, fine = max(count - budget.recent, 0), budget.rate
     if budget.past == "thin":
-        yield from ([THIN] * thin + [budget.rate] * (count - thin) for thin in range(old + 1))
-        yield from ([None] * drop + [THIN] * (old - drop) + [budget.rate] * (count - old) for drop in range(1, old + 1))
+        yield from ([None] * gone + [THIN] * thin + [fine] * (count - gone - thin) for thin in range(old - gone + 1))
+        yield from ([None] * drop + [THIN] * (old - drop) + [fine] * (count - old) for drop in range(gone + 1, old + 1))
     else:
         yield from ([None] * drop + [budget.rate] * (count - drop) for drop in range(old + 1))
 
 
 @settings(max_examples=40)
 @given(BUDGET, st.lists(st.integers(1, 3), max_size=8))
+@example(Budget(300, "2x2x2", "thin"), [1, 3, 1, 1])
 def test_of_all_choices_the_best_that_fits_and_a_chunk_never_gets_better(budget, blocks):
     lengths, better = [8 * n for n in blocks], [None, THIN, budget.rate]
     before: tuple = ()
     for count in range(len(lengths) + 1):
-        worse = (
-            c for c in choices(count, budget) if all(better.index(a) >= better.index(b) for a, b in zip(before, c))
-        )
+        written = choices(count, budget, before.count(None))
+        worse = (c for c in written if all(better.index(a) >= better.index(b) for a, b in zip(before, c)))
         fitting = [c for c in worse if spent(lengths, c) <= budget.tokens]
         if not fitting:
             with pytest.raises(PlanError, match="new chunks"):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from frame_memory.model.experts import check_pair
+from frame_memory.model.framepack import FRAME_TOKENS
+from frame_memory.model.memory import MemoryMismatch
+from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.plan import PlanError
 from frame_memory.sampling.experts import WanExpertGuider, steps_above
 from frame_memory.sampling.guards import made_safe
@@ -112,3 +118,62 @@ def test_pairs_that_cannot_be_and_experts_without_patchifiers_are_refused(expert
     check_pair(low, high)
     check_pair(*experts)
     assert isinstance(guider_of(*experts), comfy.samplers.CFGGuider)
+
+
+# --- frame preservation ---------------------------------------------------------------------------------------------
+
+
+def remembered(model, **more):
+    memory = new_memory(model, "2x2x2", channels=(4, 6, 8, 8), heads=2)
+    return replace(with_tokens(memory, 1000), **more)
+
+
+def shown(experts, **more):
+    """What a run of two sections gives, and how many tokens of the memory each expert was shown at most."""
+    seen, models = [], []
+    for model in experts:
+        calls, watched = [], model.clone()
+
+        def watch(executor, *args, calls=calls, **kwargs):
+            tokens = kwargs.get(FRAME_TOKENS)
+            calls.append(0 if tokens is None else tokens.shape[1])
+            return executor(*args, **kwargs)
+
+        # In front of ours, which takes the tokens out.
+        watched.wrappers[WrappersMP.DIFFUSION_MODEL] = {
+            "test": [watch], **watched.wrappers[WrappersMP.DIFFUSION_MODEL]
+        }
+        seen.append(calls)
+        models.append(watched)
+    return made(models[0], A14B, guider=guider_of(*models), **more), [max(calls) for calls in seen]
+
+
+def test_a_memory_is_shown_to_the_experts_that_bring_it_and_no_other(experts, tmp_path):
+    """Section 2 holds 3 frames of 5x6 behind it: one token of 2x2x2 blocks. Each way is a video of its own."""
+    memory, project = remembered(experts[0], base=None), ProjectRequest(tmp_path, "p")
+    videos = []
+    for bring in ((True, True), (True, False), (False, True)):
+        models = [attach_preserved(m, memory) if yes else m for m, yes in zip(experts, bring)]
+        done, tokens = shown(models, memory=memory, project=project)
+        assert [count > 0 for count in tokens] == list(bring)
+        assert "All 2 sections were made now" in done.report
+        without = [f"The {name} noise expert is not shown the memory" in done.report for name in ("high", "low")]
+        assert without == [not yes for yes in bring]
+        videos.append(done.latent["samples"][:, :, 3:])
+    (plain, _), tokens = shown(experts)
+    assert tokens == [0, 0]
+    videos.append(plain["samples"][:, :, 3:])
+    assert not any(torch.allclose(a, b, atol=1e-4) for i, a in enumerate(videos) for b in videos[:i])
+
+
+def test_memories_that_no_expert_or_the_wrong_one_brings_are_refused(experts):
+    memory, other = (remembered(experts[0]) for _ in range(2))
+    brought = attach_preserved(experts[0], memory)
+    with pytest.raises(PlanError, match="no expert of the guider brings.*'Wan Expert Guider'"):
+        shown(experts, memory=memory)
+    with pytest.raises(MemoryMismatch, match="another base"):
+        shown((brought, attach_preserved(experts[1], memory)), memory=memory)
+    with pytest.raises(PlanError, match="low noise expert brings another encoder"):
+        shown((brought, attach_preserved(experts[1], other)), memory=memory)
+    (_, report), _ = shown((experts[0], brought))
+    assert "'memory' of 'Anti-Drift Sampler' is not connected" in report

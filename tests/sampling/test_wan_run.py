@@ -10,6 +10,8 @@ import torch
 
 from frame_memory.model import families, wan
 from frame_memory.model.framepack import MODEL_OPTION
+from frame_memory.model.memory import detach
+from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.plan import BLANK, START, PlanError, parse_timeline
 from frame_memory.sampling import long_video
 from frame_memory.sampling.changes import SectionChange
@@ -95,6 +97,7 @@ def test_the_window_of_an_image_to_video_model_holds_no_given_frame(family):
     guider = guider_for(model, prompt(3, clip_vision_output=vision, **given))
     latent, report = made(model, family, guider=guider)
     assert torch.equal(bare["samples"], latent["samples"]) and "'Wan Image To Video'" in report
+    assert "clip_vision_h" not in report
     assert seen and all(not extra.any() and extra.shape[1] == 20 for extra in seen)
     assert guider.original_conds["positive"][0]["concat_mask"] is given["concat_mask"]
 
@@ -109,9 +112,10 @@ def clip_vision():
 
 def test_clip_vision_of_the_picture_reaches_the_model():
     model = attached(I2V)
-    shown, _ = made(model, I2V, guider=guider_for(model, prompt(3, clip_vision_output=clip_vision())))
-    without, _ = made(model, I2V, guider=guider_for(model, prompt(3)))
-    assert not torch.allclose(shown["samples"], without["samples"], atol=1e-3)
+    shown = made(model, I2V, guider=guider_for(model, prompt(3, clip_vision_output=clip_vision())))
+    without = made(model, I2V, guider=guider_for(model, prompt(3)))
+    assert not torch.allclose(shown[0]["samples"], without[0]["samples"], atol=1e-3)
+    assert "clip_vision_h" in without[1] and "clip_vision_h" not in shown[1]
 
 
 def test_each_video_of_a_batch_in_bf16_is_finite_and_its_own():
@@ -120,6 +124,19 @@ def test_each_video_of_a_batch_in_bf16_is_finite_and_its_own():
     assert latent["samples"].shape == (2, 16, 5, 5, 6) and torch.isfinite(latent["samples"]).all()
     assert torch.equal(latent["samples"][:, :, :1], start(T2V, batch=2)["samples"])
     assert not torch.allclose(latent["samples"][0], latent["samples"][1], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", reference.FAMILIES)
+def test_a_memory_that_is_taken_out_leaves_no_trace(family):
+    model = attached(family)
+    plain, _ = made(model, family)
+    memory = with_tokens(new_memory(model, "2x2x2", channels=(4, 6, 8, 8), heads=2), 1000)
+    remembering = attach_preserved(model, memory)
+    shown, _ = made(remembering, family, memory=memory)
+    assert torch.equal(shown["samples"][:, :, :3], plain["samples"][:, :, :3])  # section 1 has nothing to remember
+    assert not torch.allclose(shown["samples"][:, :, 3:], plain["samples"][:, :, 3:], atol=1e-3)
+    for again in (model, remembering, detach(remembering)):
+        assert torch.equal(made(again, family)[0]["samples"], plain["samples"])
 
 
 # --- projects -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 
 from frame_memory.plan.errors import PlanError
-from frame_memory.video import video_clips
 from frame_memory.video.clip_cache import ClipCache
 from frame_memory.video.clip_folder import DatasetError
 from frame_memory.video.history import read_video
@@ -96,6 +95,28 @@ def test_clips_are_whole_sections_and_never_overlap(frames):
 def test_lengths_that_contradict_each_other_are_refused():
     with pytest.raises(PlanError, match="at least 4.8 s and at most 2.4 s.*Video Clips"):
         Request.of(64, 4.8, 2.4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fps", "rate", "window", "longest"),
+    [("HunyuanVideo", 0, 30, 9, 50), ("Wan21", 0, 16, 20, 12), ("Wan22", 0, 24, 20, 18), ("selftest", 16, 16, 9, 27)],
+)
+def test_rate_and_section_are_those_of_the_vaes_model(family, fps, rate, window, longest):
+    made = Request.of(64, 1.2, 60.0, family, fps)
+    assert (made.fps, made.window, made.shortest, made.longest) == (rate, window, 1, longest)
+
+
+def test_clips_at_wans_rate_show_what_was_seen_at_those_times(folder, tmp_path, tiny_vae):
+    """60 pictures at 24 fps are 40 at 16 fps: one section of 36 and the picture before it."""
+    clips = ClipMaker(folder, tmp_path, tiny_vae, Request.of(32, 1.2, 60.0, fps=16), lambda: None)
+    (first, *_) = clips.clips()
+    assert first.video.name == "b 2.mp4" and (first.part.first, first.part.frames) == (0, 37)
+    assert first.part.seconds == 37 / 16 and first.latent["frame_memory"]["fps"] == 16.0
+    thirty = next(maker(folder, tmp_path, tiny_vae).clips())
+    assert thirty.part.frames == 73 and not torch.equal(first.latent["samples"], thirty.latent["samples"][:, :, :10])
+    (seen,) = read_video(first.video.facts, range(36, 37), fps=16, size=first.video.size)
+    (same,) = read_video(first.video.facts, range(54, 55), fps=24, size=first.video.size)
+    assert np.array_equal(seen, same), "picture 36 at 16 fps is the file's 54th"
 
 
 @pytest.fixture(scope="module")
@@ -294,4 +315,4 @@ def test_long_clips_take_the_memory_of_a_few_frames_and_are_one_encoding(tmp_pat
 
 def test_facts_of_the_fixture(folder):
     assert probe_video(folder / "b 2.mp4").fps == pytest.approx(24, abs=0.1)
-    assert video_clips.SECTION == 36
+    assert Request().section == 36

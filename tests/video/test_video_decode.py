@@ -2,13 +2,13 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frame_memory.plan.decode import DecodeWindow
 from frame_memory.video.decode import DecodeError, check_windows, crossfade_weights, decode_stream
 
 from .reference import generation_order_windows, reference_video
@@ -26,9 +26,9 @@ def causal_decode(latents_BCTHW: torch.Tensor) -> torch.Tensor:
     return (torch.stack(pixels, dim=1) * 0.5 + 0.5).movedim(2, -1)
 
 
-def video_order(order: str, sections: int) -> list[SimpleNamespace]:
+def video_order(order: str, sections: int) -> list[DecodeWindow]:
     ranges = sorted(generation_order_windows(order, sections))
-    return [SimpleNamespace(start=a, stop=b) for a, b in ranges]
+    return [DecodeWindow(a, b) for a, b in ranges]
 
 
 def latents(frames: int, *, batch: int = 1, channels: int = 16, height: int = 4, width: int = 6) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_inputs_are_not_mutated():
     ],
 )
 def test_bad_windows_are_refused_before_decoding(ranges, words):
-    windows = [SimpleNamespace(start=a, stop=b) for a, b in ranges]
+    windows = [DecodeWindow(a, b) for a, b in ranges]
     with pytest.raises(DecodeError, match=words):
         decode_stream(lambda part: pytest.fail("decoded"), latents(19), windows)
 

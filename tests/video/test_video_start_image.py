@@ -65,3 +65,21 @@ def test_fault_22_a_vae_that_fits_no_such_model_is_refused_before_anything_is_en
     pixels = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     with pytest.raises(VAEError, match="'Load VAE' gave an image VAE.*expected a video VAE.*HunyuanVideo VAE"):
         prepare(pixels, None, pictures()[0], None, 64, "white")
+
+
+@torch.inference_mode()
+def test_a_still_clip_is_each_picture_held_for_33_and_begins_with_the_picture_alone(vae):
+    start = torch.rand(2, 64, 96, 3, generator=torch.Generator().manual_seed(4))
+    still, alone = (prepare(vae, None, start, None, 64, "black", still_clip=on) for on in (True, False))
+    made = still.start["samples"]
+    assert made.shape == (2, 16, 9, *alone.start["samples"].shape[3:]) and still.start.keys() == alone.start.keys()
+    assert torch.equal(made[:, :, :1], alone.start["samples"])
+    for latent, picture in zip(made, still.picture_BHWC, strict=True):
+        assert torch.equal(latent, vae.encode(picture.repeat(33, 1, 1, 1))[0])
+
+
+def test_a_still_clip_of_another_model_s_vae_is_refused():
+    sizes = {"decoder.1.weight": (256, 16, 3, 3), "decoder.22.bias": (3,)}
+    tiny_hunyuan = comfy.sd.VAE(sd={key: torch.zeros(size, dtype=torch.float16) for key, size in sizes.items()})
+    with pytest.raises(VAEError, match="'still_clip' of 'FramePack Image' is for Helios.* a tiny HunyuanVideo VAE"):
+        prepare(tiny_hunyuan, None, pictures()[0], None, 64, "black", still_clip=True)

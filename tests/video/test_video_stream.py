@@ -233,3 +233,26 @@ def test_wrong_reports_and_shapes_are_refused():
         list(wrong.finished(0, 19))
     with pytest.raises(DecodeError, match="Load VAE"):
         list(decoder(x, "forward", decode=lambda part: torch.zeros(1, 73, 8, 8, 3)).finished(0, 19))
+
+
+@pytest.mark.parametrize("order", ["forward", "inverted"])
+def test_a_clip_is_a_piece_of_its_own_whatever_the_order_of_arrival(order):
+    """Each nine latent frames alone, none of the frame in front; after a restart nothing is decoded twice."""
+    x, decoded = latents(9 * 4 + 1), []
+
+    def decode(part):
+        decoded.append(part.shape[2])
+        return causal_decode(part)
+
+    expected = torch.cat([causal_decode(part)[0] for part in x[:, :, 1:].split(9, dim=2)])
+    have = [(33, 66)]
+    stream, got = decoder(x, order, decode=decode, clips=True, have=have), []
+    for start, stop in made_in(order, 37, 9):
+        got += taken(stream.finished(start, stop))
+        assert stream.edge() is None
+    assert stream.done and stream.frames == 132 and decoded == [9, 9, 9]
+    assert torch.equal(assembled([*got, (33, 66, expected[33:66])]), expected)
+    pieces = [(p.latent_start, p.latent_stop) for p in plan_pieces(order, 37, clips=True)]
+    assert pieces == made_in("forward", 37, 9)[1:]
+    whole_once = torch.cat(list(decode_stream(causal_decode, x, decode_windows(order, 37, clips=True))))
+    assert torch.equal(whole_once, expected)
