@@ -152,7 +152,9 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time) -> torch.Tensor:
+def run_ours(
+    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time, **more
+) -> torch.Tensor:
     """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
     return model(
         inputs.window_BCTHW.to(dtype),
@@ -165,6 +167,7 @@ def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, on
         context_latents=[c.to(dtype) for c in inputs.context],
         context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
         once=once,
+        **more,
     )
 
 

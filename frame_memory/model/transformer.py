@@ -70,23 +70,21 @@ class FramePackTransformer(HunyuanVideo):
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
-        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4). Cross-attention
-        in transformer_options reads frame_memory_features `[B, ·, E]`. once: this prompt's `Once` of the section, for
-        what no step changes. Raises ValueError without a context or memory tokens, where context and window do not
-        belong together, or for other models' conditioning.
+        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4), with
+        frame_memory_features `[B, ·, E]` for cross-attention. once: this prompt's `Once` of the section. Raises
+        ValueError without a context or memory tokens, where these do not fit the window, or for foreign conditioning.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
         _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
         if (lengths := _valid_lengths(attention_mask)) is not None:
-            each = (x, timestep, context, y, clip_fea, guidance, memory_tokens, frame_memory_tokens,
-                    frame_memory_features)  # fmt: skip
+            memories = (memory_tokens, frame_memory_tokens, frame_memory_features)
+            each = (x, timestep, context, y, clip_fea, guidance, *memories)
             shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
                       "frame_memory_positions": frame_memory_positions}  # fmt: skip
             return self._forward_each(lengths, each, context_latents or [], shared, once)
 
         padded = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
         grid = (padded.shape[2], padded.shape[3] // 2, padded.shape[4] // 2)
-
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
         same = (x.device, x.dtype, x.shape[0], grid, context_layout)
         image = None if clip_fea is None else once("image", same, partial(self.image_projection, clip_fea))
