@@ -140,8 +140,9 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
                     tooltip=(
                         "One prompt a line: '0-3.6: text' (seconds), '3.6-: text' (to the end), '3.6: text' (from "
                         "then on), or '[0s-2s: text]'. Overlaps and times past the end of the video are refused. A "
-                        "prompt takes effect with the next section (1.2 s each): multiples of 1.2 are exact. Only 256 "
-                        "tokens of each are read (about 180 words of English); the node says what is cut."
+                        "prompt takes effect with the next section: multiples of 1.2 are exact with FramePack, mostly of "
+                        "5 with Wan (5B: 3.3), of 1.375 with Helios. FramePack reads 256 tokens of each (about 180 "
+                        "words of English); the node says what is cut."
                     ),
                 ),
                 io.Int.Input(
@@ -149,7 +150,10 @@ class FrameMemoryPromptTimeline(io.ComfyNode):
                     default=1,
                     min=0,
                     max=10,
-                    tooltip="Over how many sections (1.2 s each) a new prompt is blended in, linearly; 0 cuts.",
+                    tooltip=(
+                        "Over how many sections (FramePack 1.2 s, Wan mostly 5 s, 5B 3.3 s, Helios 1.375 s) a new "
+                        "prompt is blended in, linearly; 0 cuts."
+                    ),
                 ),
             ],
             outputs=[

@@ -37,7 +37,10 @@ class FrameMemoryPickSection(io.ComfyNode):
                     default=1,
                     min=1,
                     max=3000,
-                    tooltip="Which section, counted from 1 in the time of the video: 1.2 s (36 frames) each.",
+                    tooltip=(
+                        "Which section, counted from 1 in the time of the video: 1.2 s each with FramePack, mostly 5 s "
+                        "with Wan (5B: 3.3 s), 1.375 s with Helios. The plan on the sampler lists them."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",

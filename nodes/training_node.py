@@ -16,7 +16,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..frame_memory.forcing import training_run as training
-from ..frame_memory.forcing.clips import VIDEO_CLIPS, ForcingError, check_families, stored_videos
+from ..frame_memory.forcing.clips import VIDEO_CLIPS, ForcingError, stored_videos
 from ..frame_memory.forcing.prepared import write_videos
 from ..frame_memory.forcing.results import Result, write_result
 from ..frame_memory.forcing.video_trainer import VideoSettings
@@ -254,9 +254,8 @@ def _keep_curve(folder: Path, losses: list[float], steps: int, say) -> None:
 
 
 def _prepared(node, kind: type[training.TrainingRun], model, videos, folder: Path) -> io.NodeOutput:
-    families = latent_families(model)
-    check_families(videos, families)
-    family = families[0] if is_wan(model) else said(model).get("base", "")
+    kind.check(model, videos)
+    family = latent_families(model)[0] if is_wan(model) else said(model).get("base", "")
     paths = write_videos(folder / "videos", videos, family)
     report = (
         f"{len(paths)} videos with their captions are in {folder / 'videos'}. Train on them with\n"

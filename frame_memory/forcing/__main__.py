@@ -81,20 +81,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="memory file to begin with; without one the stages memory, lora and query begin a new one",
     )
-    add("--encoders", nargs="+", choices=RATES, default=["4x4x2"], help="of a new one in query (default: 4x4x2)")
+    add("--encoders", nargs="+", choices=RATES, help="of a new one in query (default: 4x4x2)")
     add("--freeze-encoder", action="store_true", help="stage follow: only the LoRA learns")
     add("--cross-attention", action="store_true", help="query, follow: every block learns to read the features, too")
     add("--drop-text", type=float, help="query and follow: share of updates without the caption (default: 0.1)")
     add("--encoder-first", type=float, help="query, follow: share of the run in which the LoRA waits (default: 0.33)")
     own = "context and follow: preset or text of 'Frame Context Packer' (default: the model's own; Wan, 81 frames)"
     add("--schedule", metavar="TEXT", help=own)
-    own = "Wan: trained patchifiers, which context goes on from and follow looks through"
+    own = "Wan: trained patchifiers, which context goes on from and follow looks through; query takes their window"
     add("--patchifiers", type=Path, metavar="FILE", help=own)
     add("--lora", type=Path, metavar="FILE", help="LoRA that lies on the model while it is trained on")
     add("--name", default="direct_forcing", help="of the run and its result; the same name goes on with a stopped run")
     add("--output", type=Path, default=Path("training"), help="folder for checkpoints and results (default: training)")
     add("--steps", type=int, default=500, help="updates of the whole run (default: 500)")
-    add("--clips", type=int, default=16, help="most clips of a video in one update (default: 16)")
+    add("--clips", type=int, help="most clips of a video in one update (default: 16; context takes one section)")
     add("--rate", type=float, help="AdamW's learning rate (default: 1e-5; query, follow and context: 1e-4)")
     add("--warmup", type=int, help="steps until the full rate (default: a tenth of the steps, 500 at most)")
     add("--average", type=float, default=0.999, help="share kept by the averaged weights, 0 for none (default: 0.999)")
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shift", type=float, default=0.0, help="noise levels of the loss (default: 5, 1 with Direct Forcing)")
     own = "noise levels of Direct Forcing's history, where they are drawn apart: one more pass a clip (default: off)"
     add("--history-shift", type=float, default=0.0, help=own)
-    add("--rank", type=int, default=16, help="of the LoRA (default: 16)")
+    add("--rank", type=int, help="of the LoRA (default: 16)")
     add("--no-checkpointing", action="store_true", help="all stages but head: faster, with far more GPU memory")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 3 are kept (default: 50)")
     add("--seed", type=int, default=0)
@@ -190,20 +190,18 @@ def _request(args: argparse.Namespace, workers: int):
     )  # fmt: skip
     asked = {
         "stage": (SHORT_STAGES | FRAME_STAGES | CONTEXT_STAGES)[args.stage], "steps": args.steps, "shift": args.shift,
-        "rank": args.rank, "checkpointing": not args.no_checkpointing, "save_every": args.save_every,
-        "settings": settings,
+        "checkpointing": not args.no_checkpointing, "save_every": args.save_every, "settings": settings,
     }  # fmt: skip
-    if args.schedule:
-        asked["schedule"] = PRESETS.get(args.schedule, args.schedule)
+    given = {
+        "clips": args.clips, "rank": args.rank, "drop_text": args.drop_text, "alone": args.encoder_first,
+        "rates": args.encoders and tuple(args.encoders),
+        "schedule": PRESETS.get(args.schedule, args.schedule) or None,
+    }  # fmt: skip
+    asked |= {name: value for name, value in given.items() if value is not None}
     if args.stage in CONTEXT_STAGES:
         return ContextRun, ContextRequest(**asked)
-    asked["clips"] = args.clips
     if args.stage in FRAME_STAGES:
-        if args.drop_text is not None:
-            asked["drop_text"] = args.drop_text
-        if args.encoder_first is not None:
-            asked["alone"] = args.encoder_first
-        asked |= {"rates": tuple(args.encoders), "frozen": args.freeze_encoder, "cross_attention": args.cross_attention}
+        asked |= {"frozen": args.freeze_encoder, "cross_attention": args.cross_attention}
         return PreservingRun, PreservingRequest(**asked)
     forcing = SHORT_FORCINGS.get(args.forcing)
     return TrainingRun, Request(**asked, forcing=forcing, history_shift=args.history_shift)
@@ -221,6 +219,10 @@ def _check_idle(args: argparse.Namespace) -> None:
         "--cross-attention": args.cross_attention and not frames,
         "--encoder-first": args.encoder_first is not None and (not frames or args.freeze_encoder),
         "--drop-text": args.drop_text is not None and not frames,
+        "--encoders": args.encoders and (args.stage != "query" or args.memory),
+        "--clips": args.clips is not None and args.stage in CONTEXT_STAGES,
+        "--rank": args.rank is not None and args.stage in ("memory", "head"),
+        "--no-checkpointing": args.no_checkpointing and args.stage == "head",
         "--schedule": args.schedule and args.stage not in ("follow", *CONTEXT_STAGES),
         "--patchifiers": args.patchifiers and short,
         "--memory": args.memory and args.stage in CONTEXT_STAGES,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import without_padding
-from ..plan import PRESETS, Section, parse_schedule, plan_sections
+from ..plan import PRESETS, Section, clip_window, plan_sections
 from ..plan.mark import read_mark
 from .flow import Conditioning, WanConditioning
 
@@ -29,7 +29,7 @@ class ForcingError(ValueError):
 
 def clip_frames() -> int:
     """Latent frames of one clip: F1's window."""
-    return parse_schedule(PRESETS[SCHEDULE]).window
+    return clip_window()
 
 
 @functools.lru_cache(maxsize=8)

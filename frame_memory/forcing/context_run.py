@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..model import wan
+from ..model.families import check_wan
 from ..model.memory import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule, plan_sections
 from ..plan.errors import PACKER
-from .clips import VIDEO_CLIPS
 from .sections import Disturbance, Sample, random_section, section_loss
 from .stages import LORA, PATCHIFIERS, Trained, merged
 from .training_run import TRAINED_BYTES, Moment, Request, TrainingRun
@@ -53,11 +53,14 @@ class ContextRun(TrainingRun):
     node: ClassVar[str] = TRAIN_CONTEXT
     loaders: ClassVar[tuple[str, ...]] = (WAN_CONTEXT,)
     usual: ClassVar[str] = "0.0001 is usual"
-    longer: ClassVar[str] = f"Give longer videos to '{VIDEO_CLIPS}', or a schedule with a smaller g in '{PACKER}'."
+    longer: ClassVar[str] = f" Or choose a schedule with a smaller g in '{PACKER}'."
     remembers: ClassVar[bool] = False
 
+    @classmethod
+    def _check_model(cls, patcher) -> None:
+        check_wan(patcher)
+
     def _given(self, memory) -> None:
-        wan.check(self.original)
         self.schedule = parse_schedule(self.request.schedule)
 
     def _window(self) -> int:

@@ -87,8 +87,11 @@ class PreservingRun(TrainingRun):
         """Whether this is stage 2."""
         return self.request.stage == STAGE_FOLLOW
 
+    @classmethod
+    def _check_model(cls, patcher) -> None:
+        check_base_model(patcher, TRAIN_FRAMES)
+
     def _given(self, memory):
-        check_base_model(self.original, TRAIN_FRAMES)
         self.schedule = parse_schedule(self.follows and self.request.schedule or schedule_of(self.original))
         self._check_history()
         if memory is None and self.follows:

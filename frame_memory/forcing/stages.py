@@ -218,12 +218,22 @@ class Trained:
         return given | {n: weights[PACK_NAME + n] for n in given if PACK_NAME + n in weights}
 
 
-def _as_it_is(function: Any) -> Callable:
+def _as_it_is(function: Any, made: dict[Any, Callable] | None = None) -> Callable:
     """The same function with the variables around it as they are now, and so functions among these; core's names its
-    block by a loop's variable."""
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = tuple(CellType(_as_it_is(value) if isinstance(value, FunctionType) else value) for value in held)
-    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    block by a loop's variable. made: copies so far, since functions may name themselves or each other."""
+    made = {} if made is None else made
+    held = function.__closure__ or ()
+    cells = tuple(CellType() for _ in held)
+    copied = made[function] = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    for cell, theirs in zip(cells, held, strict=True):
+        value = theirs.cell_contents
+        if isinstance(value, FunctionType):
+            value = made.get(value) or _as_it_is(value, made)
+        cell.cell_contents = value
+    return copied
 
 
 class _Call(nn.Module):

@@ -5,9 +5,10 @@ The node and the command line are two faces of it. Source: reference/memorypack.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of
 from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK
 from ..model.preserved_memory import PreservedMemory
 from ..model.semantic_pack import SemanticPack, open_gate
+from ..plan import clip_window, pixel_frames
+from ..plan.frames import section_frames
 from ..plan.preservation import PRESERVATION
 from .clips import TRAIN, VIDEO_CLIPS, ForcingError, StoredVideo, TrainingVideo, check_families, clip_frames
 from .draws import DIRECT, TEACHER, Recipe, clips_at, draw_video
@@ -141,13 +144,13 @@ class TrainingRun:
     differ with them. Raises ForcingError or MemoryMismatch for what cannot be trained.
 
     node: display name of the one that trains. loaders: of those that read its result. usual: its learning rate. longer:
-    what to do about videos under one clip. remembers: whether there may be a memory.
+    what else to do about videos under one clip. remembers: whether there may be a memory.
     """
 
     node: ClassVar[str] = TRAIN
     loaders: ClassVar[tuple[str, ...]] = (LOAD_DIRECT_FORCING, LOAD_MEMORY)
     usual: ClassVar[str] = "the paper's is 1e-05"
-    longer: ClassVar[str] = f"Give longer videos to '{VIDEO_CLIPS}', which names and skips short ones."
+    longer: ClassVar[str] = ""
     remembers: ClassVar[bool] = True
     memory: FrameMemory | PreservedMemory | None
 
@@ -157,6 +160,7 @@ class TrainingRun:
     ):  # fmt: skip
         self.faces, self.workers = faces or Faces(), workers
         self.original, self.request, self.patches = patcher, request, patches
+        self.check(patcher, videos)
         self.memory = self._given(memory)
         self.patcher = without_head_patches(patcher) if HEAD_PART in request.parts else patcher
         self.base = Base.of(patcher)
@@ -167,9 +171,21 @@ class TrainingRun:
         self._check_videos()
         self._warn()
 
+    @classmethod
+    def check(cls, patcher, videos: Sequence[StoredVideo]) -> None:
+        """Raise ForcingError, MemoryMismatch or ValueError for a MODEL that this run cannot train, or videos that are
+        not for it, whatever the stage."""
+        cls._check_model(patcher)
+        for video in videos:
+            _check_made_for(video, patcher, cls.node)
+        check_families(videos, latent_families(patcher))
+
+    @classmethod
+    def _check_model(cls, patcher) -> None:
+        check_model(patcher, cls.node)
+
     def _given(self, memory):
-        """The memory to train with. Raises MemoryMismatch or ForcingError for a MODEL or memory that cannot be."""
-        check_model(self.original, self.node)
+        """The memory to train with. Raises MemoryMismatch or ForcingError for one that cannot be."""
         if memory is None:
             return new_encoder(self.original) if MEMORY in self.request.parts else None
         check_fits(of_kind(memory, SEMANTIC_PACK, TRAIN, PRESERVATION), self.original, TRAIN)
@@ -211,7 +227,6 @@ class TrainingRun:
     def _check_videos(self) -> None:
         for video in self.videos:
             self._check_video(video)
-        check_families(self.videos, latent_families(self.original))
         longest = max(video.clips for video in self.videos)
         if self.request.parts == (MEMORY,) and min(longest, self.request.clips) < 2:
             raise ForcingError(
@@ -221,26 +236,13 @@ class TrainingRun:
             )
 
     def _check_video(self, video: StoredVideo) -> None:
-        channels, fps = self.patcher.model.latent_format.latent_channels, frames_a_second(self.original)
-        if isinstance(video.cond, WanConditioning) != is_wan(self.original):
-            its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
-            raise ForcingError(
-                f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{self.node}'."
-            )
-        if video.samples.shape[1] != channels:
-            raise ForcingError(
-                f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. "
-                f"Use the MODEL's own VAE in '{VIDEO_CLIPS}'."
-            )
-        if video.fps not in (0, fps):
-            raise ForcingError(
-                f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move "
-                f"at a wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
-            )
         if video.clips < 1:
+            fps = frames_a_second(self.original)
+            seconds, shortest = pixel_frames(1 + video.window) / fps, shortest_of(video, fps)
             raise ForcingError(
                 f"{video.name} has {video.samples.shape[2]} latent frames; expected at least {1 + video.window}, a "
-                f"start frame and one clip of {video.window}. {self.longer}"
+                f"start frame and one clip of {video.window}, which are {seconds:.2f} s. Set 'shortest' in "
+                f"'{VIDEO_CLIPS}' to {shortest:g}: it then skips shorter videos, and names them.{self.longer}"
             )
 
     def run(self) -> Outcome:
@@ -415,6 +417,32 @@ class TrainingRun:
         """What is of this kind of run alone."""
         recipe = self.request.recipe
         return {"clips": self.request.clips, "losses": {**asdict(recipe), "shift": recipe.loss_shift}}
+
+
+def _check_made_for(video: StoredVideo, patcher, node: str) -> None:
+    channels, fps = patcher.model.latent_format.latent_channels, frames_a_second(patcher)
+    if isinstance(video.cond, WanConditioning) != is_wan(patcher):
+        its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
+        raise ForcingError(f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{node}'.")
+    if video.samples.shape[1] != channels:
+        raise ForcingError(
+            f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. Use the "
+            f"MODEL's own VAE in '{VIDEO_CLIPS}'."
+        )
+    if video.fps not in (0, fps):
+        raise ForcingError(
+            f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move at a "
+            f"wrong speed. Set 'fps' in '{VIDEO_CLIPS}' to {fps:g}."
+        )
+
+
+def shortest_of(video: StoredVideo, fps: float) -> float:
+    """What 'shortest' of 'Video Clips' makes clips of at least one window: seconds, with the decimal that it takes.
+
+    Its sections are those of the VAE's model, or FramePack's where the VAE does not say it.
+    """
+    section = clip_window(video.family)
+    return math.ceil(10 * section_frames(section) * -(-video.window // section) / fps) / 10
 
 
 def without_head_patches(patcher):

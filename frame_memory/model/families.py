@@ -42,6 +42,18 @@ def is_wan(model_patcher) -> bool:
     return True
 
 
+def check_wan(model_patcher):
+    """The network of a Wan MODEL that frame preservation and patchifiers of ours are for. Raises ValueError as
+    `wan.check` does, and for a MODEL whose sections are clips of their own."""
+    network = wan.check(model_patcher)
+    if makes_clips(model_patcher):
+        raise ValueError(
+            "Each section of this MODEL's videos (Helios) is a clip of its own, and it has learned to pack its history "
+            f"itself. Expected Wan 2.1 or 2.2 from '{LOAD_WAN}', whose sections are one running video."
+        )
+    return network
+
+
 def why_no_history(model_patcher) -> str | None:
     """Why a MODEL cannot look at a frame context, and what to do; None where it can."""
     if is_framepack(model_patcher) or wan.accepts_context(model_patcher):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..plan.cross_attention import CrossAttentionSpec
-from ..plan.preservation import THIN, Budget
+from ..plan.preservation import PRESERVATION, THIN, Budget
 from . import cross_attention, wan
 from .base_signature import Base
+from .families import check_wan
 from .framepack import is_framepack
 from .memory import (
     FrameMemory,
@@ -164,7 +165,7 @@ def check_base_model(model_patcher, node: str) -> None:
     if is_framepack(model_patcher):
         return check_model(model_patcher, node)
     try:
-        wan.check(model_patcher)
+        check_wan(model_patcher)
     except ValueError as error:
         raise MemoryMismatch(
             f"The MODEL of '{node}' takes no memory tokens. Expected FramePack-F1 or Wan. {error}"
@@ -212,7 +213,8 @@ def with_cross_attention(memory: PreservedMemory, model_patcher, seed: int = 0) 
 
 def attach_preserved(model_patcher, memory: PreservedMemory):
     """A clone of a MODEL that brings the encoders with it, reads their features and, on Wan, takes their tokens; the
-    MODEL stays as it is."""
+    MODEL stays as it is. Raises MemoryMismatch for a MODEL that it is not for."""
+    check_base_model(model_patcher, PRESERVATION)
     clone = attach(model_patcher, memory)
     clone.model_options.setdefault("transformer_options", {}).update(memory.history.options)
     return clone if is_framepack(clone) or wan.is_attached(clone) else wan.attach(clone)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..plan import in_words
 from . import tensor_file, wan
 from .base_signature import Base
-from .families import PATCHIFIERS, SCHEDULE, TRAINED, said
+from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_wan, said
 from .framepack import MODEL_OPTION
 from .memory_file import (
     FORMAT,
@@ -117,9 +117,9 @@ def read(path: str) -> PatchifierFile:
 def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
     """(a clone of a MODEL that takes history through a file's patchifiers, lines for people); the MODEL stays as it is.
 
-    Raises ValueError as `wan.check` does, MemoryFileError for a file of another base or other shapes.
+    Raises ValueError as `check_wan` does, MemoryFileError for a file of another base or other shapes.
     """
-    network = wan.check(model_patcher)
+    network = check_wan(model_patcher)
     fits = held.check_base(Base.of(model_patcher))
     patchifiers = wan.Patchifiers(network.out_dim, network.dim)
     wanted = {name: tuple(value.shape) for name, value in patchifiers.state_dict().items()}
@@ -139,7 +139,8 @@ def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
 
 def with_new(model_patcher) -> tuple[object, list[str]]:
     """The same with fresh patchifiers, which embed history as the base embeds given frames. Raises ValueError as
-    `wan.check` does."""
+    `check_wan` does."""
+    check_wan(model_patcher)
     patchifiers = wan.patchifiers_of(model_patcher)
     lines = [
         "UNTRAINED: new patchifiers, which embed the mean of a cell as this MODEL's own embed a frame. It was never "

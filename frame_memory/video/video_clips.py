@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import PRESETS, parse_schedule
+from ..plan import clip_window
 from ..plan.errors import PlanError, refusal
 from ..plan.frames import pixel_frames
-from ..plan.mark import DEFAULT_FPS, FPS, KEY, as_fps, fps_of
+from ..plan.mark import DEFAULT_FPS, KEY, as_fps, fps_of
 from .clip_cache import ClipCache, content_of, is_finite, key_of
 from .clip_folder import VIDEOS, DatasetError, caption_beside, files_in, none_left, videos_of
 from .history import bucket_size, encode_stream, latent_frames_of, read_video
@@ -67,7 +67,7 @@ class Request:
         Raises PlanError where no clip can be that long, MarkError for a rate outside 1 to 240.
         """
         rate = as_fps(fps or fps_of(family))
-        window = parse_schedule(PRESETS["Wan, 81 frames" if family in FPS else "F1 forward"]).window
+        window = clip_window(family)
         lengths = (shortest_seconds, longest_seconds)
         sections = [max(round(seconds * float(rate) / (4 * window)), 1) for seconds in lengths]
         if sections[0] > sections[1]:

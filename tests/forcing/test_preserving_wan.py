@@ -27,6 +27,7 @@ from frame_memory.model import families, memory_file, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.preserved_memory import check_preserved, memory_of, new_memory
+from frame_memory.video.video_clips import Request as ClipRequest
 
 from . import reference_preserving
 from .test_stages_wan import patchifiers_of
@@ -161,8 +162,12 @@ def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
         run_of(patcher, tmp_path, STAGE_QUERY, given=videos(T2V, fps=30.0))
     with pytest.raises(ForcingError, match="video 0 has 16 frames a second, and the MODEL makes 24"):
         run_of(larger, tmp_path, STAGE_QUERY, given=videos(TI2V, fps=16.0))
-    with pytest.raises(ForcingError, match="video 0 has 13 latent frames; expected at least 21"):
-        run_of(patcher, tmp_path, STAGE_QUERY, given=videos(T2V))
+    for vae, section, shortest in (("", 9, "6.8"), ("selftest", 9, "6.8"), ("Wan21", 20, "5")):
+        made = ClipRequest.of(64, float(shortest), 60.0, vae, 16.0)
+        assert made.window == section and made.shortest * section in (20, 27), "one window of 20 and no more"
+        said = f"expected at least 21, .* are 5.06 s. Set 'shortest' in 'Video Clips' to {shortest}: "
+        with pytest.raises(ForcingError, match=f"video 0 has 13 latent frames; {said}"):
+            run_of(patcher, tmp_path, STAGE_QUERY, given=[replace(videos(T2V)[0], family=vae)])
     packed = replace(videos(T2V)[0], cond=Conditioning(torch.zeros(1), torch.zeros(1)))
     with pytest.raises(ForcingError, match="video 0 was prepared for a FramePack model"):
         run_of(patcher, tmp_path, STAGE_QUERY, given=[packed])
@@ -202,6 +207,16 @@ def test_the_command_line_trains_wan_to_look_back_and_then_behind_a_memory(tmp_p
     assert "Put 'Wan Frame Context' between" in capsys.readouterr().err
     assert main([*arguments, "--stage", "context", "--drop-text", "0.5", "--memory", memory]) == 1
     assert "--drop-text, --memory: plays no part in the stage context" in capsys.readouterr().err
+    for stage, idle in {
+        "query": "--encoders 2x2x8 --memory x",
+        "follow": "--encoders 2x2x8",
+        "context": "--encoders 2x2x8 --clips 4",
+        "memory": "--encoders 4x4x2",
+        "head": "--rank 4 --no-checkpointing",
+    }.items():
+        assert main([*arguments[:7], "--stage", stage, *idle.split()]) == 1
+        named = ", ".join(word for word in idle.split() if word.startswith("--") and word != "--memory")
+        assert f"{named}: plays no part in the stage {stage}" in capsys.readouterr().err
     write_videos(tmp_path / "videos", videos(T2V, fps=30.0), "Wan21")
     assert main([*arguments, "--stage", "context", "--name", "fast"]) == 1
     assert "has 30 frames a second, and the MODEL makes 16" in capsys.readouterr().err

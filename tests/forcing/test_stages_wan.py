@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests ar
 from model import wan_reference as reference
 
 from frame_memory.forcing.gradients import plain_attention
-from frame_memory.forcing.stages import ALL, HEAD_PART, LORA, MEMORY, Trained
+from frame_memory.forcing.stages import ALL, HEAD_PART, LORA, MEMORY, Trained, _as_it_is
 from frame_memory.model import wan
 from frame_memory.model.framepack import FRAME_FEATURES
 from frame_memory.model.packing import ContextLayout
@@ -174,6 +174,20 @@ def test_gradient_checkpointing_changes_no_gradient_of_a_memory_with_cross_atten
         f"pack.cross_attention.blocks.{i}.value.weight" for i in (0, 1)
     }  # fmt: skip
     same(*({n: g for n, g in made.items() if not n.endswith("key.bias")} for made in found), rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_run_again_is_kept_with_its_variables_its_defaults_and_its_own_name():
+    kept = []
+    for block in (2, 3):
+
+        def scaled(x):
+            return x * block  # noqa: B023 (as core's loop)
+
+        def often(x, *, times=2):
+            return often(scaled(x), times=times - 1) if times else x
+
+        kept.append(_as_it_is(often))
+    assert [run(1) for run in kept] == [4, 9]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -12,8 +12,11 @@ import torch
 from diffusers import AutoencoderKLWan, HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
 
 from benchmarks.parity_models import randomise, relative_rms
-from frame_memory.model import helios
-from frame_memory.model.preserved_memory import PreservedMemory
+from frame_memory.forcing.context_run import STAGE_CONTEXT, ContextRequest, ContextRun
+from frame_memory.forcing.preserving_run import STAGE_QUERY, PreservingRequest, PreservingRun
+from frame_memory.model import helios, wan, wan_file
+from frame_memory.model.base_signature import Base
+from frame_memory.model.preserved_memory import PreservedMemory, attach_preserved, check_preserved, new_memory
 from frame_memory.plan import PlanError
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.long_video import Live
@@ -215,6 +218,28 @@ def test_what_it_cannot_take_is_refused_before_the_first_step(model, what):
     given, said = REFUSED[what]
     with pytest.raises(PlanError, match=said):
         ours(model, **{"start": SMALL, **given})
+
+
+TAUGHT = {
+    "Train Frame Preservation": lambda model, file, path: PreservingRun(
+        model, None, [], PreservingRequest(STAGE_QUERY, 1), path
+    ),
+    "Train Wan Frame Context": lambda model, file, path: ContextRun(
+        model, None, [], ContextRequest(STAGE_CONTEXT, 1), path
+    ),
+    "Wan Frame Context, new": lambda model, file, path: wan_file.with_new(model),
+    "Wan Frame Context, a file": lambda model, file, path: wan_file.with_file(model, file),
+    "Frame Preservation Encoder": lambda model, file, path: check_preserved(MEMORY, model, "the node"),
+    "attached": lambda model, file, path: attach_preserved(model, MEMORY),
+    "new encoders": lambda model, file, path: new_memory(model, "4x4x2"),
+}
+
+
+@pytest.mark.parametrize("what", TAUGHT)
+def test_nothing_is_taught_or_attached_that_its_videos_cannot_use(model, tmp_path, what):
+    file = wan_file.PatchifierFile("a.safetensors", Base.of(model), wan.patchifiers_of(model).state_dict())
+    with pytest.raises(ValueError, match=r"\(Helios\) is a clip of its own.*Expected .*'Load Diffusion Model'"):
+        TAUGHT[what](model, file, tmp_path)
 
 
 def test_its_own_video_can_be_made_over(model):
