@@ -14,6 +14,7 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
 from frame_memory.model.key_map import convert_diffusers
+from frame_memory.model.once import every_time
 from frame_memory.model.packing import ContextLayout
 from frame_memory.model.transformer import FramePackTransformer
 
@@ -30,30 +31,35 @@ def reference_config(heads: int = 2, double: int = 2, single: int = 2, text_feat
     }  # fmt: skip
 
 
-def make_reference(seed: int = 0, **config) -> HunyuanVideoFramepackTransformer3DModel:
-    """diffusers' network in fp32 with every parameter random, norms and biases too, so that no swap hides."""
-    model = HunyuanVideoFramepackTransformer3DModel(**reference_config(**config)).eval()
-    randomise(model, seed)
+def make_reference(
+    seed: int = 0, device="cpu", dtype=torch.float32, **config
+) -> HunyuanVideoFramepackTransformer3DModel:
+    """diffusers' network with every parameter random, norms and biases too, so that no swap hides."""
+    with torch.device(device):
+        model = HunyuanVideoFramepackTransformer3DModel(**reference_config(**config)).eval()
+    randomise(model.to(dtype), seed)
     return model
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Replace all parameters in place: matrices by N(0, 1/fan_in), gains by 1 + N(0, 0.1), biases by N(0, 0.1)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            noise = torch.randn(param.shape, generator=generator)
+            noise = torch.randn(param.shape, generator=generator, device=param.device)
             if param.ndim > 1:
                 param.copy_(noise / param[0].numel() ** 0.5)
             else:
                 param.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
 
 
-def make_ours(state_dict: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> FramePackTransformer:
+def make_ours(
+    state_dict: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, device="cpu"
+) -> FramePackTransformer:
     """Our network with diffusers' numbers, as core's detection would configure it, in one plain dtype."""
     native = convert_diffusers(state_dict)
     config = comfy.model_detection.detect_unet_config(native, "")
-    ours = FramePackTransformer(dtype=dtype, device="cpu", operations=comfy.ops.disable_weight_init, **config).eval()
+    ours = FramePackTransformer(dtype=dtype, device=device, operations=comfy.ops.disable_weight_init, **config).eval()
     ours.load_state_dict(native, strict=True)
     return ours
 
@@ -146,7 +152,9 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
+def run_ours(
+    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time, **more
+) -> torch.Tensor:
     """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
     return model(
         inputs.window_BCTHW.to(dtype),
@@ -158,6 +166,8 @@ def run_ours(model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype) ->
         attention_mask=inputs.mask_BL(),
         context_latents=[c.to(dtype) for c in inputs.context],
         context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
+        once=once,
+        **more,
     )
 
 

@@ -86,6 +86,7 @@ def _optional_picture_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "still_clip",
             default=False,
+            optional=True,
             advanced=True,
             tooltip=(
                 "On for Helios, off for all others. 'start' is then the picture held still for 33 pictures (9 latent "

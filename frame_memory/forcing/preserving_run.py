@@ -33,7 +33,7 @@ from ..plan.sections import natural_order
 from .clips import SCHEDULE, TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
 from .preserving import ALONE, DROP_TEXT, SHIFT, draw_follow, draw_query, frame_query, next_section
 from .stages import LORA, MEMORY, PACK_NAME, Trained, merged
-from .training_run import Moment, Request, TrainingRun
+from .training_run import Moment, Outcome, Request, TrainingRun
 
 STAGE_QUERY, STAGE_FOLLOW = "1: frame query", "2: next section"
 STAGES = (STAGE_QUERY, STAGE_FOLLOW)
@@ -123,6 +123,17 @@ class PreservingRun(TrainingRun):
     def _warn(self) -> None:
         if self.follows and not self.memory.trained:
             self.faces.say(WITHOUT_STAGE_ONE.format(label=self.memory.label))
+
+    def run(self) -> Outcome:
+        """As any run; says where the LoRA did nothing but wait."""
+        outcome = super().run()
+        if not any(bool(value.any()) for name, value in outcome.weights.items() if name.endswith(".up")):
+            self.faces.say(
+                f"Warning: the LoRA has not learned: it waits for the encoder in the first "
+                f"{self.request.alone:.0%} of {self.request.steps} steps. Lower 'encoder_first' in '{self.node}', or "
+                "raise 'steps'."
+            )
+        return outcome
 
     def _with_cross_attention(self, memory: PreservedMemory) -> PreservedMemory:
         if not self.request.cross_attention or memory.cross is not None:

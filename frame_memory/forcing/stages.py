@@ -155,9 +155,10 @@ class Trained:
             yield
 
     def hold_lora(self, held: bool) -> None:
-        """Whether the LoRA stays as it is while the rest learns; a step leaves it alone from the next one on."""
+        """Whether a LoRA that has not learned yet waits while the rest learns."""
+        waits = held and not any(bool(pair.up.any()) for pair in self.pairs.values())
         for pair in self.pairs.values():
-            pair.requires_grad_(not held)
+            pair.requires_grad_(not waits)
 
     def _checkpointed_blocks(self) -> dict:
         """Core's `patches_replace["dit"]` that runs each block again in the backward pass, and keeps nothing of it."""

@@ -134,6 +134,9 @@ class VideoTrainer:
 
     def _move(self, norm: float) -> None:
         settings = self.settings
+        for parameter in self.parameters.values():
+            if not parameter.requires_grad:  # it waits: no decay, and no count of steps that it had no gradient in
+                parameter.grad = None
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         if norm > settings.clip:
             torch._foreach_mul_(grads, settings.clip / norm)

@@ -36,7 +36,7 @@ from .key_map import (
     layer_of,
     swap_halves,
 )
-from .sources import LOAD_MEMORY_MODEL, LOAD_MODEL, choose
+from .sources import LOAD_MEMORY_MODEL, LOAD_MODEL, LOAD_WAN, choose
 from .tensor_file import FileError, StoredTensor, real
 from .transformer import FramePackTransformer
 
@@ -400,10 +400,10 @@ def save_native(sd: Mapping[str, Tensor], path: str, metadata: Mapping[str, str]
 # Shown to the artist in place of "could not detect": family, and keys that only it has.
 _FAMILIES = (
     ("a LoRA, which goes into 'Load Video LoRA'", r"lora_(unet|te)|\.lora_(A|B|up|down)\b|\.hada_w1|\.lokr_w"),
-    ("a Frame Memory encoder or head, which needs its own node", r"^(semantic_pack|frame_preservation|head)\."),
     ("HunyuanVideo 1.5", r"^vision_in\.|^image_embedder\.norm_in"),
     (f"Helios, which goes into '{LOAD_MEMORY_MODEL}'", r"^patch_long\."),
-    ("Wan", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
+    (f"Wan, which goes into '{LOAD_WAN}'", r"^blocks\.\d+\.cross_attn\.|^blocks\.\d+\.attn2\.(to_q|norm_q)"),
+    ("a Frame Memory encoder or head, which needs its own node", r"^(semantic_pack|frame_preservation|head)\."),
     ("FLUX", r"^double_blocks\.0\.img_attn\..*|^double_stream_modulation"),
     ("Stable Diffusion 1, 2 or XL", r"^input_blocks\.|^down_blocks\.\d+\.(attentions|resnets)\."),
     ("Stable Diffusion 3", r"^joint_blocks\."),

@@ -13,6 +13,7 @@ import torch
 from comfy import model_base
 
 from ..plan.mark import SELFTEST_BASE
+from .once import Once
 from .packing import ContextLayout
 from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
 
@@ -26,6 +27,8 @@ FRAME_TOKENS, FRAME_POSITIONS = "frame_memory_tokens", "frame_memory_positions"
 FRAME_FEATURES = "frame_memory_features"
 # Latent positions that a token of the window stands for.
 _PATCH = 4
+# What the network gets of a prompt to keep what no step of the section changes.
+ONCE = "once"
 # In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
 MODEL_OPTION = "frame_memory"
 # There, only where the file says another kind than the one that was chosen: who says which, as words.
@@ -90,6 +93,8 @@ class FramePack(model_base.HunyuanVideo):
             latents = [self.process_latent_in(latent) for latent in context["latents"]]
             out["context_latents"] = comfy.conds.CONDList(latents)
             out["context_layout"] = AloneConstant(context["layout"])
+            if kwargs.get("hooks") is None:  # these may change the weights between two steps
+                out[ONCE] = AloneConstant(Once())
         if kwargs.get(MEMORY_KEY) is not None:
             out[MEMORY_KEY] = comfy.conds.CONDRegular(kwargs[MEMORY_KEY])
         return out
@@ -112,7 +117,7 @@ class FramePack(model_base.HunyuanVideo):
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """Keep the history whole when core's context windows cut the noisy latent; move the positions along."""
-        if cond_key in ("context_latents", MEMORY_KEY, FRAME_TOKENS, FRAME_POSITIONS, FRAME_FEATURES):
+        if cond_key in ("context_latents", MEMORY_KEY, FRAME_TOKENS, FRAME_POSITIONS, FRAME_FEATURES, ONCE):
             return cond_value
         if cond_key == "context_layout":
             positions = cond_value.cond.positions

@@ -7,6 +7,8 @@ Source: reference/framepack.md sections 1 and 2.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.flux.layers import timestep_embedding
@@ -14,9 +16,14 @@ from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from torch import Tensor
 
 from .cross_attention import with_features
+from .once import every_time
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
 
 IMAGE_FEATURES = 1152
+# Beside window, time and text: inputs with a row a sample.
+PER_SAMPLE = (
+    "y", "clip_fea", "guidance", "memory_tokens", "frame_memory_tokens", "frame_memory_features",
+)  # fmt: skip
 FROM_IMAGE_NODE = (
     "Take out the node 'HunyuanImageToVideo': FramePack gets its start picture from 'FramePack Image', as the 'start' "
     "of 'Anti-Drift Sampler'."
@@ -54,6 +61,7 @@ class FramePackTransformer(HunyuanVideo):
         frame_memory_tokens: Tensor | None = None,
         frame_memory_positions: Tensor | None = None,
         frame_memory_features: Tensor | None = None,
+        once=every_time,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
@@ -62,33 +70,32 @@ class FramePackTransformer(HunyuanVideo):
         context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
-        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4). Cross-attention
-        in transformer_options reads frame_memory_features `[B, ·, E]`. Raises ValueError without a context or memory
-        tokens, where context and window do not belong together, or for conditioning of other models.
+        frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4), with
+        frame_memory_features `[B, ·, E]` for cross-attention. once: this prompt's `Once` of the section. Raises
+        ValueError without a context or memory tokens, where these do not fit the window, or for foreign conditioning.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
         _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
         if (lengths := _valid_lengths(attention_mask)) is not None:
-            per_sample = {"y": y, "clip_fea": clip_fea, "guidance": guidance, "memory_tokens": memory_tokens,
-                          "frame_memory_tokens": frame_memory_tokens,
-                          "frame_memory_features": frame_memory_features}  # fmt: skip
+            memories = (memory_tokens, frame_memory_tokens, frame_memory_features)
+            each = (x, timestep, context, y, clip_fea, guidance, *memories)
             shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
                       "frame_memory_positions": frame_memory_positions}  # fmt: skip
-            return self._forward_each(lengths, x, timestep, context, per_sample, context_latents, shared)
+            return self._forward_each(lengths, each, context_latents or [], shared, once)
 
         padded = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
-        context_latents = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents or ()]
         grid = (padded.shape[2], padded.shape[3] // 2, padded.shape[4] // 2)
-
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
+        same = (x.device, x.dtype, x.shape[0], grid, context_layout)
+        image = None if clip_fea is None else once("image", same, partial(self.image_projection, clip_fea))
         txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
-        image = None if clip_fea is None else self.image_projection(clip_fea)
         txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
-
         window = self.img_in(padded)
         last = slice(-window.shape[1], None)
-        img = self._visual_tokens(window, context_latents, context_layout, frame_memory_tokens)
-        pe = self._positions(context_layout, context_latents, grid, txt.shape[1], x.device, frame_memory_positions)
+        told = (context_layout, context_latents or [])
+        img = self._visual_tokens(window, *told, frame_memory_tokens, partial(once, "history", same))
+        placed = partial(self._positions, *told, grid, txt.shape[1], x.device, frame_memory_positions)
+        pe = once("positions", (same, txt.shape[1]), placed)
         rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
         options = with_features(transformer_options, frame_memory_features, window, last)
         img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, options)
@@ -99,8 +106,8 @@ class FramePackTransformer(HunyuanVideo):
         out = out_BNK.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
-    def _forward_each(self, lengths, x, timestep, context, per_sample, context_latents, shared) -> Tensor:
-        """Run each sample with exactly its own text.
+    def _forward_each(self, lengths: list[int], each: tuple, context_latents, shared: dict, once) -> Tensor:
+        """Run each sample with exactly its own text. each: what of `_forward` has a row a sample.
 
         Padding must never meet real tokens, and core's refiner pools over whatever it is given
         (reference/framepack.md 2.5 M3).
@@ -108,9 +115,11 @@ class FramePackTransformer(HunyuanVideo):
 
         def one(i: int, length: int) -> Tensor:
             row = slice(i, i + 1)
-            own = {k: None if v is None else v[row] for k, v in per_sample.items()}
+            x, timestep, text, *others = (None if value is None else value[row] for value in each)
+            own = dict(zip(PER_SAMPLE, others, strict=True))
             latents = [c[row] for c in context_latents]
-            return self._forward(x[row], timestep[row], context[row, :length], context_latents=latents, **own, **shared)
+            mine = {**own, **shared, "context_latents": latents, "once": partial(_of_sample, once, i)}
+            return self._forward(x, timestep, text[:, :length], **mine)
 
         return torch.cat([one(i, length) for i, length in enumerate(lengths)])
 
@@ -130,12 +139,16 @@ class FramePackTransformer(HunyuanVideo):
         clean, _ = self._modulation_vector(torch.zeros_like(timestep), y, guidance, vec.dtype)
         return torch.stack((clean, vec), dim=1), frame_memory_tokens.shape[1]
 
-    def _visual_tokens(self, window, context_latents, layout: ContextLayout, frame_memory_tokens) -> Tensor:
+    def _visual_tokens(self, window_BND: Tensor, layout, context_latents, memory_BPD: Tensor | None, once) -> Tensor:
         """`[B, N, D]`: frame preservation, context groups, window."""
-        tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(context_latents, layout.groups, strict=True)]
-        if frame_memory_tokens is not None:
-            tokens.insert(0, frame_memory_tokens.to(window))
-        return torch.cat([*tokens, window], dim=1)
+
+        def history() -> Tensor:
+            padded = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
+            tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(padded, layout.groups, strict=True)]
+            return torch.cat(tokens, dim=1)
+
+        parts = [once(history)] if context_latents else []
+        return torch.cat([*([] if memory_BPD is None else [memory_BPD.to(window_BND)]), *parts, window_BND], dim=1)
 
     def _positions(self, layout: ContextLayout, latents, grid, text_tokens: int, device, places=None) -> Tensor:
         """Rotary table of the whole sequence; nothing on the text side is turned."""
@@ -176,6 +189,11 @@ class FramePackTransformer(HunyuanVideo):
             img = _call_block(_single, block, replace.get(("single_block", i)), args)["img"]
             _add_control(img, control.get("output"), i, window_tokens)
         return img[:, start:]
+
+
+def _of_sample(once, i: int, name: str, made_for, make) -> Tensor:
+    """A sample's own part of what is computed once."""
+    return once(f"{name} of sample {i}", made_for, make)
 
 
 def _needed(context_latents, context_layout: ContextLayout | None, tokens: Tensor | None) -> ContextLayout:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..plan import in_words
 from . import tensor_file, wan
 from .base_signature import Base
 from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_wan, said
@@ -130,7 +131,7 @@ def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
     patchifiers.load_state_dict(dict(held.tensors))
     lines = [f"{held.name}: patchifiers at 1x, 2x and 4x", fits]
     if held.schedule:
-        lines.append(f"Trained on the schedule {held.schedule}: choose it in 'Frame Context Packer'.")
+        lines.append(f"Trained on the schedule {in_words(held.schedule)}: choose it in 'Frame Context Packer'.")
     return _noted(model_patcher, patchifiers, {
         PATCHIFIERS: held.name, TRAINED: True, SCHEDULE: held.schedule,
     }), [*lines, f"Licence: {held.licence or 'the file does not say'}"]  # fmt: skip

@@ -6,7 +6,7 @@ from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
 from .kinds import KINDS, check_kind
 from .layout import Label, PackingPicture, Rect, packing_picture
-from .schedule import PRESETS, TEXT_BESIDE, Group, Schedule, ScheduleError, parse_schedule
+from .schedule import PRESETS, TEXT_BESIDE, Group, Schedule, ScheduleError, in_words, parse_schedule
 from .sections import (
     ORDERS,
     ContextGroup,
@@ -79,6 +79,7 @@ __all__ = [
     "off_grid",
     "packing_picture",
     "paddings",
+    "in_words",
     "parse_schedule",
     "parse_timeline",
     "pixel_frames",

@@ -265,6 +265,12 @@ def _canonical(before: _Side, window: int, after: _Side) -> str:
     return "_".join(part for part in parts if part)
 
 
+def in_words(text: str) -> str:
+    """A schedule as an artist chooses it: the presets that have it, with its text."""
+    names = [f"'{name}'" for name, own in PRESETS.items() if own == text]
+    return f"{' or '.join(names)} ({text})" if names else text
+
+
 def _nearest_preset(text: str) -> str:
     # Nothing alike, as with an empty text: a schedule that a published checkpoint was trained with.
     close = difflib.get_close_matches(text.strip().lower()[:200], PRESETS.values(), n=1, cutoff=0.1)

@@ -25,6 +25,7 @@ from ..plan import (
     PlanError,
     Schedule,
     check_kind,
+    in_words,
     latent_bytes,
     natural_order,
     off_grid,
@@ -106,8 +107,8 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
         trained = said.get(families.SCHEDULE, "")
         if trained and trained != schedule.text:
             warnings.append(
-                f"{said[families.PATCHIFIERS]} was trained on the schedule {trained}, and this one is {schedule.text}. "
-                f"Choose that one in '{PACKER}'."
+                f"{said[families.PATCHIFIERS]} was trained on the schedule {in_words(trained)}, and this one is "
+                f"{in_words(schedule.text)}. Choose that one in '{PACKER}'."
             )
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
     looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
@@ -289,6 +290,11 @@ def _read(
         initial=latent_of("initial", initial), still=still_of(begin) if clips else None,
     )  # fmt: skip
     inputs.check()
+    if not clips and history is None and initial is None and not bool(inputs.start.any()):
+        raise PlanError(
+            f"'start' of '{SAMPLER}' is an empty latent: it holds zeros and no picture. Expected the start picture's "
+            "latent from 'FramePack Image' (for a video from text, of an image made from the same prompt)."
+        )
     return inputs
 
 

@@ -114,12 +114,31 @@ def test_frozen_encoders_learn_nothing_in_stage_two(tiny_file, tmp_path):  # noq
     (STAGE_FOLLOW, {"alone": 0.5, "frozen": True}, 0),
 ])  # fmt: skip
 def test_the_lora_waits_until_the_encoders_have_learned_alone(tiny_file, tmp_path, stage, more, held):  # noqa: F811
+    """Untouched while it waits, and then it begins as a fresh one: AdamW's first move is the rate."""
     model = load(tiny_file)
-    run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path, stage, 3, **more).run()
-    for step in (1, 2, 3):
-        kept = tensor_file.read(str(tmp_path / f"step-{step:08d}.safetensors"))
-        learned = [bool(value.any()) for name, value in kept.items() if ".lora." in name and name.endswith(".up")]
-        assert learned and any(learned) == (step > held), step
+    run = run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path, stage, 3, **more)
+    run.run()
+    kept = {step: tensor_file.read(str(tmp_path / f"step-{step:08d}.safetensors")) for step in (1, 2, 3)}
+    downs = [name for name in kept[1] if name.startswith("parameter.lora.") and name.endswith(".down")]
+    assert downs and (held < 2 or all(torch.equal(kept[1][name], kept[2][name]) for name in downs))
+    for step, tensors in kept.items():
+        far = max(float(tensors[name.removesuffix("down") + "up"].abs().max()) for name in downs)
+        assert (far > 0) == (step > held), step
+        if step == held + 1:
+            assert far <= 1.001 * run.request.settings.rate
+
+
+def test_a_run_that_is_made_longer_does_not_hold_a_lora_that_has_learned(tiny_file, tmp_path):  # noqa: F811
+    model, said = load(tiny_file), []
+    run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path, STAGE_QUERY, 2, alone=0.5).run()
+    two, faces = tensor_file.read(str(tmp_path / "step-00000002.safetensors")), Faces(said.append)
+    run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path, STAGE_QUERY, 5, faces, alone=0.9).run()
+    three = tensor_file.read(str(tmp_path / "step-00000003.safetensors"))
+    ups = [name for name in two if name.startswith("parameter.lora.") and name.endswith(".up")]
+    assert any(not torch.equal(two[name], three[name]) for name in ups)
+    assert not any("LoRA has not learned" in line for line in said)
+    run_of(model, new_memory(model, "2x2x2", **SMALL), tmp_path / "x", STAGE_QUERY, 1, faces, alone=1.0).run()
+    assert "Lower 'encoder_first' in 'Train Frame Preservation', or raise 'steps'." in said[-1]
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(tiny_file, tmp_path):  # noqa: F811

@@ -192,3 +192,12 @@ def test_a_latent_that_is_no_video_names_the_node_it_was_given_to():
         latent_of("start", picture)
     with pytest.raises(PlanError, match="^'latent' of FramePack Sigmas got"):
         latent_of("latent", picture, "FramePack Sigmas")
+
+
+def test_an_empty_latent_is_no_start_picture(model):
+    """It would be sampled, and end as a grey nothing or in the wrong advice of the node that decodes it."""
+    empty = {"samples": torch.zeros(1, 16, 1, 6, 10)}
+    with pytest.raises(PlanError, match="'start' of 'Anti-Drift Sampler' is an empty latent.*'FramePack Image'"):
+        run(model, start=empty)
+    latent, _ = run(model, start=empty, history=start_latent(frames=19), seconds=2.4)  # it gives the size alone
+    assert latent["samples"].shape[2] > 19

@@ -1,0 +1,41 @@
+"""The benchmark of speed: what it measures at toy size, and that it notices a side that computes something else."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import speed
+
+TOY = speed.Size(1, 1, 1, 4, 6, goal=None)
+
+
+def test_both_sides_compute_the_same_and_every_figure_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(speed.SIZES, "tiny", TOY)
+    assert speed.main(["--sizes", "tiny", "--dtypes", "fp32", "--repeats", "1"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| ours", "| diff"))]
+    assert [row[0] for row in rows] == ["| diffusers", "| ours"]
+    for row in rows:
+        wall, busy, faster, share, peak = (float(cell) for cell in row[1:6])
+        assert wall > 0 and busy > 0 and faster > 0 and 0 < share < 150 and peak > 0
+    assert float(rows[1][7].rstrip(" |")) < 1e-6
+
+
+def test_operations_are_those_of_the_network_by_hand():
+    """A block's matrices and attention by their sizes; what comes before the blocks is left over."""
+    made, tokens, text, hidden = speed.sides(TOY, torch.float32, "cpu", None), 9 * 6 + 2 * 6 + 1 + 4, 120 + 729, 128
+    every = tokens + text
+    blocks = 2 * every * (12 + 12) * hidden**2 + 2 * 4 * every**2 * hidden
+    assert blocks < speed.operations(made[speed.OURS]) < 1.6 * blocks
+
+
+def test_a_side_that_computes_something_else_fails(monkeypatch, capsys):
+    plain = speed.sides
+
+    def wrong(*args):
+        made = plain(*args)
+        return {**made, speed.OURS: lambda: 1.001 * made[speed.OURS]()}
+
+    monkeypatch.setattr(speed, "sides", wrong)
+    monkeypatch.setitem(speed.SIZES, "tiny", TOY)
+    assert speed.main(["--sizes", "tiny", "--dtypes", "fp32", "--repeats", "1"]) == 1
+    assert "FAILED: ours computes something else" in capsys.readouterr().out
