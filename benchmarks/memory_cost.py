@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from frame_memory.forcing.flow import Conditioning, predict_velocity
 from frame_memory.model.context import gather_context
@@ -55,6 +55,14 @@ STEPS = 25  # of a section: what shares the cost of one update
 CHANNELS = 16
 WARM = 2
 Row = tuple[str, str, float, tuple[float, float] | None]
+
+
+def _attention_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+# What torch's counter knows of every device's attention but this one's.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def pack_of(hidden: int, device: str) -> SemanticPack:
@@ -139,7 +147,7 @@ class Held(TorchDispatchMode):
 
 def operations(action: Callable[[], object]) -> int:
     """Floating-point operations of matrices, convolutions and attention in one call."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counted:
         action()
     return counted.get_total_flops()
 
