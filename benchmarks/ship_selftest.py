@@ -24,6 +24,7 @@ from PIL import Image
 from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.semantic_pack import PackSpec
+from frame_memory.plan.mark import SELFTEST, SELFTEST_WAN
 
 from . import ffgo, shots, train_wan_context
 from .claims_rows import MODEL, PACK, STAGE_2, TRAINING, VARIANTS, slug
@@ -34,13 +35,14 @@ from .train_wan import TOPOLOGY
 from .world import Scene, render, tidied
 
 METADATA = {
-    "frame_memory.base": "selftest",
+    "frame_memory.base": SELFTEST,
     "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_selftest",
     "modelspec.license": "GPL-3.0-or-later",
     "modelspec.description": "Frame Memory self-test model: 64x64 sprites of a procedural world, no real-world data",
 }
 WAN_METADATA = {
     **METADATA,
+    "frame_memory.base": SELFTEST_WAN,
     "frame_memory.recipe": "python scripts/run.py -m benchmarks.train_wan",
     "modelspec.description": (
         f"Frame Memory self-test model: {shots.WIDTH}x{shots.HEIGHT} shots of a procedural world, no real-world data"
@@ -123,7 +125,7 @@ def ship_claims(folder: Path) -> None:
         metadata = METADATA | {"frame_memory.recipe": CLAIMS_RECIPE, TRAINING: _settings(base)}
         checkpoint.save_native(in_fp8(parts(base, MODEL)), str(model), metadata, "F1", source=base.name)
     network = checkpoint.load_framepack(str(model)).model.diffusion_model
-    its, files = Base.of_network(network, "selftest", "F1"), MODELS / memory_file.FOLDER
+    its, files = Base.of_network(network, SELFTEST, "F1"), MODELS / memory_file.FOLDER
     for file, variant in SHIPPED.items():
         row = folder / f"{slug(variant)}-s0.safetensors"
         recipe = {"command": CLAIMS_RECIPE, "seed": 0, **json.loads(_settings(row))}

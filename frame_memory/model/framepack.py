@@ -12,7 +12,7 @@ import comfy.supported_models
 import torch
 from comfy import model_base
 
-from ..plan.mark import SELFTEST_BASE
+from ..plan.mark import SELFTESTS
 from .once import Once
 from .packing import ContextLayout
 from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
@@ -159,10 +159,11 @@ def has_context_weights(model) -> bool:
 def latent_families(model_patcher) -> tuple[str, ...]:
     """Families of latents that a MODEL can read: the one that 'Load FramePack Model' noted.
 
-    A model from a stock or GGUF loader only says its latent format, which the self-test models share.
+    A model from a stock or GGUF loader only says its latent format, which a self-test model shares.
     """
     said = model_patcher.model_options.get(MODEL_OPTION, {}).get("base", "")
-    return (said,) if said else (type(model_patcher.model.latent_format).__name__, SELFTEST_BASE)
+    name = type(model_patcher.model.latent_format).__name__
+    return (said,) if said else tuple(filter(None, (name, SELFTESTS.get(name))))
 
 
 def unscaled_blank(model: model_base.BaseModel, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 The Anti-Drift Sampler writes it as a plain dict, so that it survives nodes that copy a LATENT, and so that nobody
 needs this class to write one:
 
-    {"latent_format": "HunyuanVideo", "base": "HunyuanVideo" | "selftest",
+    {"latent_format": "HunyuanVideo", "base": "HunyuanVideo" | "selftest" | ...,
      "order": "inverted" | "forward" | "both ends first", "window": 9, "fps": 30.0,
      "given": 1, "project": "my video", "clips": True}
 
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 KEY = "frame_memory"
-# The family of the shipped models: HunyuanVideo's latent format, other numbers in it.
-SELFTEST_BASE = "selftest"
+# The families of the shipped models, FramePack and Wan: HunyuanVideo's and Wan's latent formats, other numbers in each.
+SELFTEST, SELFTEST_WAN = "selftest", "selftest Wan"
+# By latent format, the family that shares it.
+SELFTESTS = {"HunyuanVideo": SELFTEST, "Wan21": SELFTEST_WAN}
 # What FramePack checkpoints were trained at (reference framepack.md section 6).
 DEFAULT_FPS = 30.0
-# By latent format, where models were trained at another rate: Wan 2.1 and 2.2 A14B, and Wan 2.2 5B.
-FPS = {"Wan21": 16.0, "Wan22": 24.0}
+# By family, where models were trained at another rate: Wan 2.1 and 2.2 A14B, Wan 2.2 5B, and the shipped Wan.
+FPS = {"Wan21": 16.0, "Wan22": 24.0, SELFTEST_WAN: 16.0}
 NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -55,9 +57,9 @@ class LatentMark:
         return self.window if self.clips else 0
 
 
-def fps_of(latent_format: str) -> float:
-    """Frames per second that models of a latent format (core's class name) make."""
-    return FPS.get(latent_format, DEFAULT_FPS)
+def fps_of(family: str) -> float:
+    """Frames per second that models of a family of latents make. family: core's class of the format, or of ours."""
+    return FPS.get(family, DEFAULT_FPS)
 
 
 def as_fps(value: float | int | Fraction) -> Fraction:

@@ -25,7 +25,7 @@ from itertools import accumulate
 from .describe import describe_plan
 from .errors import IMAGE, PACKER, SAMPLER, PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, section_frames
-from .mark import FPS
+from .mark import FPS, SELFTEST_WAN
 from .schedule import PRESETS, Group, Schedule, frame_count, parse_schedule
 
 ORDERS = ("inverted", "forward", "both ends first")
@@ -120,9 +120,10 @@ class LongVideoPlan:
         return describe_plan(self)
 
 
-def clip_window(latent_format: str = "") -> int:
-    """Latent frames of a section that models of a latent format (core's class name) are trained on."""
-    return parse_schedule(PRESETS["Wan, 81 frames" if latent_format in FPS else "F1 forward"]).window
+def clip_window(family: str = "") -> int:
+    """Latent frames of a section that models of a family of latents are trained on; the shipped Wan on FramePack's."""
+    published = family in FPS and family != SELFTEST_WAN
+    return parse_schedule(PRESETS["Wan, 81 frames" if published else "F1 forward"]).window
 
 
 def section_count(seconds: float, window: int = 9, fps: float = 30, clips: bool = False) -> int:

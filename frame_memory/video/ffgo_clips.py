@@ -24,14 +24,14 @@ from ..plan import canvas
 from ..plan.errors import PlanError
 from ..plan.first_frame_prompt import with_trigger
 from ..plan.frames import nearest_clip
-from ..plan.mark import MarkError, as_fps
+from ..plan.mark import SELFTEST_WAN, MarkError, as_fps
 from . import canvas as drawing
 from .clip_folder import VIDEOS, DatasetError, caption_beside, counted, files_in, none_left, videos_of
 from .history import read_video
 from .images import ImageError
 from .source import NODE as HISTORY
 from .source import HistoryError, VideoFacts, probe_video
-from .vae import EXPECTED_FILES, SELFTEST, WAN, VAEError, identify_vae
+from .vae import EXPECTED_FILES, WAN, VAEError, identify_vae
 
 NODE = "FFGo Dataset"
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
@@ -59,7 +59,7 @@ class ClipFiles:
 def check_request(vae, width: int, height: int, length: int) -> None:
     """Refuse a VAE that is not Wan 2.1's, sizes off the grid, and lengths Wan cannot make; the nearest are named."""
     found = identify_vae(vae)
-    if found.family not in (WAN, SELFTEST):
+    if found.family not in (WAN, SELFTEST_WAN):
         raise VAEError(
             f"'Load VAE' gave {found}, but Wan 2.2 I2V A14B reads the latents of {EXPECTED_FILES[WAN]}. Change the "
             "file in the node 'Load VAE'."

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..plan import nearest_bucket
 from ..plan.errors import IMAGE
 from ..plan.frames import STILL_FRAMES, pixel_frames
-from ..plan.mark import KEY
+from ..plan.mark import KEY, SELFTEST_WAN
 from .images import ImageError, check_image, to_bucket, with_mask
-from .vae import EXPECTED_FILES, SELFTEST, WAN, WAN_5B, VAEError, check_video_vae, identify_vae
+from .vae import EXPECTED_FILES, WAN, WAN_5B, VAEError, check_video_vae, identify_vae
 
 # What it means that there is no CLIP vision, by the family of the VAE; empty where no model looks through it.
-_UNSEEN = {WAN: "of Wan only 2.1 image to video looks through one", WAN_5B: ""}
+_UNSEEN = {WAN: "of Wan only 2.1 image to video looks through one", WAN_5B: "", SELFTEST_WAN: ""}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def prepare(
     Raises ImageError (empty batch, wrong shape, a mask without its picture), VAEError (no VAE of such a model).
     """
     found = check_video_vae(vae)
-    if still_clip and found.family not in (WAN, SELFTEST):
+    if still_clip and found.family not in (WAN, SELFTEST_WAN):
         raise VAEError(
             f"'still_clip' of '{IMAGE}' is for Helios, which reads {EXPECTED_FILES[WAN]}, and 'Load VAE' gave {found}. "
             "Change the file there, or switch 'still_clip' off."

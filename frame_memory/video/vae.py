@@ -6,7 +6,8 @@ the wrong pair makes a plausible-looking but wrong video. What core keeps after 
 - HunyuanVideo: `AutoencoderKL` with 3-D convolutions, or the tiny TAEHV with HunyuanVideo's latent format;
 - Wan 2.1: core's `WanVAE` at its only published width, 96, or the tiny TAEHV without a latent format;
 - Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4, or the tiny TAEHV with as many;
-- self-test: core's `WanVAE`, narrower than that (core reads the width from the file).
+- self-test: core's `WanVAE`, narrower than that (core reads the width from the file). Which of the two, FramePack's or
+  Wan's, the file's metadata says; FramePack's where it says nothing.
 
 Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
 """
@@ -23,13 +24,12 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.ldm.wan.vae2_2 import WanVAE as Wan22VAE
 from comfy.taesd.taehv import TAEHV
 
-from ..plan.mark import LatentMark
+from ..plan.mark import SELFTEST, SELFTEST_WAN, LatentMark
 from .decode import LatentSource
 
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"
 WAN_5B = "Wan22"
-SELFTEST = "selftest"
 # `WanVAE.dim` of the published Wan 2.1 file.
 WAN_WIDTH = 96
 SPATIAL_RATIO = 8
@@ -37,14 +37,15 @@ TEMPORAL_RATIO = 4
 CHANNELS, CHANNELS_5B = 16, 48
 # (channels, pixels per latent pixel) of the autoencoders whose latents a model here can read.
 READABLE = ((CHANNELS, SPATIAL_RATIO), (CHANNELS_5B, 16))
-# safetensors metadata key by which a VAE file may say what it belongs to; "selftest" for the self-test VAE.
+# safetensors metadata key by which a VAE file may say what it belongs to: SELFTEST or SELFTEST_WAN of ours.
 METADATA_BASE = "frame_memory.base"
 
 EXPECTED_FILES = {
     HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
     WAN: "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
     WAN_5B: "the Wan 2.2 VAE (wan2.2_vae.safetensors)",
-    SELFTEST: "the small VAE that ships with Frame Memory's self-test models",
+    SELFTEST: "the small VAE of the self-test FramePack models (frame_memory_selftest_vae.safetensors)",
+    SELFTEST_WAN: "the small VAE of the self-test Wan model (frame_memory_selftest_wan_vae.safetensors)",
 }
 
 
@@ -54,7 +55,7 @@ class VAEError(ValueError):
 
 @dataclass(frozen=True)
 class VAEIdentity:
-    """What a loaded VAE is. `family` is HUNYUAN, WAN, SELFTEST, or "" for any other."""
+    """What a loaded VAE is. `family` is one of EXPECTED_FILES, or "" for any other."""
 
     family: str
     name: str
@@ -83,8 +84,9 @@ def _family(vae) -> tuple[str, str]:
         said = str(_file_metadata(vae).get(METADATA_BASE, ""))
         if model.dim >= WAN_WIDTH and not said:
             return WAN, "a Wan 2.1 VAE"
-        if said in ("", SELFTEST):
-            return SELFTEST, f"a self-test VAE (WanVAE of width {model.dim})"
+        if said in ("", SELFTEST, SELFTEST_WAN):
+            of = "Wan" if said == SELFTEST_WAN else "FramePack"
+            return said or SELFTEST, f"a self-test VAE for {of} (WanVAE of width {model.dim})"
         return "", f'a VAE that belongs to "{said}"'
     if isinstance(model, Wan22VAE):
         return WAN_5B, "a Wan 2.2 VAE"
@@ -118,10 +120,10 @@ def identify_vae(vae) -> VAEIdentity:
 
 
 def _wanted_family(mark: LatentMark | None) -> str:
-    """Family a marked LATENT belongs to. The base decides: the self-test models use HunyuanVideo's format."""
+    """Family a marked LATENT belongs to. The base decides: the self-test models use published ones' formats."""
     if mark is None:
         return ""
-    return SELFTEST if mark.base == SELFTEST else (mark.latent_format or mark.base)
+    return mark.base if mark.base in (SELFTEST, SELFTEST_WAN) else (mark.latent_format or mark.base)
 
 
 def _check_time(found: VAEIdentity, change: str) -> None:

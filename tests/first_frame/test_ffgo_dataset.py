@@ -110,7 +110,7 @@ def dataset(clips: str, **inputs) -> dict:
     usual = {"folder": clips, "clip": ["text", 0], "vae": ["vae", 0], "width": 96, "height": 64, "length": 13}
     return {
         "text": {"class_type": "FrameMemorySelfTestEncoders", "inputs": {}},
-        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "frame_memory_selftest_vae.safetensors"}},
+        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "frame_memory_selftest_wan_vae.safetensors"}},
         "data": {"class_type": "FrameMemoryFFGoDataset", "inputs": {**usual, **inputs}},
     }
 

@@ -44,11 +44,11 @@ def save_model(path, seed: int = 0, width: int = WIDTH, blocks: int = BLOCKS) ->
 
 
 def save_vae(path, seed: int = 0) -> None:
-    """Writes a Wan 2.1 VAE of width 8."""
+    """Writes a VAE of the self-test Wan's kind."""
     with torch.device("meta"):
         vae = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
                      temperal_downsample=[False, True, True], image_channels=3, dropout=0.0)  # fmt: skip
-    save_file(filled(vae, seed), path)
+    save_file(filled(vae, seed), path, metadata={"frame_memory.base": "selftest Wan"})
 
 
 def modules(weights: dict) -> list[str]:

@@ -163,7 +163,7 @@ def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
         run_of(patcher, tmp_path, STAGE_QUERY, given=videos(T2V, fps=30.0))
     with pytest.raises(ForcingError, match="video 0 has 16 frames a second, and the MODEL makes 24"):
         run_of(larger, tmp_path, STAGE_QUERY, given=videos(TI2V, fps=16.0))
-    for vae, section, shortest in (("", 9, "6.8"), ("selftest", 9, "6.8"), ("Wan21", 20, "5")):
+    for vae, section, shortest in (("", 9, "6.8"), ("selftest Wan", 9, "6.8"), ("Wan21", 20, "5")):
         made = ClipRequest.of(64, float(shortest), 60.0, vae, 16.0)
         assert made.window == section and made.shortest * section in (20, 27), "one window of 20 and no more"
         said = f"expected at least 21, .* are 5.06 s. Set 'shortest' in 'Video Clips' to {shortest}: "

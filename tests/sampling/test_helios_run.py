@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import comfy.sd
-import comfy.utils
 import numpy as np
 import pytest
 import torch
@@ -25,8 +23,7 @@ from frame_memory.sampling.stored import open_stored
 from frame_memory.video.save import pixels_of, plan_save
 
 from .conftest import guider_for, run
-from .test_live import VAE_FILE
-from .wan_runs import euler, reference
+from .wan_runs import euler, reference, shipped_vae
 
 TEXT, SEED, CFG = 24, 11, 2.0
 SIGMAS = [1.0, 0.9, 0.6]
@@ -52,7 +49,7 @@ def model(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae():
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE_FILE)))
+    return shipped_vae("frame_memory_selftest_wan_vae")
 
 
 def text(seed: int) -> torch.Tensor:
@@ -67,7 +64,7 @@ def picture(batch: int = 1, height: int = 6, width: int = 10) -> torch.Tensor:
 def ours(model, start: torch.Tensor, **more):
     settings = {
         "guider": guider_for(model, [[text(3), {}]], [[text(4), {}]], cfg=CFG), "preset": "Helios", "kind": None,
-        "start": {"samples": start, "frame_memory": {"base": "selftest"}}, "seed": SEED, "sampler": euler(),
+        "start": {"samples": start, "frame_memory": {"base": "selftest Wan"}}, "seed": SEED, "sampler": euler(),
         "sigmas": torch.tensor([*SIGMAS, 0.0]), "seconds": SECONDS,
     }  # fmt: skip
     return run(model, **{**settings, **more})
@@ -199,7 +196,7 @@ def test_what_it_was_not_trained_on_is_warned_of(model, caplog):
     assert "was trained on" not in ours(model, SMALL, seconds=1)[1]
 
 
-MARKED = {"frame_memory": {"base": "selftest", "fps": 24.0, "order": "forward", "window": 9}}
+MARKED = {"frame_memory": {"base": "selftest Wan", "fps": 24.0, "order": "forward", "window": 9}}
 MEMORY = PreservedMemory(encoder=None, specs=(), label="", trained=True)
 REFUSED = {
     "memory": ({"memory": MEMORY}, "'memory' .* is trained on running videos"),

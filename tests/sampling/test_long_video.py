@@ -68,6 +68,9 @@ def test_fault_22_every_latent_of_another_family_is_refused_by_socket(model, soc
     guider = guider_for(of_kind(model, "F0", base=base))
     with pytest.raises(PlanError, match=rf"'{socket}' .*Wan21.*Load VAE"):
         run(model, preset="F0 inverted", guider=guider, **given_latents)
+    given_latents[socket] = of_family(given_latents[socket], "selftest Wan")
+    with pytest.raises(PlanError, match=rf"'{socket}' .* with a selftest Wan VAE"):
+        run(model, preset="F0 inverted", guider=guider, **given_latents)
 
 
 def test_fault_22_a_stock_loader_takes_both_families_of_its_format_but_not_mixed(model):

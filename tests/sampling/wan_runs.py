@@ -9,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
 from model import wan_reference as reference
+from video.reference import shipped_vae as shipped_vae
 
 from frame_memory.model import wan
 from frame_memory.plan import Section, plan_sections

@@ -1,10 +1,8 @@
 """Fixtures of the video tests: core's real WanVAE at its smallest width, built by core from a state dict."""
 
-from pathlib import Path
-
 import pytest
 
-from .reference import wan_state_dict
+from .reference import shipped_vae, wan_state_dict
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +17,5 @@ def tiny_vae():
 
 @pytest.fixture(scope="session")
 def selftest_vae():
-    """The small VAE that ships with the pack, as the stock VAELoader would make it."""
-    import comfy.sd
-    import comfy.utils
-
-    file = Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / "frame_memory_selftest_vae.safetensors"
-    weights, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
-    vae = comfy.sd.VAE(sd=weights, metadata=metadata)
-    vae.throw_exception_if_invalid()
-    return vae
+    """The small VAE that ships with the pack for its FramePack models."""
+    return shipped_vae("frame_memory_selftest_vae")

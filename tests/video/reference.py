@@ -1,6 +1,21 @@
 """Oracles and makers for the video tests, written from the reference and not from the code under test."""
 
+from pathlib import Path
+
 import torch
+
+
+def shipped_vae(name: str):
+    """A VAE that ships with the pack, as the stock VAELoader makes it: with the file's metadata beside the patcher."""
+    import comfy.sd
+    import comfy.utils
+
+    file = str(Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / f"{name}.safetensors")
+    weights, metadata = comfy.utils.load_torch_file(file, return_metadata=True)
+    vae = comfy.sd.VAE(sd=weights, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (file, metadata, None))
+    return vae
 
 
 def wan_state_dict(dim: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -10,13 +10,14 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from safetensors.torch import save_file
 
 from frame_memory.plan.mark import LatentMark
-from frame_memory.video.vae import HUNYUAN, SELFTEST, WAN, VAEError, check_vae, identify_vae
+from frame_memory.video.vae import HUNYUAN, SELFTEST, SELFTEST_WAN, WAN, VAEError, check_vae, identify_vae
 
-from .reference import wan_state_dict
+from .reference import shipped_vae, wan_state_dict
 
 FRAMEPACK = LatentMark(latent_format="HunyuanVideo", base="HunyuanVideo", order="inverted")
 SELFTEST_MARK = LatentMark(latent_format="HunyuanVideo", base="selftest", order="forward")
 WAN_MARK = LatentMark(latent_format="Wan21", base="Wan21")
+SELFTEST_WAN_MARK = LatentMark(latent_format="Wan21", base="selftest Wan")
 LATENT = torch.zeros(1, 16, 10, 2, 4)
 
 
@@ -47,6 +48,8 @@ def vaes(tiny_vae):
         "hunyuan": hunyuan,
         "wan": wan,
         "selftest": tiny_vae,
+        "shipped": shipped_vae("frame_memory_selftest_vae"),
+        "shipped Wan": shipped_vae("frame_memory_selftest_wan_vae"),
         "tiny hunyuan": taehv(torch.float16),
         "tiny wan": taehv(torch.float32),
     }
@@ -54,7 +57,10 @@ def vaes(tiny_vae):
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("hunyuan", HUNYUAN), ("tiny hunyuan", HUNYUAN), ("wan", WAN), ("tiny wan", WAN), ("selftest", SELFTEST)],
+    [
+        ("hunyuan", HUNYUAN), ("tiny hunyuan", HUNYUAN), ("wan", WAN), ("tiny wan", WAN), ("selftest", SELFTEST),
+        ("shipped", SELFTEST), ("shipped Wan", SELFTEST_WAN),
+    ],
 )
 def test_families_are_told_apart(vaes, name, family):
     found = identify_vae(vaes[name])
@@ -63,10 +69,16 @@ def test_families_are_told_apart(vaes, name, family):
 
 @pytest.mark.parametrize(
     ("mark", "good"),
-    [(FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest"}), (WAN_MARK, {"wan", "tiny wan"})],
-)
+    [
+        (FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest", "shipped"}),
+        (WAN_MARK, {"wan", "tiny wan"}), (SELFTEST_WAN_MARK, {"shipped Wan"}),
+    ],
+)  # fmt: skip
 def test_fault_22_same_shape_is_not_enough(vaes, mark, good):
-    expected = {FRAMEPACK: "HunyuanVideo VAE", SELFTEST_MARK: "self-test", WAN_MARK: "Wan 2.1 VAE"}[mark]
+    expected = {
+        FRAMEPACK: "HunyuanVideo VAE", SELFTEST_MARK: "frame_memory_selftest_vae.safetensors", WAN_MARK: "Wan 2.1 VAE",
+        SELFTEST_WAN_MARK: "frame_memory_selftest_wan_vae.safetensors",
+    }[mark]  # fmt: skip
     for name, vae in vaes.items():
         if name in good:
             check_vae(vae, LATENT, mark)
@@ -95,7 +107,9 @@ def test_a_vae_without_weights_is_refused():
         identify_vae(comfy.sd.VAE(sd={"nothing": torch.zeros(1)}))
 
 
-@pytest.mark.parametrize(("base", "family"), [("selftest", SELFTEST), ("something else", "")])
+@pytest.mark.parametrize(
+    ("base", "family"), [("selftest", SELFTEST), ("selftest Wan", SELFTEST_WAN), ("something else", "")]
+)
 def test_metadata_of_the_file_counts(tmp_path, monkeypatch, base, family):
     """The stock VAELoader keeps the file's metadata beside the patcher; a narrow WanVAE may say what it belongs to."""
     import folder_paths
