@@ -134,6 +134,14 @@ def test_nodes_stand_apart_inside_groups_from_left_to_right(path):
 
 
 @by_name
+def test_runs_of_one_graph_keep_their_sections_in_projects_of_their_own(path):
+    """Without a name of its own a run's project is that of its start picture: the runs would replace each other's."""
+    samplers = [n for n in ui_graph(path)["nodes"] if n["type"] == "FrameMemoryAntiDriftSampler"]
+    projects = [node["widgets_values"][1] for node in samplers]
+    assert len(samplers) < 2 or (all(projects) and len(set(projects)) == len(projects)), projects
+
+
+@by_name
 def test_each_has_a_thumbnail(path):
     thumbnail = path.with_suffix(".jpg")
     assert thumbnail.stat().st_size < 100_000
