@@ -17,15 +17,15 @@ from torch import Tensor
 
 from ..model import families
 from ..model.framepack import is_framepack, latent_families
-from ..model.memory import FrameMemory
+from ..model.memory import FrameMemory, is_attached
 from ..model.preserved_memory import PreservedMemory
 from ..model.sources import LOAD_MODEL, WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
     PlanError,
     Schedule,
+    another_schedule,
     check_kind,
-    in_words,
     latent_bytes,
     natural_order,
     off_grid,
@@ -35,7 +35,7 @@ from ..plan import (
     unused_entries,
     validate_timeline,
 )
-from ..plan.errors import PACKER, SAMPLER
+from ..plan.errors import SAMPLER
 from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
@@ -73,14 +73,17 @@ def latent_of(name: str, latent: Mapping | None, node: str = SAMPLER) -> Tensor 
     return samples.to("cpu", torch.float32)
 
 
-def check_model(guider, schedule: Schedule) -> list[str]:
-    """Refuse a model that cannot look at a frame context, or one of the other kind; return softer warnings."""
+def check_model(guider, schedule: Schedule, memory=None) -> list[str]:
+    """Refuse a model that cannot look at a frame context, or one of the other kind; return softer warnings.
+
+    memory: that is shown beside the context.
+    """
     for which, patcher in models_of(guider).items():
         wrong = families.why_no_history(patcher)
         if wrong:
             raise PlanError(f"{which.capitalize()}expert: {wrong}" if which else wrong)
     if not is_framepack(guider.model_patcher):
-        return check_wan(guider, schedule)
+        return check_wan(guider, schedule, memory)
     kind = families.said(guider.model_patcher).get("kind")
     if kind is None:
         return [
@@ -94,10 +97,13 @@ def check_model(guider, schedule: Schedule) -> list[str]:
     return [note]
 
 
-def check_wan(guider, schedule: Schedule) -> list[str]:
+def check_wan(guider, schedule: Schedule, memory=None) -> list[str]:
     """What an artist should know before Wan is run with history: warnings."""
     warnings = []
+    taught = isinstance(memory, PreservedMemory) and memory.schedule
     for which, patcher in models_of(guider).items():
+        if taught and is_attached(patcher):
+            continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
         said = families.said(patcher)
         if not said.get(families.TRAINED, True):
             warnings.append(
@@ -106,10 +112,7 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
             )
         trained = said.get(families.SCHEDULE, "")
         if trained and trained != schedule.text:
-            warnings.append(
-                f"{said[families.PATCHIFIERS]} was trained on the schedule {in_words(trained)}, and this one is "
-                f"{in_words(schedule.text)}. Choose that one in '{PACKER}'."
-            )
+            warnings.append(another_schedule(said[families.PATCHIFIERS], trained, schedule.text))
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
     looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
     if looks and not any(entry.get("clip_vision_output") is not None for entry in entries):
@@ -368,7 +371,7 @@ def sample_long_video(
     memory: from its encoder node; for the forward order. say: shown on the node while it runs. Raises
     PlanError, MemoryMismatch, VAEError or JournalError before any sampling for what cannot work.
     """
-    warnings = check_model(guider, schedule)
+    warnings = check_model(guider, schedule, memory)
     guider, wrong = checked_attention(guider)
     warnings += wrong
     base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})
