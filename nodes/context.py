@@ -33,9 +33,9 @@ def _packer_inputs() -> list[io.Input]:
             default="F1 forward",
             tooltip=(
                 "The packing the checkpoint was trained with: 'F0 inverted' for FramePackI2V_HY, 'F1 forward' "
-                "for FramePack_F1, 'Helios' for Helios (the same as F1), 'Wan, 81 frames' for "
-                "Wan behind Wan Frame Context, '3 clean frames' with a memory of frame preservation. The others are "
-                "the paper's, for experiments and own training."
+                "for FramePack_F1, 'Helios' for Helios. Wan: the one that the report of Frame Preservation Encoder "
+                "names, without it that of Wan Frame Context; to train, 'Wan, 81 frames', and '3 clean frames' beside "
+                "such a memory. The others are the paper's, for experiments and own training."
             ),
         ),
         io.String.Input(

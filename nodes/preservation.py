@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ..frame_memory.model.memory import MEMORY_PACK, of_kind
 from ..frame_memory.model.memory_file import FRAME_PRESERVATION
 from ..frame_memory.model.preserved_memory import attach_preserved, check_preserved, with_tokens
+from ..frame_memory.plan import trained_on
 from ..frame_memory.plan.preservation import PRESERVATION
 from ..frame_memory.sampling.preservation import words_of_budget
 from ..frame_memory.sampling.retrieve import RETRIEVE, retrieve_frame
@@ -58,7 +59,10 @@ class FrameMemoryFramePreservation(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Rate and base of the memory, how far back the tokens reach, what cross-attention costs.",
+                    tooltip=(
+                        "Rate and base of the memory, how far back its tokens reach, what cross-attention costs, and "
+                        "after stage 2 the schedule for Frame Context Packer."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -69,7 +73,8 @@ class FrameMemoryFramePreservation(io.ComfyNode):
         memory = of_kind(memory, FRAME_PRESERVATION, PRESERVATION, MEMORY_PACK)
         fits = check_preserved(memory, model, PRESERVATION)
         limited = with_tokens(memory, tokens)
-        report = "\n".join([limited.describe(), fits, words_of_budget(limited, model)])
+        lines = [limited.describe(), fits, words_of_budget(limited, model)]
+        report = "\n".join([*lines, *([trained_on(limited.schedule)] if limited.schedule else [])])
         show(cls, report)
         return io.NodeOutput(attach_preserved(model, limited), limited, report, ui=ui.PreviewText(report))
 
@@ -121,9 +126,15 @@ class FrameMemoryRetrieveFrame(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="pair", tooltip="Left the frame itself, right what the memory holds."),
-                io.Float.Output(display_name="psnr", tooltip="Likeness of the two in dB; about 20 and more is near."),
+                io.Float.Output(
+                    display_name="psnr",
+                    tooltip="Likeness of the two in dB; what it is worth says the mean picture's in the report.",
+                ),
                 io.Float.Output(display_name="ssim", tooltip="Likeness of their structure; 1 is the same picture."),
-                io.String.Output(display_name="report", tooltip="Both numbers, the frame, the tokens it is from."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Both numbers, those of the mean picture of other frames instead, the frame, the tokens.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

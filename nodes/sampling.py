@@ -317,8 +317,8 @@ def _optional_inputs() -> list[io.Input]:
             "memory",
             optional=True,
             tooltip=(
-                "Memory of all that is finished, from MemoryPack Encoder: each section of 1.2 s sees a few hundred "
-                "tokens of it beside its context. Only for models that make the video from its start (F1)."
+                "Memory of all that is finished, from MemoryPack Encoder (F1) or Frame Preservation Encoder (F1, Wan): "
+                "each section sees its tokens beside its context. Only where the video is made from its start."
             ),
         ),
     ]

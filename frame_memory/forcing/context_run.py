@@ -17,7 +17,7 @@ from ..model import wan
 from ..model.families import check_running_wan
 from ..model.provenance import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
-from ..plan import PRESETS, parse_schedule, plan_sections
+from ..plan import PRESETS, WAN_PRESET, parse_schedule, plan_sections
 from ..plan.errors import PACKER
 from .sections import Disturbance, Sample, random_section, section_loss
 from .stages import LORA, PATCHIFIERS, Trained, merged
@@ -32,7 +32,7 @@ class ContextRequest(Request):
     """A Request whose forcing plays no part. schedule: what the sampler's packer will be set to."""
 
     clips: int = 1
-    schedule: str = PRESETS["Wan, 81 frames"]
+    schedule: str = PRESETS[WAN_PRESET]
     disturbance: Disturbance = Disturbance(noise=0.3, own=0.4)
 
     @property

@@ -234,7 +234,7 @@ class PreservingRun(TrainingRun):
         request = self.request
         return {
             "clips": request.clips,
-            "schedule": self.schedule.text,
+            **({"schedule": self.schedule.text} if self.follows else {}),
             "shift": request.shift or SHIFT,
             "drop_text": request.drop_text,
             "encoder_first": request.alone if MEMORY in request.parts else 0.0,

@@ -65,7 +65,8 @@ def write_result(
         made = {"label": path.name, "base": outcome.base, "dtype": given.encoder.model.dtype}
         made["load_device"] = given.encoder.load_device
         if isinstance(given, PreservedMemory):
-            memory = memory_from_tensors(pack, given.specs, cross=given.cross, **made)
+            made |= {"cross": given.cross, "schedule": recipe.get("schedule", "")}
+            memory = memory_from_tensors(pack, given.specs, **made)
         else:
             memory = encoder_from_tensors(pack, given.spec, **made)
         memory = replace(memory, loras=named)

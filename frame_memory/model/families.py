@@ -6,7 +6,7 @@ FramePack reads a section's context in its own `extra_conds`; on Wan it goes pas
 
 from __future__ import annotations
 
-from ..plan import PRESETS, parse_schedule
+from ..plan import PRESETS, WAN_PRESET, parse_schedule
 from ..plan.mark import fps_of
 from . import wan
 from .context import PackedContext
@@ -98,7 +98,7 @@ def makes_clips(model_patcher) -> bool:
 
 def schedule_of(model_patcher) -> str:
     """The schedule that a MODEL was trained on: as its loader noted, or its family's preset."""
-    return said(model_patcher).get(SCHEDULE) or PRESETS["Wan, 81 frames" if is_wan(model_patcher) else "F1 forward"]
+    return said(model_patcher).get(SCHEDULE) or PRESETS[WAN_PRESET if is_wan(model_patcher) else "F1 forward"]
 
 
 def window_of(model_patcher) -> int:

@@ -48,7 +48,8 @@ class PreservedMemory:
 
     encoder: ModelPatcher around a PreservedHistory. label: where it is from, for people. trained: False for fresh
     weights. base: what it was made or trained for, None where nobody says. tokens: how many a run keeps at most; None
-    until 'Frame Preservation Encoder' says it. loras: that it was trained with.
+    until 'Frame Preservation Encoder' says it. loras: that it was trained with. schedule: of the clean frames that the
+    MODEL saw beside it in stage 2 of its training; empty where nobody says.
     """
 
     kind: ClassVar[str] = FRAME_PRESERVATION
@@ -59,6 +60,7 @@ class PreservedMemory:
     base: Base | None = None
     tokens: int | None = None
     loras: tuple[NamedLora, ...] = ()
+    schedule: str = ""
 
     @property
     def history(self) -> PreservedHistory:
@@ -128,17 +130,17 @@ def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> Preserve
 def memory_from_tensors(
     tensors: Mapping[str, Tensor], specs: tuple[PreservationSpec, ...], *, label: str, trained: bool = True,
     base: Base | None = None, dtype: torch.dtype | None = None, load_device=None,
-    cross: CrossAttentionSpec | None = None,
+    cross: CrossAttentionSpec | None = None, schedule: str = "",
 ) -> PreservedMemory:  # fmt: skip
     """A memory from PreservedHistory's state dict. dtype: None for that of the tensors that are not the base's. cross:
-    as PreservedHistory's.
+    as PreservedHistory's. schedule: as PreservedMemory's.
 
     Raises MemoryMismatch where names or shapes are not those of `specs`.
     """
     own = {name: value for name, value in tensors.items() if ".embed." not in name}
     history = _build(specs, dtype or dtype_of(own), cross)
     load_weights(history, tensors, label)
-    return PreservedMemory(patcher_of(history, load_device), specs, label, trained, base)
+    return PreservedMemory(patcher_of(history, load_device), specs, label, trained, base, schedule=schedule)
 
 
 def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | PreservedMemory:
@@ -154,6 +156,7 @@ def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | 
         read = file.spec.get("cross_attention")
         cross = None if read is None else from_plain(CrossAttentionSpec, read)
         made = {"label": file.name, "base": file.base, "cross": cross, **place_of(model_patcher)}
+        made["schedule"] = str(file.recipe.get("schedule") or "")
         return replace(memory_from_tensors(file.frames, specs, **made), loras=loras_of(file.recipe))
     except MemoryMismatch:
         raise

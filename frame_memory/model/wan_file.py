@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..plan import in_words
+from ..plan import BESIDE_MEMORY, WAN_PRESET, trained_on
+from ..plan.errors import PACKER
 from . import tensor_file, wan
 from .base_signature import Base
 from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_running_wan, said
@@ -132,7 +133,7 @@ def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
     patchifiers.load_state_dict(dict(held.tensors))
     lines = [f"{held.name}: patchifiers at 1x, 2x and 4x", fits]
     if held.schedule:
-        lines.append(f"Trained on the schedule {in_words(held.schedule)}: choose it in 'Frame Context Packer'.")
+        lines.append(trained_on(held.schedule))
     return _noted(model_patcher, patchifiers, {
         PATCHIFIERS: held.name, TRAINED: True, SCHEDULE: held.schedule, LORAS: loras_of(held.recipe),
     }), [*lines, f"Licence: {held.licence or 'the file does not say'}"]  # fmt: skip
@@ -145,7 +146,8 @@ def with_new(model_patcher) -> tuple[object, list[str]]:
     patchifiers = wan.patchifiers_of(model_patcher)
     lines = [
         "UNTRAINED: new patchifiers, which embed the mean of a cell as this MODEL's own embed a frame. It was never "
-        f"taught to read history, and sections will not follow one another well. '{TRAIN_CONTEXT}' teaches it."
+        f"taught to read history, and sections will not follow one another well. '{TRAIN_CONTEXT}' teaches it, on "
+        f"preset '{WAN_PRESET}' in '{PACKER}'; for stage 2 of a memory of frame preservation choose '{BESIDE_MEMORY}'."
     ]
     return _noted(model_patcher, patchifiers, {PATCHIFIERS: NEW, TRAINED: False, SCHEDULE: "", LORAS: ()}), lines
 

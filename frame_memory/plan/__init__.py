@@ -6,7 +6,19 @@ from .errors import PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, pixel_span
 from .kinds import KINDS, check_kind
 from .layout import Label, PackingPicture, Rect, packing_picture
-from .schedule import PRESETS, TEXT_BESIDE, Group, Schedule, ScheduleError, in_words, parse_schedule
+from .schedule import (
+    BESIDE_MEMORY,
+    PRESETS,
+    TEXT_BESIDE,
+    WAN_PRESET,
+    Group,
+    Schedule,
+    ScheduleError,
+    another_schedule,
+    in_words,
+    parse_schedule,
+    trained_on,
+)
 from .sections import (
     ORDERS,
     ContextGroup,
@@ -41,6 +53,7 @@ from .tokens import (
 )
 
 __all__ = [
+    "BESIDE_MEMORY",
     "BLANK",
     "BUCKETS",
     "END",
@@ -49,6 +62,7 @@ __all__ = [
     "PRESETS",
     "START",
     "TEXT_BESIDE",
+    "WAN_PRESET",
     "ContextGroup",
     "DecodeWindow",
     "Group",
@@ -65,6 +79,7 @@ __all__ = [
     "TimelineEntry",
     "TimelineError",
     "TokenCount",
+    "another_schedule",
     "check_kind",
     "check_size",
     "clip_window",
@@ -91,6 +106,7 @@ __all__ = [
     "section_tokens",
     "sigma_schedule",
     "timeline_table",
+    "trained_on",
     "unused_entries",
     "validate_timeline",
     "weights_for",

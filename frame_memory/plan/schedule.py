@@ -25,6 +25,9 @@ KERNELS = (1, 2, 4, 8)
 # CHOICE: more frames than this in one group or window is a typing mistake, not a schedule.
 MAX_FRAMES = 1024
 
+# What Wan learns where nobody says another one: to look back, and to see beside a memory of frame preservation.
+WAN_PRESET, BESIDE_MEMORY = "Wan, 81 frames", "Wan, 3 clean frames"
+
 PRESETS: dict[str, str] = {
     "F0 inverted": "f1k1_x_g9_f1k1f2k2f16k4_td",
     "F1 forward": "f1k1_td_f16k4f2k2f1k1_g9",
@@ -33,12 +36,12 @@ PRESETS: dict[str, str] = {
     # Its own rules (arXiv 2603.04379; history sizes 16, 2, 1 and the first frame) are those of F1.
     "Helios": "f1k1_td_f16k4f2k2f1k1_g9",
     # Wan makes 81 frames at once: the first one, which is given, and a window of 20 latent frames.
-    "Wan, 81 frames": "f1k1_td_f16k4f2k2f1k1_g20",
+    WAN_PRESET: "f1k1_td_f16k4f2k2f1k1_g20",
     # For memories of frame preservation, which hold all that came before (arXiv 2512.23851).
-    "Wan, 3 clean frames": "td_f3k1_g20",
+    BESIDE_MEMORY: "td_f3k1_g20",
 }
 # Of them, those of Wan, whose blocks read text and picture beside the sequence.
-TEXT_BESIDE = ("Helios", "Wan, 81 frames", "Wan, 3 clean frames")
+TEXT_BESIDE = ("Helios", WAN_PRESET, BESIDE_MEMORY)
 
 _FLAGS = re.IGNORECASE | re.ASCII
 _GROUP = re.compile(r"f([0-9]*)(k?)([0-9]*)", _FLAGS)
@@ -269,6 +272,19 @@ def in_words(text: str) -> str:
     """A schedule as an artist chooses it: the presets that have it, with its text."""
     names = [f"'{name}'" for name, own in PRESETS.items() if own == text]
     return f"{' or '.join(names)} ({text})" if names else text
+
+
+def trained_on(text: str) -> str:
+    """What an artist is told of the schedule that a file was trained on."""
+    return f"Trained on the schedule {in_words(text)}: choose it in '{PACKER}'."
+
+
+def another_schedule(what: str, trained: str, given: str) -> str:
+    """The warning for a run on another schedule than that of a file. what: the file's name."""
+    return (
+        f"{what} was trained on the schedule {in_words(trained)}, and this one is {in_words(given)}. Choose that one "
+        f"in '{PACKER}'."
+    )
 
 
 def _nearest_preset(text: str) -> str:

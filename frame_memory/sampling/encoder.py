@@ -6,10 +6,11 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ..model.families import SCHEDULE, said
 from ..model.framepack import is_framepack
 from ..model.memory import ATTACHED, FrameMemory
 from ..model.preserved_memory import PreservedMemory
-from ..plan import LongVideoPlan, PlanError
+from ..plan import BESIDE_MEMORY, PRESETS, LongVideoPlan, PlanError, in_words
 from ..plan.errors import PACKER, SAMPLER
 from .guards import SectionError
 
@@ -34,11 +35,14 @@ def check_finite(memory: FrameMemory | PreservedMemory, *made: Tensor) -> None:
         )
 
 
-def check_forward(patcher, plan: LongVideoPlan) -> None:
-    """Raise PlanError for a plan that makes later sections first, with the preset for the MODEL."""
+def check_forward(patcher, plan: LongVideoPlan, taught: str = "") -> None:
+    """Raise PlanError for a plan that makes later sections first, with the preset for the MODEL.
+
+    taught: the schedule that the memory was trained beside, where it says.
+    """
     if plan.order == "forward":
         return
-    wanted = f"preset 'Wan, 81 frames' in '{PACKER}'"
+    wanted = f"{in_words(taught or said(patcher).get(SCHEDULE) or PRESETS[BESIDE_MEMORY])} in '{PACKER}'"
     if is_framepack(patcher):
         wanted = f"preset 'F1 forward' in '{PACKER}', with a FramePack F1 model"
     raise PlanError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..model import families
 from ..model.framepack import is_framepack, latent_families
-from ..model.memory import FrameMemory
+from ..model.memory import FrameMemory, is_attached
 from ..model.preserved_memory import PreservedMemory
 from ..model.provenance import LORAS, without_their_lora
 from ..model.sources import LOAD_MODEL, WAN_CONTEXT
@@ -25,8 +25,8 @@ from ..plan import (
     LongVideoPlan,
     PlanError,
     Schedule,
+    another_schedule,
     check_kind,
-    in_words,
     latent_bytes,
     natural_order,
     off_grid,
@@ -36,7 +36,7 @@ from ..plan import (
     unused_entries,
     validate_timeline,
 )
-from ..plan.errors import PACKER, SAMPLER
+from ..plan.errors import SAMPLER
 from ..plan.mark import DEFAULT_FPS, KEY, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
@@ -75,14 +75,17 @@ def latent_of(name: str, latent: Mapping | None, node: str = SAMPLER) -> Tensor 
     return samples.to("cpu", torch.float32)
 
 
-def check_model(guider, schedule: Schedule) -> list[str]:
-    """Refuse a model that cannot look at a frame context, or one of the other kind; return softer warnings."""
+def check_model(guider, schedule: Schedule, memory=None) -> list[str]:
+    """Refuse a model that cannot look at a frame context, or one of the other kind; return softer warnings.
+
+    memory: that is shown beside the context.
+    """
     for which, patcher in models_of(guider).items():
         wrong = families.why_no_history(patcher)
         if wrong:
             raise PlanError(f"{which.capitalize()}expert: {wrong}" if which else wrong)
     if not is_framepack(guider.model_patcher):
-        return wan_warnings(guider, schedule)
+        return wan_warnings(guider, schedule, memory)
     kind = families.said(guider.model_patcher).get("kind")
     if kind is None:
         return [
@@ -96,10 +99,13 @@ def check_model(guider, schedule: Schedule) -> list[str]:
     return [note]
 
 
-def wan_warnings(guider, schedule: Schedule) -> list[str]:
+def wan_warnings(guider, schedule: Schedule, memory=None) -> list[str]:
     """What an artist should know before Wan is run with history: warnings."""
     warnings = []
+    taught = isinstance(memory, PreservedMemory) and memory.schedule
     for which, patcher in models_of(guider).items():
+        if taught and is_attached(patcher):
+            continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
         said = families.said(patcher)
         if not said.get(families.TRAINED, True):
             warnings.append(
@@ -108,10 +114,7 @@ def wan_warnings(guider, schedule: Schedule) -> list[str]:
             )
         trained = said.get(families.SCHEDULE, "")
         if trained and trained != schedule.text:
-            warnings.append(
-                f"{said[families.PATCHIFIERS]} was trained on the schedule {in_words(trained)}, and this one is "
-                f"{in_words(schedule.text)}. Choose that one in '{PACKER}'."
-            )
+            warnings.append(another_schedule(said[families.PATCHIFIERS], trained, schedule.text))
         warnings += without_their_lora(said.get(families.PATCHIFIERS, ""), said.get(LORAS, ()), patcher)
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
     looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
@@ -373,7 +376,7 @@ def sample_long_video(
     memory: from its encoder node; for the forward order. say: shown on the node while it runs. Raises
     PlanError, MemoryMismatch, VAEError or JournalError before any sampling for what cannot work.
     """
-    warnings = check_model(guider, schedule)
+    warnings = check_model(guider, schedule, memory)
     guider, wrong = checked_attention(guider)
     warnings += wrong
     base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})

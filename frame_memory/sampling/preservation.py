@@ -26,7 +26,7 @@ from ..model.framepack import is_framepack, token_conditions
 from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..model.wan import is_attached
-from ..plan import LongVideoPlan, PlanError, Section
+from ..plan import LongVideoPlan, PlanError, Section, another_schedule
 from ..plan.errors import SAMPLER
 from ..plan.preservation import (
     PATCH,
@@ -194,7 +194,7 @@ def with_preserved(
     order that is not forward, or a budget that is too small for one section; MemoryMismatch for one of another base.
     """
     check_tokens_taken(memory, patcher, SAMPLER)
-    check_forward(patcher, plan)
+    check_forward(patcher, plan, memory.schedule)
     fits = check_preserved(memory, patcher, SAMPLER)
     run = PreservationRun(memory, patcher, inputs.first, plan.schedule.window)
     height, width = inputs.start.shape[-2:]
@@ -209,6 +209,8 @@ def with_preserved(
     warnings = []
     if not memory.trained:
         warnings.append(f"The memory {memory.label} is untrained: the model does not know how to read its tokens.")
+    if memory.schedule and memory.schedule != plan.schedule.text:
+        warnings.append(another_schedule(memory.label, memory.schedule, plan.schedule.text))
     return run, [f"{line}. {fits}"], warnings
 
 

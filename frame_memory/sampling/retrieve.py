@@ -3,6 +3,9 @@
 The frame is denoised from noise at its own time, behind nothing but the memory's tokens, as in stage 1 of the training
 (frame query). The memory is what a run would hold: the whole video, encoded segment by segment, within its budget.
 
+A number says little alone, so it is told beside that of the mean picture of other frames: of all pictures that know the
+video and not the moment it has the best PSNR, and it is high where little moves.
+
 Shape legend: B batch, C latent channels, T latent frames, H W latent pixels (VAE space).
 """
 
@@ -37,6 +40,8 @@ RETRIEVE = "Retrieve Frame"
 BEFORE = 2
 # Where training's noise levels lie (forcing/preserving.py).
 SHIFT = 5.0
+# So many other frames, evenly over the video, make the mean picture.
+OTHERS = 8
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,8 @@ def retrieve_frame(
     layout = ContextLayout(positions=(place,), groups=())
     remembered = remembered._replace(places=within_reach(remembered.places, place))
     made = _denoised(model, positive, layout, remembered, video[:, :, :1], steps, seed)
-    start, shown = max(place - BEFORE, 0), -1 - (4 * place - picture)
-    pair = []
-    for frame in (video[:, :, place : place + 1], made):
-        around = torch.cat((video[:, :, start:place], frame), dim=2)
-        pair.append(decode_window(vae.decode, around)[shown].cpu().clamp(0, 1))
+    shown = -1 - (4 * place - picture)
+    pair = [_picture(vae, video, place, shown), _picture(vae, video, place, shown, made)]
     near, like = psnr(*pair), ssim(*pair)
     held = any(chunk.start <= place < chunk.stop and chunk.tokens for chunk in run.chunks)
     lines = [
@@ -93,11 +95,39 @@ def retrieve_frame(
         *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",
+        _beside(pair[0], near, [_picture(vae, video, other) for other in _others(video.shape[2], place)]),
         f"Left the frame itself, right what the memory holds of it: {remembered.tokens.shape[1]} tokens for "
         f"{video.shape[2]} latent frames.",
         f"{memory.describe()}. {fits}",
     ]
     return Retrieved(torch.cat(pair, dim=1)[None], near, like, "\n".join(lines))
+
+
+def _picture(vae, video: Tensor, place: int, shown: int = -1, frame: Tensor | None = None) -> Tensor:
+    """A picture of a latent frame, by number from its end, `[height, width, 3]`. frame: another one in its place."""
+    known = video[:, :, max(place - BEFORE, 0) : place]
+    around = torch.cat((known, video[:, :, place : place + 1] if frame is None else frame), dim=2)
+    return decode_window(vae.decode, around)[shown].cpu().clamp(0, 1)
+
+
+def _others(frames: int, place: int) -> list[int]:
+    """Latent frames that are not the one that is asked for, evenly over the video."""
+    others = [frame for frame in range(frames) if frame != place]
+    count = min(OTHERS, len(others))
+    return [others[(2 * number + 1) * len(others) // (2 * count)] for number in range(count)]
+
+
+def _beside(truth: Tensor, near: float, others: list[Tensor]) -> str:
+    """What the mean of other pictures would be worth as an answer. near: PSNR of the memory's, in dB."""
+    if not others:
+        return "The video has no other frame to compare with."
+    mean = torch.stack(others).mean(0)
+    worth = psnr(truth, mean)
+    told = f"To compare, the mean picture of {len(others)} other frames of the video: PSNR {worth:.2f} dB, "
+    told += f"SSIM {ssim(truth, mean):.3f}. "
+    if near > worth:
+        return told + f"The memory is {near - worth:.2f} dB nearer: so much it knows of this moment."
+    return told + "The memory is no nearer: it knows nothing of this moment, or nothing moves here."
 
 
 def _forgotten(place: int, frames: int) -> str:

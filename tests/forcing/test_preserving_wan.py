@@ -140,6 +140,8 @@ def test_a_stage_that_was_cancelled_goes_on_bit_for_bit_and_its_files_load(tmp_p
     memory = memory_of(memory_file.read(str(result.checkpoint)), "Load Memory Encoder", patcher)
     check_preserved(memory, patcher, "Frame Preservation Encoder")
     assert memory.trained and memory.fingerprint != run.memory.fingerprint
+    seen = SCHEDULE if stage == STAGE_FOLLOW else ""
+    assert memory.schedule == result.memory.schedule == seen, "stage 1 shows no frames beside the memory"
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, tensor_file.read(str(result.lora)), 1.0, 0.0)
     assert len(patched.patches) == len(parts.trained.pairs) > 0
 

@@ -32,18 +32,26 @@ def definitions(server):
     return server.client.object_info()
 
 
+def by_the_frontend(editor, graph):
+    """A graph as the frontend converts it, without the player that it hangs on a Load Video whose file is in the input
+    folder by then: it sends that one along as an input, which the server does not have."""
+    editor.load(graph)
+    prompt = editor.prompt()[0]
+    for each in prompt.values():
+        each["inputs"].pop("video-preview", None)
+    return prompt
+
+
 @pytest.mark.parametrize("path", OURS, ids=[p.stem for p in OURS])
 def test_our_graphs_convert_as_the_frontend_converts_them(path, editor, definitions):
     graph = workflow.read(path)
-    editor.load(graph)
-    assert workflow.to_api(graph, definitions) == editor.prompt()[0]
+    assert workflow.to_api(graph, definitions) == by_the_frontend(editor, graph)
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_graphs_convert_as_the_frontend_converts_them(name, editor, definitions):
     graph = workflow.read(stock(name))
-    editor.load(graph)
-    assert workflow.to_api(graph, definitions) == editor.prompt()[0]
+    assert workflow.to_api(graph, definitions) == by_the_frontend(editor, graph)
 
 
 def node(id, type, inputs=(), widgets=(), outputs=(), **more):

@@ -42,14 +42,14 @@ def test_new_encoders_of_every_rate_are_offered(nodes, own, model):  # noqa: F81
 def test_a_file_is_loaded_and_attached_with_a_limit(nodes, faces, own, model, files):  # noqa: F811
     given = own.new_memory(model, "4x4x2", **SMALL)
     parts = {"frames": given.history.state_dict(), "spec": given.to_spec()}
-    memory_file.write(str(files / "mine.safetensors"), given.base, **parts)
+    memory_file.write(str(files / "mine.safetensors"), given.base, **parts, recipe={"schedule": "td_f3k1_g20"})
     made, report = nodes.FrameMemoryLoadEncoder.execute("mine.safetensors", model).result
     assert made.trained and made.fingerprint == given.fingerprint and "Trained on this base" in report
     patched, limited, report = faces.FrameMemoryFramePreservation.execute(model, made, 5460).result
     assert limited.tokens == 5460 and made.tokens is None and not model.additional_models
     assert patched.get_additional_models()[0].model is made.history
     assert "At most 5460 tokens, which are about 16 s of 832x480 at 30 fps. Past that the oldest go." in report
-    assert report.endswith("Past that the oldest go.")
+    assert report.endswith("on the schedule 'Wan, 3 clean frames' (td_f3k1_g20): choose it in 'Frame Context Packer'.")
     read = own.with_cross_attention(made, model)
     patched, _, report = faces.FrameMemoryFramePreservation.execute(model, read, 5460).result
     # Keys, values, attention and output of 128 in 3 blocks, for a window of 9 x 30 x 52 tokens.
@@ -111,6 +111,29 @@ def test_a_frame_is_asked_behind_what_cross_attention_reads_too(faces, own, mode
     assert torch.equal(fresh, before) and not torch.allclose(learned, before, atol=1e-3)
     with pytest.raises(ValueError, match="Expected both outputs of 'Frame Preservation Encoder'"):
         ask(faces, own, model, memory=read, attached=plain)
+
+
+def test_the_number_stands_beside_that_of_the_mean_of_other_frames(faces, own, model):
+    pair, _, _, report = ask(faces, own, model)  # latent frame 4 of 13
+    video, mean = start_latent(2, 13, 3)["samples"][:1], torch.zeros(48, 80, 3)
+    for frame in (0, 2, 3, 6, 7, 9, 10, 12):
+        mean += Pixels().decode(video[:, :, frame : frame + 1])[0, -1] / 8
+    worth = psnr(pair[0, :, :80], mean), ssim(pair[0, :, :80], mean)
+    assert f"mean picture of 8 other frames of the video: PSNR {worth[0]:.2f} dB, SSIM {worth[1]:.3f}" in report
+
+
+@pytest.mark.parametrize(("others", "frames", "said"), [
+    (8.0, 13, "dB nearer: so much it knows of this moment"),
+    (0.0, 5, "of 4 other frames of the video: PSNR inf dB, SSIM 1.000. The memory is no nearer"),
+    (0.0, 1, "has no other frame"),
+], ids=["another scene", "a still scene", "one frame"])  # fmt: skip
+def test_the_memory_is_judged_by_it(faces, own, model, others, frames, said):
+    """Other frames are brighter than the one that is asked for, or the same."""
+    video = start_latent(1, 1, 3)["samples"].repeat(1, 1, frames, 1, 1)
+    video[:, :, 1:] += others
+    memory = own.with_tokens(filled(own.new_memory(model, "2x2x1", **SMALL)), 1000)
+    report = ask(faces, own, model, 0.0, samples={"samples": video}, memory=memory, attached=memory)[3]
+    assert said in report
 
 
 def test_frames_that_are_not_remembered_are_warned_of(faces, own, model):

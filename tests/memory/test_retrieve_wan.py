@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,9 +123,13 @@ def test_messages_name_nodes_and_presets_of_wan():
     with pytest.raises(MemoryMismatch, match="made for another base.*in 'Load Diffusion Model', or"):
         check_preserved(memory, other, "x")
     plan = plan_sections(PRESETS["F0 inverted"], sections=2)
-    with pytest.raises(PlanError, match="order inverted.*preset 'Wan, 81 frames' in 'Frame Context Packer'") as raised:
-        with_memory(memory, attach_preserved(model, memory), plan, Inputs(torch.zeros(1, 16, 1, 6, 10)))
-    assert "FramePack" not in str(raised.value)
+    packed = PRESETS["Wan, 81 frames"]
+    for schedule, named in {"": "'Wan, 3 clean frames'", packed: "'Wan, 81 frames'", "td_f2k1_g9": "td_f"}.items():
+        told = f"order inverted.*Expected order forward: {named}.*in 'Frame Context Packer'"
+        with pytest.raises(PlanError, match=told) as raised:
+            memory = replace(memory, schedule=schedule)
+            with_memory(memory, attach_preserved(model, memory), plan, Inputs(torch.zeros(1, 16, 1, 6, 10)))
+        assert "FramePack" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("family", "seconds", "fps"), [(T2V, 45, 16), (TI2V, 152, 24)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
@@ -248,3 +250,15 @@ def test_what_a_loader_noted_is_said_and_counts():
     assert "are untrained" in report and "x.safetensors was trained on the schedule td_f2k1_g2" in report
     assert SCHEDULE in report and latent["frame_memory"]["fps"] == 24
     assert "untrained" not in made(attached(T2V), T2V)[1]
+
+
+def test_a_memory_that_was_trained_behind_frames_says_which_and_the_patchifiers_do_not():
+    model = attached(T2V)
+    said = {families.TRAINED: False, families.PATCHIFIERS: "x.safetensors", families.SCHEDULE: "td_f2k1_g2"}
+    model.model_options = {**model.model_options, MODEL_OPTION: said}
+    memory = with_tokens(new_memory(model, "2x2x2", channels=(4, 6, 8, 8), heads=2), 1000)
+    for schedule, warned in ((SCHEDULE, False), ("td_f3k1_g2", True)):
+        taught = replace(memory, trained=True, label="m.safetensors", schedule=schedule)
+        _, report = made(attach_preserved(model, taught), T2V, memory=taught)
+        assert "untrained" not in report and "x.safetensors" not in report
+        assert ("m.safetensors was trained on the schedule td_f3k1_g2" in report) is warned

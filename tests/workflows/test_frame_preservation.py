@@ -1,18 +1,24 @@
-"""The graph of frame preservation on the real server: both stages, a frame asked for, a video, Cancel and refusals."""
+"""The graphs of frame preservation on the real server: both stages, a frame asked for, a video, Cancel and refusals;
+and the one that needs no download.
+"""
 
 import copy
 import re
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import ship_clips
+from benchmarks.long_world import random_long_scene, render
 from frame_memory.model import memory_file, tensor_file
 from scripts.client import PromptError
 
 from .tiny import ENCODERS, REPO, cancelled, during, frames_of, one, progress_texts, shrink, training_videos, ui_graph
 
 GRAPH = REPO / "workflows" / "frame_preservation.json"
+SELFTEST = REPO / "workflows" / "frame_preservation_selftest.json"
 TRAIN, CLIPS, RETRIEVE = "FrameMemoryTrainPreservation", "FrameMemoryVideoClips", "FrameMemoryRetrieveFrame"
 ENCODER, SAMPLER = "FrameMemoryFramePreservation", "FrameMemoryAntiDriftSampler"
 
@@ -160,3 +166,35 @@ def test_videos_are_written_for_the_command_line(made, server, prompt):
     report = server.client.queue(small, timeout=300).outputs[first]["text"][0]
     folder = server.base / "output" / "frame_memory_training" / "frames of several GPUs" / "videos"
     assert "2 videos with their captions" in report and len(list(folder.glob("video-*.safetensors"))) == 2
+
+
+def test_the_selftest_graph_trains_a_memory_and_asks_it_for_a_frame(server, api):
+    """On two short videos in the place of each folder that ships, which take minutes to encode on one core."""
+    small = api(SELFTEST)
+    folders = [small[i]["inputs"]["folder"] for i in ids(small, CLIPS)]
+    assert folders == list(ship_clips.FOLDERS)
+    for folder in folders:
+        training_videos(server.base / "input" / folder)
+    node_id, asked = one(small, TRAIN)[0], one(small, RETRIEVE)
+    small[node_id]["inputs"].update(steps=3, save_every=1, rank=2)
+    asked[1]["inputs"].update(steps=2, seconds=1.0)
+    small["said"] = {"class_type": "PreviewAny", "inputs": {"source": [asked[0], 3]}}
+    run = server.client.queue(small, timeout=600, workflow=ui_graph(SELFTEST))
+    assert "1: frame query: 3 of 3 steps on 2 videos" in run.outputs[node_id]["text"][0]
+    assert len(run.outputs[asked[0]]["images"]) == 2
+    assert "mean picture of 8 other frames of the video: PSNR" in run.outputs["said"]["text"][0]
+
+
+@pytest.mark.parametrize("name", ship_clips.FOLDERS)
+def test_the_videos_that_ship_are_the_worlds_own_with_their_captions(name):
+    count, seed, sure = ship_clips.FOLDERS[name]
+    folder, rng = ship_clips.VIDEOS / name, np.random.default_rng(seed)
+    assert len(list(folder.iterdir())) == 2 * count
+    for number in range(1, count + 1):
+        scene = random_long_scene(rng, **sure)
+        assert (folder / f"{number}.txt").read_text(encoding="utf-8").strip() == scene.caption
+        with av.open(str(folder / f"{number}.mp4")) as container:
+            shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(shown) == len(ship_clips.LONG)
+        truth = render(scene, np.array([0, 60, 288]))
+        assert np.abs(np.stack([shown[0], shown[60], shown[288]]) / 255 - truth).mean() < 0.02

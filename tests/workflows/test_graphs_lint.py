@@ -134,6 +134,14 @@ def test_nodes_stand_apart_inside_groups_from_left_to_right(path):
 
 
 @by_name
+def test_runs_of_one_graph_keep_their_sections_in_projects_of_their_own(path):
+    """Without a name of its own a run's project is that of its start picture: the runs would replace each other's."""
+    samplers = [n for n in ui_graph(path)["nodes"] if n["type"] == "FrameMemoryAntiDriftSampler"]
+    projects = [node["widgets_values"][1] for node in samplers]
+    assert len(samplers) < 2 or (all(projects) and len(set(projects)) == len(projects)), projects
+
+
+@by_name
 def test_each_has_a_thumbnail(path):
     thumbnail = path.with_suffix(".jpg")
     assert thumbnail.stat().st_size < 100_000
@@ -147,7 +155,10 @@ def test_only_graphs_and_thumbnails_lie_in_the_folder():
     assert names == sorted(f"{p.stem}{s}" for p in GRAPHS for s in (".json", ".jpg"))
 
 
-@pytest.mark.parametrize("name", [n for n in SELFTEST_GRAPHS if n not in ("drift_and_recall", "ffgo_selftest")])
+OF_NO_PICTURE = ("drift_and_recall", "ffgo_selftest", "frame_preservation_selftest")
+
+
+@pytest.mark.parametrize("name", [n for n in SELFTEST_GRAPHS if n not in OF_NO_PICTURE])
 def test_the_selftest_asks_for_what_its_picture_shows(name):
     scene, caption, draw, picture = START, START.caption, render, START_PICTURE
     if name == "memory_selftest":

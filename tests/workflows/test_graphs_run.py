@@ -38,8 +38,9 @@ by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 def test_all_graphs_are_there():
     ffgo = [f"ffgo_{name}" for name in ("continue", "continue_wan", "selftest", "train", "wan22", "wan22_fast")]
     names = ["drift_and_recall", "extend_and_bridge", *ffgo]
-    names += ["frame_preservation", "framepack_f1_timeline", "framepack_i2v", "memory_selftest", "memorypack_minute"]
-    names += ["resume_and_reroll", "selftest", "train_direct_forcing", "wan_memory"]
+    names += ["frame_preservation", "frame_preservation_selftest", "framepack_f1_timeline", "framepack_i2v"]
+    names += ["memory_selftest", "memorypack_minute", "resume_and_reroll", "selftest", "train_direct_forcing"]
+    names += ["wan_memory"]
     assert [p.stem for p in GRAPHS] == names
 
 

@@ -43,6 +43,7 @@ SELFTEST_GRAPHS = (
     "drift_and_recall",
     "extend_and_bridge",
     "ffgo_selftest",
+    "frame_preservation_selftest",
     "memory_selftest",
     "resume_and_reroll",
     "selftest",
@@ -53,8 +54,8 @@ SELFTEST_VIDEOS = [REPO / "selftest_models" / f"frame_memory_{name}.mp4" for nam
 # Graphs that begin with a picture; the others are run in test_extend.py, test_ffgo_graphs.py, test_drift_graph.py,
 # test_memory_selftest.py, test_train_direct_forcing.py, test_frame_preservation.py and test_wan_memory.py.
 OTHERS = (
-    "drift_and_recall", "extend_and_bridge", "frame_preservation", "memory_selftest", "train_direct_forcing",
-    "wan_memory",
+    "drift_and_recall", "extend_and_bridge", "frame_preservation", "frame_preservation_selftest", "memory_selftest",
+    "train_direct_forcing", "wan_memory",
 )  # fmt: skip
 PICTURE_GRAPHS = [p for p in GRAPHS if not p.stem.startswith("ffgo_") and p.stem not in OTHERS]
 PICTURE_NAME = "frame_memory_start.png"
