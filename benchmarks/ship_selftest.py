@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file, wan, wan_file
+from frame_memory.model import checkpoint, memory_file, quantised, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.provenance import NamedLora, with_loras
 from frame_memory.model.semantic_pack import PackSpec
@@ -103,8 +103,8 @@ def in_fp8(native: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             layer = name.removesuffix(".weight")
             scale = value.float().abs().max() / torch.finfo(FP8).max
             out[name], out[f"{layer}.weight_scale"] = (value.float() / scale).to(FP8), scale
-            conf = {"format": scaled_fp8.FP8_FORMATS[FP8], "full_precision_matrix_mult": True}
-            out[f"{layer}.comfy_quant"] = scaled_fp8.mark(conf)
+            conf = {"format": quantised.FP8_FORMATS[FP8], "full_precision_matrix_mult": True}
+            out[f"{layer}.comfy_quant"] = quantised.mark(conf)
     return out
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import comfy.memory_management
 import comfy.model_base
 import comfy.model_detection
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
 from torch import Tensor
 
-from . import framepack, scaled_fp8, tensor_file
+from . import framepack, quantised, tensor_file
 from .key_map import (
     CONTEXT_SIGNATURE,
     QUANT_MARKER,
@@ -46,7 +47,6 @@ KINDS = ("F0", "F1")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ext>\.safetensors)$")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PACKED = (torch.uint8, torch.int8)
-BLOCKS = ("double_blocks.", "single_blocks.", "blocks.")  # in core's names of HunyuanVideo and Wan
 CHOOSE = choose(LOAD_MODEL)
 SHARDS_SHOWN = 4
 
@@ -194,7 +194,7 @@ def inspect(paths: str | Sequence[str], name: str = "") -> CheckpointInfo:
         kind=said or guess,
         kind_from="metadata" if said else "name" if guess else "",
         layout="diffusers" if is_diffusers(stored) else "native",
-        quantised=len(scaled_fp8.layer_settings(stored, metadata, prefix)),
+        quantised=len(quantised.layer_settings(stored, metadata, prefix)),
         **measured(files, stored),
     )
 
@@ -221,22 +221,22 @@ def open_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, StoredTensor 
         table = check_keys(stored, diffusers)
     except KeyMapError as error:
         raise KeyMapError(f"{files[0]}: {error} {CHOOSE}", error.missing, error.unexpected) from None
-    settings = scaled_fp8.layer_settings(stored, metadata, prefix)
-    metadata = {k: v for k, v in metadata.items() if k != scaled_fp8.METADATA_KEY}
+    settings = quantised.layer_settings(stored, metadata, prefix)
+    metadata = {k: v for k, v in metadata.items() if k != quantised.METADATA_KEY}
     if not diffusers:
         out: dict[str, Tensor] = dict(stored)
         if QUANT_MARKER not in stored:  # core turns its older mark into this one by itself
-            out.update({f"{layer}.comfy_quant": scaled_fp8.mark(conf) for layer, conf in settings.items()})
+            out.update({f"{layer}.comfy_quant": quantised.mark(conf) for layer, conf in settings.items()})
         return out, metadata
     native: dict[str, Tensor] = {}
     for row in table:
         packed = any(stored[f"{source}.weight"].dtype in PACKED for source in row.sources)
         if not packed:
             _check_parts(files[0], row, stored)
-        quantised = scaled_fp8.convert_row(row, stored, settings)
+        with_scales = quantised.convert_row(row, stored, settings)
         if packed:  # their widths only mean something once it is known that they have no unknown format
             _check_parts(files[0], row, stored)
-        native.update(quantised or {})
+        native.update(with_scales or {})
         for param in row.params:
             if f"{row.target}.{param}" not in native:
                 native[f"{row.target}.{param}"] = _fuse(row, param, stored)
@@ -311,9 +311,9 @@ def load_state_dict(paths: str | Sequence[str]) -> tuple[dict[str, Tensor], dict
 def load_framepack(paths, model_options=None, disable_dynamic=False):
     """A core ModelPatcher around the FramePack network of a checkpoint.
 
-    model_options: core's own (`dtype`, `custom_operations`, ...). Beyond what core does, a network kept in fp8
-    has only its blocks' matrices in fp8: embedders, context weights, output layer, norms and biases stay as
-    precise as the file has them (reference/framepack.md 9, trap 15).
+    model_options: core's own (`dtype`, `custom_operations`, ...) and `quantised.ROUND_TO`. Beyond what core does, a
+    network kept in fp8 has only its blocks' matrices in fp8: embedders, context weights, output layer, norms and
+    biases stay as precise as the file has them (reference/framepack.md 9, trap 15).
     Raises FileError, CheckpointError or KeyMapError; nothing is ever filled with random numbers.
     """
     framepack.register()
@@ -331,13 +331,17 @@ def load_framepack(paths, model_options=None, disable_dynamic=False):
 def load_stored(files: Sequence[str], stored: Mapping[str, Tensor], metadata, model_options, disable_dynamic=False):
     """A core ModelPatcher around tensors on disk in core's layout, or None where core does not know them.
 
-    model_options: core's own; an fp8 `dtype` counts for nothing where the file has fp8 with scales.
+    model_options: core's own, and `quantised.ROUND_TO`; neither that nor an fp8 `dtype` counts where the file has
+    formats with scales.
     """
     model_options = dict(model_options)
-    quantised = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
-    if quantised and model_options.get("dtype") in FP8:
+    round_to = model_options.pop(quantised.ROUND_TO, None)
+    own_formats = any(layer_of(k)[1] == "comfy_quant" for k in stored) or QUANT_MARKER in stored
+    if own_formats and model_options.get("dtype") in FP8:
         del model_options["dtype"]  # it has fp8 where fp8 is wanted; core would round everything else to it as well
-    own_formats = quantised or "custom_operations" in model_options
+    if round_to and not own_formats:
+        stored, own_formats = quantised.rounded(stored, round_to, comfy.model_management.get_torch_device()), True
+    own_formats = own_formats or "custom_operations" in model_options
     disk_backed = comfy.memory_management.aimdo_enabled
     sd = _tensors_to_keep(files, stored, disk_backed) if own_formats or disk_backed else stored
     model = comfy.sd.load_diffusion_model_state_dict(
@@ -369,8 +373,7 @@ def _restore_precision(model: comfy.model_base.BaseModel, stored: Mapping[str, T
         numbers[value.dtype in FP8] += value.numel()
     fp8_file = numbers[True] > numbers[False]
     for key, value in stored.items():
-        matrix_of_block = value.ndim == 2 and key.startswith(BLOCKS)
-        if value.dtype in FP8 or (matrix_of_block and not fp8_file):
+        if value.dtype in FP8 or (quantised.is_block_matrix(key, value) and not fp8_file):
             continue
         module_name, param = layer_of(key)
         module = model.diffusion_model.get_submodule(module_name)

@@ -95,12 +95,15 @@ CHECKPOINTS = _needs("""
     comfy.sd.load_diffusion_model_state_dict sd model_options metadata
     comfy.model_detection.detect_unet_config state_dict key_prefix
     comfy.ops.disable_weight_init
+    comfy.quant_ops.QUANT_ALGOS
+    comfy.quant_ops.QuantizedTensor.from_float tensor layout_cls
     comfy.lora.load_lora lora to_load log_missing
     comfy.lora.model_lora_keys_unet model key_map
     comfy.lora_convert.convert_lora sd
     comfy.utils.get_attr obj attr
     comfy.utils.load_torch_file ckpt
     comfy.memory_management.aimdo_enabled
+    comfy.model_management.get_torch_device
     comfy.model_patcher.ModelPatcher.add_patches patches strength_patch
     comfy.model_patcher.ModelPatcher.clone
     folder_paths.get_filename_list folder_name

@@ -301,7 +301,7 @@ def modulation_rows(vec_BRKD: Tensor, clean_11KD: Tensor, window: int, behind: i
 def _spreads(total: int, run: int) -> bool:
     """Whether core makes runs of `run` tokens, the last one cut, out of as many rows as that takes."""
     rows = -(-total // run)
-    whole, rest = divmod(total, rows)
+    whole, rest = total // rows, total % rows  # not divmod, which torch.compile cannot follow
     return whole == run if not rest else whole > 1 and whole + 1 == run
 
 

@@ -14,7 +14,7 @@ import torch
 from comfy import model_base
 
 from benchmarks import parity_models as pm
-from frame_memory.model import checkpoint, framepack, key_map, scaled_fp8, tensor_file
+from frame_memory.model import checkpoint, framepack, key_map, quantised, tensor_file
 
 from . import checkpoint_files as cf
 
@@ -182,7 +182,7 @@ def test_scaled_fp8_with_equal_scales_is_exact(tmp_path, reference, native, mark
         sd["scaled_fp8"] = torch.zeros(2, dtype=cf.F8)
     if mark == "comfy_quant":
         conf = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-        sd.update({f"{layer}.comfy_quant": scaled_fp8.mark(conf) for layer in layers})
+        sd.update({f"{layer}.comfy_quant": quantised.mark(conf) for layer in layers})
     path = cf.write_file(tmp_path / "a.safetensors", sd, metadata)
     patcher = checkpoint.load_framepack(path)
     meaning = key_map.convert_diffusers(cf.dequantised(sd, name))
@@ -253,8 +253,8 @@ def test_formats_that_cannot_be_fused_are_refused_by_name(tmp_path, reference):
     layer = "transformer_blocks.0.attn.to_q"
     sd[f"{layer}.weight"] = torch.zeros(128, 64, dtype=torch.uint8)
     sd[f"{layer}.weight_scale"] = torch.zeros(128, 8, dtype=cf.F8)
-    sd[f"{layer}.comfy_quant"] = scaled_fp8.mark({"format": "nvfp4"})
-    with pytest.raises(scaled_fp8.QuantError, match="nvfp4"):
+    sd[f"{layer}.comfy_quant"] = quantised.mark({"format": "nvfp4"})
+    with pytest.raises(quantised.QuantError, match="nvfp4"):
         checkpoint.load_framepack(cf.write_file(tmp_path / "a.safetensors", sd))
 
 

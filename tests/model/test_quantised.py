@@ -1,0 +1,172 @@
+"""fp8 and int8 by core's quantised operations: what is rounded, which products are taken, and what it costs."""
+
+from __future__ import annotations
+
+import comfy.model_detection
+import comfy.ops
+import pytest
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from benchmarks import parity_models as pm
+from frame_memory.model import checkpoint, key_map, quantised, tensor_file
+from frame_memory.model.quantised import FP8, INT8, ROUND_TO
+from frame_memory.model.transformer import FramePackTransformer
+
+from . import checkpoint_files as cf
+
+BF16, F32 = torch.bfloat16, torch.float32
+LAYOUTS = {FP8: "TensorCoreFP8E4M3Layout", INT8: "TensorWiseINT8Layout"}
+# What core calls once for each product in a format: the rounding of what goes into fp8's (a CPU then has no product of
+# two fp8 matrices, and core multiplies what they stand for), and int8's whole layer.
+PRODUCTS = {FP8: "comfy_kitchen::quantize_fp8", INT8: "comfy_kitchen::int8_linear"}
+# Relative rms of a forward pass to the same in fp32: matrices in the format, and products in it. Measured: 0.0382,
+# 0.0460 and 0.0183 on random numbers, 0 (it ships in fp8), 0.0419 and 0.0177 on the self-test model F1.
+LOSS = {(FP8, False): 0.05, (FP8, True): 0.06, (INT8, True): 0.025}
+F1 = cf.REPO / "selftest_models" / "diffusion_models" / "frame_memory_selftest_F1.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return cf.tiny_reference()
+
+
+@pytest.fixture(scope="module")
+def native(reference):
+    return key_map.convert_diffusers(reference)
+
+
+def int8_parts(sd: dict, settings: dict | None = None) -> dict[str, torch.Tensor]:
+    """diffusers' names with the blocks' matrices in int8; odd layers have one scale a row, the others one."""
+    out = {}
+    for number, (key, value) in enumerate(sd.items()):
+        if not (cf.in_block(key) and value.ndim == 2):
+            out[key] = value.to(BF16)
+            continue
+        largest = value.abs().amax(1, keepdim=True) if number % 2 else value.abs().max()
+        layer = key.removesuffix(".weight")
+        out[key], out[f"{layer}.weight_scale"] = (value / largest * 127).round().to(torch.int8), largest / 127
+        out[f"{layer}.comfy_quant"] = quantised.mark({"format": INT8, **(settings or {})})
+    return out
+
+
+def test_int8_parts_become_one_matrix_without_loss(tmp_path, reference):
+    sd = int8_parts(reference)
+    patcher = checkpoint.load_framepack(cf.write_file(tmp_path / "a.safetensors", sd))
+    meaning = key_map.convert_diffusers(cf.dequantised(sd))
+    for key in (
+        "single_blocks.0.linear1.weight",
+        "single_blocks.1.linear2.weight",
+        "double_blocks.0.txt_attn.qkv.weight",
+    ):
+        assert torch.equal(cf.weight_of(patcher, key), meaning[key]), key
+
+
+def test_int8_that_is_turned_keeps_its_turn_and_is_not_mixed(tmp_path, reference):
+    turn = {"convrot": True, "convrot_groupsize": 64}
+    sd = int8_parts(reference, turn)
+    stored, _ = checkpoint.open_state_dict(cf.write_file(tmp_path / "a.safetensors", sd))
+    assert quantised.layer_settings(stored, {}, "")["single_blocks.0.linear1"] == {"format": INT8, **turn}
+    for settings in ({"format": INT8}, {"format": FP8}):
+        layer = "transformer_blocks.0.attn.to_k"
+        mixed = {**sd, f"{layer}.comfy_quant": quantised.mark(settings)}
+        with pytest.raises(quantised.QuantError, match=rf"{layer} .*in different ways.*'Load FramePack Model'"):
+            checkpoint.open_state_dict(cf.write_file(tmp_path / "b.safetensors", mixed))
+
+
+@pytest.mark.parametrize("name", [FP8, INT8])
+def test_a_file_in_full_is_rounded_in_its_blocks_alone(tmp_path, reference, native, name):
+    given = {k: v.to(BF16) for k, v in reference.items()}
+    given["single_transformer_blocks.1.proj_out.weight"].zero_()
+    path = cf.write_file(tmp_path / "a.safetensors", given)
+    patcher = checkpoint.load_framepack(path, {ROUND_TO: name})
+    network, exact = patcher.model.diffusion_model, checkpoint.load_state_dict(path)[0]
+    for key in native:
+        module, param = key_map.layer_of(key)
+        layer, got, truth = network.get_submodule(module), cf.weight_of(patcher, key), exact[key].float()
+        if not (cf.in_block(key) and truth.ndim == 2):
+            assert not isinstance(getattr(layer, param), QuantizedTensor) and torch.equal(got, truth), key
+            continue
+        assert layer.weight._layout_cls == LAYOUTS[name], key
+        # Half a step: of e4m3, whose steps grow with the number, or of the row's int8.
+        largest = truth.abs().max() if name == FP8 else truth.abs().amax(1, keepdim=True)
+        half = torch.maximum(truth.abs() / 16, largest / 448 / 2**10) if name == FP8 else largest / 254
+        assert ((got - truth).abs() <= half * 1.001).all(), key
+        full = name == FP8 and module.endswith(("_mod.lin", "modulation.lin"))
+        assert layer._full_precision_mm_config == full, key
+    again, arguments = patcher.cached_patcher_init[:2]
+    assert torch.equal(cf.weight_of(again(*arguments), key), cf.weight_of(patcher, key))
+
+
+def test_plain_fp8_keeps_its_bytes_and_scales_keep_their_format(tmp_path, reference):
+    plain = cf.write_file(tmp_path / "a.safetensors", cf.plain_fp8(reference))
+    key, expected = "single_blocks.0.linear1.weight", checkpoint.load_state_dict(plain)[0]
+    assert torch.equal(cf.weight_of(checkpoint.load_framepack(plain, {ROUND_TO: FP8}), key), expected[key].float())
+    scaled, layers = cf.scaled_fp8(reference)
+    path = cf.write_file(tmp_path / "b.safetensors", scaled, cf.as_metadata(layers))
+    asked, as_it_is = (checkpoint.load_framepack(path, options) for options in ({ROUND_TO: INT8}, {}))
+    assert torch.equal(cf.weight_of(asked, key), cf.weight_of(as_it_is, key))
+
+
+# ---- on a device that multiplies in the format ---------------------------------------------------------------------
+
+
+def network_of(sd: dict, dtype=F32, able: bool = True) -> FramePackTransformer:
+    """Our network as core builds it for marked tensors. able: as on a device that multiplies in fp8."""
+    disabled = () if able else tuple(quantised.FP8_FORMATS.values())
+    operations = comfy.ops.mixed_precision_ops({}, dtype, disabled=disabled)
+    config = comfy.model_detection.detect_unet_config(sd, "")
+    made = FramePackTransformer(dtype=dtype, device="cpu", operations=operations, **config).eval()
+    made.load_state_dict(dict(sd))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", [FP8, INT8])
+def test_the_blocks_multiply_in_the_format_by_the_hosts_own_product(native, name, dtype):
+    network = network_of(quantised.rounded(native, name), dtype)
+    with torch.profiler.profile() as seen:
+        out = pm.run_ours(network, cf.tiny_inputs(), dtype)
+    calls = sum(event.count for event in seen.key_averages() if event.key == PRODUCTS[name])
+    # qkv, proj and two of the MLP for picture and text, two of a single block.
+    modulations = 0 if name == FP8 else 2 * cf.TINY["double"] + cf.TINY["single"]
+    assert calls == 8 * cf.TINY["double"] + 2 * cf.TINY["single"] + modulations
+    assert out.dtype == dtype and torch.isfinite(out).all()
+
+
+def test_a_gradient_goes_through_both(native):
+    """It is that of the numbers the matrix stands for."""
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    for name in (FP8, INT8):
+        layer = network_of(quantised.rounded(native, name)).double_blocks[0].img_mlp[0]
+        x.grad = None
+        layer(x).sum().backward()
+        expected = layer.weight.dequantize().float().sum(0).expand_as(x)
+        assert pm.relative_rms(x.grad, expected) <= 1e-5, name
+
+
+# ---- what it costs -------------------------------------------------------------------------------------------------
+
+
+def random_network() -> tuple[dict, pm.Inputs]:
+    """Of two heads, at an odd size."""
+    sd = key_map.convert_diffusers(pm.make_reference(heads=2, double=2, single=4, text_features=64).state_dict())
+    groups = ((4, tuple(range(1, 17))), (2, (17, 18)), (1, (0, 19)))
+    return sd, pm.make_inputs(
+        9, 13, range(20, 29), groups, batch=2, text_lengths=(7, 11), image_tokens=9, text_features=64
+    )
+
+
+def shipped_network() -> tuple[dict, pm.Inputs]:
+    """F1 as it ships, in fp32."""
+    stored, _ = checkpoint.open_state_dict(str(F1))
+    return cf.dequantised({k: tensor_file.real(v) for k, v in stored.items()}), cf.tiny_inputs()
+
+
+@pytest.mark.parametrize("made", [random_network, shipped_network])
+def test_a_forward_pass_loses_no_more_than_is_said(made):
+    sd, given = made()
+    truth = pm.run_ours(pm.make_ours(key_map.convert_native(sd)), given, F32)
+    for (name, able), bound in LOSS.items():
+        out = pm.run_ours(network_of(quantised.rounded(sd, name), able=able), given, F32)
+        assert pm.relative_rms(out, truth) <= bound, (name, able)

@@ -1,0 +1,55 @@
+"""torch.compile as core's node TorchCompileModel puts it on: one piece, few graphs, and the numbers of the plain run.
+
+The backend here runs what was captured and generates no code: what is captured is what differs between models.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from torch._dynamo.utils import counters
+
+from . import wan_runs
+from .conftest import guider_for, of_kind, run
+
+T2V = "2.1 T2V"
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Nothing captured before counts, and nothing stays."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    """A clone as the node makes it, that refuses to be captured in more than one piece."""
+    clone, options = model.clone(), {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(model=clone, backend="eager", options=options, fullgraph=True)
+    return clone
+
+
+def framepack(model, sections: int):
+    guider = guider_for(of_kind(model, "F1"))
+    return run(model, guider=guider, seconds=1.2 * sections, steps=2, kind=None)[0]["samples"]
+
+
+def wan(model, sections: int):
+    guider = guider_for(model, wan_runs.prompt(3))
+    return wan_runs.made(model, T2V, seconds=0.5 * sections, guider=guider)[0]["samples"]
+
+
+@pytest.mark.parametrize("family,graphs", [(framepack, 2), (wan, 1)])
+def test_one_section_compiles_for_all(family, graphs, model):
+    """FramePack's first step computes what the section keeps, its others read it: a graph for each of the two."""
+    plain = model if family is framepack else wan_runs.attached(T2V)
+    made = compiled(plain)
+    family(made, 1)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert torch.equal(family(made, 3), family(plain, 3))
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
