@@ -1,7 +1,8 @@
 """What every step of a section would compute to the same numbers, computed in its first step and kept to its last.
 
-A prompt of a section carries one `Once` to the network beside its context, and core lets go of it with the section. So
-nothing outlives what it was computed from; a network that is called without one computes everything each time.
+A prompt of a section carries a `Once` to the network beside its context (on Wan all prompts with the same history carry
+the same one), and core lets go of it with the section. So nothing outlives what it was computed from; a network that is
+called without one computes everything each time.
 """
 
 from __future__ import annotations

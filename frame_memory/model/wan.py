@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import comfy.conds
 import comfy.model_management
@@ -42,14 +43,17 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .cross_attention import with_features
-from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, AloneConstant, token_conditions
-from .packing import KERNEL_OF_RATE, CleanEmbedder, packed_rope
+from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, ONCE, AloneConstant, token_conditions
+from .once import Once, every_time
+from .packing import KERNEL_OF_RATE, CleanEmbedder, ContextLayout, packed_rope
 from .stored_weights import original
 
 # Of the wrappers and of the additional model.
 KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
 TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
+# What a prompt may carry of the history, as the wrapper takes it.
+_CARRIED = (CONTEXT, LAYOUT, TOKENS, POSITIONS)
 # In `transformer_options`: how many tokens stand behind the window.
 BEHIND = "frame_memory_behind"
 _MASK = 4
@@ -127,7 +131,7 @@ def attach(model_patcher, patchifiers=None):
     clone = detach(model_patcher)
     network = None if patchifiers is None else patchifiers.model
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _Wrapper(network))
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _make_room)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _begin)
     if patchifiers is not None:
         clone.set_additional_models(KEY, [patchifiers])
     return clone
@@ -199,43 +203,45 @@ class _Wrapper:
 
     def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
                  **kwargs):  # fmt: skip
-        latents, layout, tokens, positions = (kwargs.pop(name, None) for name in (CONTEXT, LAYOUT, TOKENS, POSITIONS))
-        features = kwargs.pop(FRAME_FEATURES, None)
+        latents, layout, tokens, positions = (kwargs.pop(name, None) for name in _CARRIED)
+        features, once = kwargs.pop(FRAME_FEATURES, None), kwargs.pop(ONCE, every_time)
         options = {} if transformer_options is None else transformer_options
         if layout is not None or tokens is not None:
             network = executor.class_obj
             _check_network(network, type(network).__name__)
             _check_alone(network, time_dim_concat, kwargs)
-            history = self.history(network, x, timestep, latents, layout, tokens, positions, options)
-            window = slice(x.shape[2] * math.prod(_grid(x)))
-            options = with_features(options, features, x, window)
+            told = (latents or [], layout, tokens, positions)
+            history = self.history(network, x, timestep, told, options, once)
+            options = with_features(options, features, x, slice(_tokens_of(x)))
             options = history.options(options, len(network.blocks))
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
-    def history(self, network: WanModel, x, timestep, latents, layout, tokens, positions, options) -> _History:
-        """Everything that stands behind the window `x [B, C, T, H, W]` of one call."""
-        place = _placer(network, options)
-        grid = _grid(x)
-        parts, phases, window = [], [], None
-        if tokens is not None:
-            parts.append(tokens)
-            phases.append(place(positions.to(x.device, torch.float32)[None])[0, 0])
+    def history(self, network: WanModel, x, timestep, told: tuple, options, once) -> _History:
+        """Everything that stands behind the window `x [B, C, T, H, W]` of one call. told: as in `_CARRIED`."""
+        latents, layout, tokens, positions = told
+        if latents and self.patchifiers is None:
+            raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
         if layout is not None:
-            latents = latents or []
-            if latents and self.patchifiers is None:
-                raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
             layout.check(latents, x)
-            frames = tuple(latent.shape[2] for latent in latents)
-            for latent, (rate, _) in zip(latents, layout.groups, strict=True):
-                clean = pad_to_patch_size(latent.to(x), _PATCH)
-                parts.append(self.patchifiers(clean, rate))  # pyright: ignore[reportOptionalCall]
-            table = packed_rope(place, layout, frames, *grid, x.device)[0, 0]
-            own = x.shape[2] * math.prod(grid)
-            phases.append(table[: len(table) - own])
-            window = table[len(table) - own :][None, :, None]
-        empty = x.new_empty((x.shape[0], 0, network.dim))
-        seen = torch.cat([empty, *(part.to(x).expand(x.shape[0], -1, -1) for part in parts)], dim=1)
-        return _History(seen, torch.cat(phases)[None, :, None], window, _clean_row(network, timestep, x.dtype))
+        stretch = options.get("rope_options") or {}
+        same = (x.device, x.dtype, x.shape, layout, tuple(sorted(stretch.items())))
+        frames = tuple(latent.shape[2] for latent in latents)
+        placed = partial(_phases, _placer(network, stretch), x, layout, frames, positions)
+        clean = partial(_clean_row, network, timestep, x.dtype)
+        return _History(
+            once("history", same, partial(self._tokens, network.dim, x, latents, layout, tokens)),
+            once("positions", same, placed),
+            layout is not None,
+            once("clean", same, clean),
+        )
+
+    def _tokens(self, width: int, x: Tensor, latents, layout: ContextLayout | None, tokens: Tensor | None) -> Tensor:
+        """`[B, M, D]`: frame preservation, then context groups."""
+        parts = [x.new_empty((x.shape[0], 0, width))] + ([] if tokens is None else [tokens])
+        for latent, (rate, _) in zip(latents, layout.groups if layout is not None else (), strict=True):
+            clean = pad_to_patch_size(latent.to(x), _PATCH)
+            parts.append(self.patchifiers(clean, rate))  # pyright: ignore[reportOptionalCall]
+        return torch.cat([part.to(x).expand(x.shape[0], -1, -1) for part in parts], dim=1)
 
 
 @dataclass
@@ -243,8 +249,8 @@ class _History:
     """What stands behind the window during one forward pass."""
 
     tokens_BMD: Tensor
-    pe: Tensor  # [1, M, 1, F, 2, 2]
-    window_pe: Tensor | None  # None for the one that core makes
+    pe: Tensor  # [1, M, 1, F, 2, 2], behind the window's N where it is placed here
+    placed: bool  # whether the window is, and not by core
     clean: Tensor  # [1, 1, 6, D]
     _made: dict = field(default_factory=dict)  # last modulation and table, since every block gets the same ones
 
@@ -270,12 +276,13 @@ class _History:
         return replaced
 
     def _rows(self, vec_BR6D: Tensor, window: int) -> Tensor:
-        return self._once("vec", vec_BR6D, lambda: modulation_rows(vec_BR6D, self.clean, window, self.pe.shape[1]))
+        behind = self.tokens_BMD.shape[1]
+        return self._last("vec", vec_BR6D, lambda: modulation_rows(vec_BR6D, self.clean, window, behind))
 
     def _table(self, pe: Tensor) -> Tensor:
-        return self._once("pe", pe, lambda: torch.cat((pe if self.window_pe is None else self.window_pe, self.pe), 1))
+        return self.pe if self.placed else self._last("pe", pe, lambda: torch.cat((pe, self.pe), 1))
 
-    def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    def _last(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made or self._made[name][0] is not source:
             self._made[name] = (source, make())
         return self._made[name][1]
@@ -317,9 +324,13 @@ def _grid(x_BCTHW: Tensor) -> tuple[int, int]:
     return -(-x_BCTHW.shape[3] // 2), -(-x_BCTHW.shape[4] // 2)
 
 
-def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:
+def _tokens_of(x_BCTHW: Tensor) -> int:
+    """How many tokens a window is."""
+    return x_BCTHW.shape[2] * math.prod(_grid(x_BCTHW))
+
+
+def _placer(network: WanModel, stretch: Mapping) -> Callable[[Tensor], Tensor]:
     """Core's rotary table for positions `[1, N, 3]`, stretched as `rope_options` stretch the window."""
-    stretch = options.get("rope_options") or {}
 
     def place(ids: Tensor) -> Tensor:
         scale = ids.new_tensor([stretch.get(f"scale_{axis}", 1.0) for axis in "tyx"])
@@ -329,15 +340,35 @@ def _placer(network: WanModel, options: Mapping) -> Callable[[Tensor], Tensor]:
     return place
 
 
-def _make_room(executor, model, noise_shape, conds, *args, **kwargs):
-    """Core's `PREPARE_SAMPLING` wrapper: the history counts as more frames when core makes room for a forward pass.
+def _phases(place, x: Tensor, layout: ContextLayout | None, frames: tuple[int, ...], positions) -> Tensor:
+    """Rotary table `[1, N, 1, F, 2, 2]`: the window where a layout places it, frame preservation, context groups."""
+    parts = [] if positions is None else [place(positions.to(x.device, torch.float32)[None])[0, 0]]
+    if layout is not None:
+        table, own = packed_rope(place, layout, frames, *_grid(x), x.device)[0, 0], _tokens_of(x)
+        parts = [table[len(table) - own :], *parts, table[: len(table) - own]]
+    return torch.cat(parts)[None, :, None]
 
-    Core uses the shape for its estimate alone.
+
+def _begin(executor, model, noise_shape, conds, *args, **kwargs):
+    """Core's `PREPARE_SAMPLING` wrapper: room for the history, and a place to keep what no step of this run changes.
+
+    The history counts as more frames; core uses the shape for its estimate alone.
     """
+    kept: dict[tuple, AloneConstant] = {}
+    conds = {name: [_keeping(entry, kept) for entry in entries] for name, entries in conds.items()}
     cells = max((_cells(entry.get("model_conds", {})) for entries in conds.values() for entry in entries), default=0)
     area = math.prod(noise_shape[3:])
     shape = [*noise_shape[:2], noise_shape[2] + -(-cells // area), *noise_shape[3:]]
     return executor(model, shape if cells else noise_shape, conds, *args, **kwargs)
+
+
+def _keeping(entry: Mapping, kept: dict[tuple, AloneConstant]) -> Mapping:
+    """A prompt's entry with a `Once`, one for all that carry the same history; without where weights may change."""
+    carried = entry.get("model_conds", {})
+    if not any(name in carried for name in _CARRIED) or entry.get("hooks") is not None:
+        return entry
+    once = kept.setdefault(tuple(id(carried.get(name)) for name in _CARRIED), AloneConstant(Once()))
+    return {**entry, "model_conds": {**carried, ONCE: once}}
 
 
 def _cells(model_conds: Mapping) -> int:

@@ -174,7 +174,8 @@ def _blend(
         if tail_THWC is not None:
             head = tail_THWC.shape[0]
             w_T111 = crossfade_weights(head, device=pixels_THWC.device).view(-1, 1, 1, 1)
-            blended_THWC = w_T111 * tail_THWC + (1 - w_T111) * pixels_THWC[:head]
+            with torch.inference_mode():  # the tail may be an inference tensor, which is changed in here only
+                blended_THWC = tail_THWC.mul_(w_T111).add_((1 - w_T111) * pixels_THWC[:head])
             tail_THWC = None
             yield blended_THWC
             del blended_THWC

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from frame_memory.video.fragments import cut_to_finished, finished_bytes
 from frame_memory.video.writer import VideoWriteError, VideoWriter, check_disk, estimate_bytes
@@ -150,6 +151,26 @@ def test_uint8_numpy_and_float_are_the_same_frames(tmp_path):
         with av.open(str(tmp_path / f"{name}.mp4")) as container:
             decoded.append(np.stack([frame.to_ndarray() for frame in container.decode(video=0)]))
     assert (decoded[0] == decoded[1]).all() and (decoded[1] == decoded[2]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_floats_of_a_decoder_s_layout_are_stored_as_numpy_and_a_frame_alone_have_them(tmp_path, dtype):
+    """Colours outermost in memory, values beyond 0..1 and so large that their sum is infinite; crf 0 loses nothing."""
+    frames = (1.3 * moving_frames(6) - 0.1).permute(3, 0, 1, 2).contiguous().to(dtype).permute(1, 2, 3, 0)
+    frames[2, :20, :20] = torch.finfo(dtype).max / 300
+    expected = []
+    for image in np.clip(np.round(frames.float().numpy() * np.float32(255)), 0, 255).astype(np.uint8):
+        alone = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        ranges = {"src_color_range": ColorRange.JPEG, "dst_color_range": ColorRange.MPEG}
+        codes = alone.reformat(
+            format="yuv420p", interpolation=Interpolation.AREA, dst_colorspace=Colorspace.ITU709, **ranges
+        )
+        expected.append(codes.to_ndarray())
+    with VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 30, crf=0) as out:
+        out.write(frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stored = [frame.to_ndarray() for frame in container.decode(video=0)]
+    assert np.array_equal(stored, expected)
 
 
 def test_metadata_is_stored_as_core_stores_it(tmp_path):
