@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,8 +83,7 @@ class LiveVideo:
         self.sections[made.section.index] = (made.section, made.key)
         if made.seconds:
             self._write()
-            edge = self._edge()
-            self.beside.give(lambda: self._may_fail(NOT_SHOWN, lambda: self._show(edge)))
+            self.beside.give(partial(self._tell, self._edge()))
 
     def check(self) -> None:
         """Raise why a piece could not be written, at once: what is sampled meanwhile could not be shown either."""
@@ -92,6 +92,7 @@ class LiveVideo:
     def finish(self) -> Path:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
+        self.beside.give(self._judge)
         self.beside.close()
         self._may_fail("The last measures cannot be stored in the project", lambda: self._judge(again=True))
         path = self.join(self.project.folder / f"{self.project.name}.mp4", list(self.segments.values()))
@@ -161,7 +162,13 @@ class LiveVideo:
 
     def _edge(self) -> Piece | None:
         """The last frames, which the next section will be blended over; order 'both ends first' begins with them."""
-        return None if self.decoder is None else self.decoder.edge()
+        edge = None if self.decoder is None else self.decoder.edge()
+        return None if edge is None else _on_cpu(edge)
+
+    def _tell(self, edge: Piece | None) -> None:
+        """Measure what has become final, and play what there is. One job, so that the sampler waits for no room."""
+        self._judge()
+        self._may_fail(NOT_SHOWN, lambda: self._show(edge))
 
     def _show(self, edge: Piece | None) -> None:
         """Join what is there and play it; of a long video less often, since joining copies all of it."""
@@ -197,7 +204,6 @@ class LiveVideo:
             self._begin()
         self._read_again()
         self._decode()
-        self.beside.give(self._judge)
 
     def _decode(self) -> None:
         assert self.decoder is not None
@@ -265,10 +271,11 @@ class LiveVideo:
         return short(parts)
 
     def _write_pieces(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
+        for made in pieces:
+            piece = _on_cpu(made)
             (planned,) = (p for p in self.decoder.pieces if p.start_frame == piece.start_frame)
             self.beside.give(partial(self._write_piece, piece, self._key(planned) or ""))
-            del piece
+            del made, piece
 
     def _write_piece(self, piece: Piece, key: str) -> None:
         segment = write_segment(self.folder, piece, self.plan.fps, crf=self.crf, key=key)
@@ -303,6 +310,11 @@ class LiveVideo:
                     log.warning("%s: %s", self.project.name, warning)
                 self.warned.add(warning)
         self.project.annotate(found)
+
+
+def _on_cpu(piece: Piece) -> Piece:
+    """With --gpu-only pixels lie on the GPU, where each look at them would wait for what is sampled meanwhile."""
+    return replace(piece, frames_THWC=piece.frames_THWC.cpu())
 
 
 def _longest_stretch(segments: Iterable[Segment]) -> list[Segment]:

@@ -181,7 +181,8 @@ def save_video(
     with writer, Beside("encoding") as beside:
         first = 0
         for chunk_THWC in stream:
-            beside.give(partial(encode, first, chunk_THWC))
+            # With --gpu-only each look at pixels on the GPU would wait for what is decoded meanwhile.
+            beside.give(partial(encode, first, chunk_THWC.cpu()))
             first += len(chunk_THWC)
             del chunk_THWC
     assert writer.result is not None
