@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -39,6 +40,15 @@ class SectionRecord:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     finished: str = ""
+
+    @cached_property
+    def text(self) -> str:
+        """The record as JSON, made once: the manifest is written several times for each section, with all of them.
+
+        JSON has no NaN and no infinity: those numbers are written as words.
+        """
+        numbers = {k: v if math.isfinite(v) else str(v) for k, v in self.measures.items()}
+        return _json({**asdict(self), "measures": numbers})
 
 
 @dataclass(frozen=True)
@@ -119,19 +129,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of the file: strict JSON in UTF-8."""
-    data = asdict(manifest)
-    data = {"format": data.pop("format"), "written_by": f"Frame Memory journal {FORMAT}", **data}
-    data["sections"] = {str(i): _plain(manifest.sections[i]) for i in sorted(manifest.sections)}
-    data["takes"] = [_plain(record) for record in manifest.takes]
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    """The bytes of the file: strict JSON in UTF-8, with a line for each section."""
+    values = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
+    data = {"format": values.pop("format"), "written_by": f"Frame Memory journal {FORMAT}", **values}
+    lines = {name: _json(value) for name, value in data.items() if name not in ("sections", "takes")}
+    sections = [f'"{i}": {manifest.sections[i].text}' for i in sorted(manifest.sections)]
+    lines["sections"] = "{\n" + ",\n".join(sections) + "\n}"
+    lines["takes"] = "[\n" + ",\n".join(record.text for record in manifest.takes) + "\n]"
+    text = "{\n" + ",\n".join(f'"{name}": {lines[name]}' for name in data) + "\n}"
     return text.encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
 
 
-def _plain(record: SectionRecord) -> dict:
-    """JSON has no NaN and no infinity: those numbers are written as words."""
-    numbers = {k: v if math.isfinite(v) else str(v) for k, v in record.measures.items()}
-    return {**asdict(record), "measures": numbers}
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _decode(data: dict) -> Manifest:

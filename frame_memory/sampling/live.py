@@ -1,5 +1,8 @@
 """The video of a project on disk while its sections are still being made: decoded, encoded and joined piece by piece.
 
+A section is decoded before the next one is sampled, since both need all of a GPU. What a CPU does with its pixels goes
+on beside that sampling, on a thread of its own: encoding, measuring, joining, and the manifest of it.
+
 Shape legend: B batch, C channels, T frames, H W pixels.
 """
 
@@ -8,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from comfy.model_management import InterruptProcessingException
@@ -15,6 +20,7 @@ from torch import Tensor
 
 from ..journal.project import Project
 from ..plan import LongVideoPlan, Section
+from ..video.beside import Beside
 from ..video.ladder import DecodeLadder
 from ..video.segments import Segment, join_segments, read_segment, segment_problem, write_segment
 from ..video.stream import Piece, PieceRange, StreamDecoder, plan_pieces
@@ -41,7 +47,8 @@ class LiveVideo:
     Of a batch the first video is written. Pieces that an earlier run has written from the same sections are kept.
     show: gets the path of a playable mp4 of what is finished so far, after every section that was made. What only
     shows the video, this and the contact sheet, never ends a run: `announce` hears once why it failed. say: words
-    about the work at hand.
+    about the work at hand. `show` and `announce` may be called on another thread. A piece that cannot be written ends
+    the run: `check`, called at every step, raises why. `finish` or `keep` must be called at the end.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class LiveVideo:
         self.written_from = 4 * plan.total_frames  # the first pixel frame that this run has written itself
         self.sheet = project.folder / SHEET
         self.joined = 0
+        self.beside = Beside("video of a project")
 
     def on_section(self, made: Made, frames: LatentFrames) -> None:
         """Take note of a section; write what it makes final, unless it was found: then more may be found at once."""
@@ -75,11 +83,17 @@ class LiveVideo:
         self.sections[made.section.index] = (made.section, made.key)
         if made.seconds:
             self._write()
-            self._may_fail(NOT_SHOWN, self._show)
+            self.beside.give(partial(self._tell, self._edge()))
+
+    def check(self) -> None:
+        """Raise why a piece could not be written, at once: what is sampled meanwhile could not be shown either."""
+        self.beside.check()
 
     def finish(self) -> Path:
         """Write what is left and join the whole video; returns the path of its mp4."""
         self._write()
+        self.beside.give(self._judge)
+        self.beside.close()
         self._may_fail("The last measures cannot be stored in the project", lambda: self._judge(again=True))
         path = self.join(self.project.folder / f"{self.project.name}.mp4", list(self.segments.values()))
         self._remove(PREVIEW, UNFINISHED.format(self.project.name))
@@ -91,6 +105,7 @@ class LiveVideo:
 
         A second Cancel only ends the decoding of what was not decoded yet. Raises Exception where no file can be made.
         """
+        self._or_without("What was being written is left out of the mp4", self.beside.close)
         if self.frames is None:
             return None
         if self.decoder is None:  # stopped before a section was made, so nothing of an earlier run was looked at
@@ -147,11 +162,16 @@ class LiveVideo:
 
     def _edge(self) -> Piece | None:
         """The last frames, which the next section will be blended over; order 'both ends first' begins with them."""
-        return None if self.decoder is None else self.decoder.edge()
+        edge = None if self.decoder is None else self.decoder.edge()
+        return None if edge is None else _on_cpu(edge)
 
-    def _show(self) -> None:
+    def _tell(self, edge: Piece | None) -> None:
+        """Measure what has become final, and play what there is. One job, so that the sampler waits for no room."""
+        self._judge()
+        self._may_fail(NOT_SHOWN, lambda: self._show(edge))
+
+    def _show(self, edge: Piece | None) -> None:
         """Join what is there and play it; of a long video less often, since joining copies all of it."""
-        edge = self._edge()
         if not self.segments and edge is None:
             return
         if len(self.segments) - self.joined >= len(self.segments) // JOINED_EACH:
@@ -174,12 +194,16 @@ class LiveVideo:
         return joined.path
 
     def _write(self) -> None:
-        """Decode and encode everything that has become final."""
+        """Decode everything that has become final, and let it be encoded.
+
+        What was left to do of the sections before comes first: no more than one is ever behind, and the edge of the
+        decoded frames, which is encoded too, is blended over by the next decode.
+        """
+        self.beside.wait()
         if self.decoder is None:
             self._begin()
         self._read_again()
         self._decode()
-        self._judge()
 
     def _decode(self) -> None:
         assert self.decoder is not None
@@ -187,9 +211,7 @@ class LiveVideo:
             if index in self.fed:
                 continue
             self.fed.add(index)
-            for piece in self.decoder.finished(section.start, section.stop):
-                self._write_piece(piece)
-                del piece
+            self._write_pieces(self.decoder.finished(section.start, section.stop))
 
     def _begin(self) -> None:
         """Start the decoder with the pieces that are on disk already."""
@@ -209,8 +231,7 @@ class LiveVideo:
             self.decode, plan.order, plan.total_frames, plan.schedule.window, self._latents,
             clips=plan.clips, have=tuple(self.segments), interrupt=self._check,
         )  # fmt: skip
-        for piece in self.decoder.finished(0, self.frames.first.shape[2]):
-            self._write_piece(piece)
+        self._write_pieces(self.decoder.finished(0, self.frames.first.shape[2]))
 
     def _check(self) -> None:
         """Raise where the artist has pressed Cancel."""
@@ -249,9 +270,15 @@ class LiveVideo:
                 parts.append(self.sections[section.index][1])
         return short(parts)
 
-    def _write_piece(self, piece: Piece) -> None:
-        (planned,) = (p for p in self.decoder.pieces if p.start_frame == piece.start_frame)
-        segment = write_segment(self.folder, piece, self.plan.fps, crf=self.crf, key=self._key(planned) or "")
+    def _write_pieces(self, pieces: Iterable[Piece]) -> None:
+        for made in pieces:
+            piece = _on_cpu(made)
+            (planned,) = (p for p in self.decoder.pieces if p.start_frame == piece.start_frame)
+            self.beside.give(partial(self._write_piece, piece, self._key(planned) or ""))
+            del made, piece
+
+    def _write_piece(self, piece: Piece, key: str) -> None:
+        segment = write_segment(self.folder, piece, self.plan.fps, crf=self.crf, key=key)
         self.project.set_segment(segment.name, segment.as_dict())
         self.written_from = min(self.written_from, piece.start_frame)
         self._add(segment)
@@ -283,6 +310,11 @@ class LiveVideo:
                     log.warning("%s: %s", self.project.name, warning)
                 self.warned.add(warning)
         self.project.annotate(found)
+
+
+def _on_cpu(piece: Piece) -> Piece:
+    """With --gpu-only pixels lie on the GPU, where each look at them would wait for what is sampled meanwhile."""
+    return replace(piece, frames_THWC=piece.frames_THWC.cpu())
 
 
 def _longest_stretch(segments: Iterable[Segment]) -> list[Segment]:

@@ -50,7 +50,7 @@ from .memory import remembering, with_memory
 from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
-from .section_loop import Inputs, SectionSampler
+from .section_loop import Inputs, Moment, SectionSampler
 from .stored import keep_front
 
 ORDER_AUTO = "from frame context"
@@ -234,7 +234,7 @@ def memory_needs(
     """Bytes of system RAM a run will hold: weights, latents, one decode window pair, the writer.
 
     latent_shape: `[B, C, T, H, W]` of the start latent. on_disk: a project keeps the latents, and a few sections of
-    them are at hand; else all are held, and once more as the one video that they become. The decode holds two windows
+    them are at hand; else all are held, and once more as the one video that they become. The decode holds three windows
     of pixels at most, whatever the length; the writer holds frames of one of them as bytes.
     """
     batch, channels, _, height, width = latent_shape
@@ -243,7 +243,7 @@ def memory_needs(
     return {
         "weights": weights,
         "latents": batch * latent_bytes(held, height, width, channels),
-        "decode": 2 * 4 * pixels,
+        "decode": 3 * 4 * pixels,
         "writer": pixels,
     }
 
@@ -442,8 +442,15 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
             project, plan, live.vae, metadata=live.metadata, show=live.show, announce=announce,
             interrupt=go_on, say=say,
         )  # fmt: skip
+
+    def watch(moment: Moment) -> None:
+        """After each step: what went wrong beside the sampling ends it at once."""
+        if writer is not None:
+            writer.check()
+        preview(moment)
+
     try:
-        frames = runner.run(plan, inputs, preview, writer.on_section if writer else None)
+        frames = runner.run(plan, inputs, watch, writer.on_section if writer else None)
         path = writer.finish() if writer else None
     except BaseException:
         say(_stopped(project, writer))

@@ -6,6 +6,7 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels; la
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -90,12 +91,15 @@ def resources(folder: Path | None) -> str:
     return " · ".join(parts)
 
 
-def _sizes(folder: Path) -> Iterator[int]:
+def _sizes(folder: Path | str) -> Iterator[int]:
     """Bytes of every file in a folder; a temporary one that is gone by now counts nothing."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file():
-                yield path.stat().st_size
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _sizes(entry.path)
+                elif entry.is_file():
+                    yield entry.stat().st_size
 
 
 def size_words(count: float) -> str:

@@ -181,8 +181,8 @@ def _blend(
             del blended_THWC
         held = overlap_frames(window, windows[i + 1]) if i + 1 < len(windows) else 0
         stop = pixels_THWC.shape[0] - held
-        if stop > head:
-            yield pixels_THWC[head:stop]
         # A view would keep the whole window alive while the next one is decoded.
+        if stop > head:
+            yield pixels_THWC[head:stop].clone() if held else pixels_THWC[head:]
         tail_THWC = pixels_THWC[stop:].clone() if held else None
         del pixels_THWC

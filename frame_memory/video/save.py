@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 
 from ..model.sources import LOADERS
 from ..plan.decode import DecodeWindow, decode_windows
 from ..plan.mark import LatentMark, read_mark, resolve_fps
+from .beside import Beside
 from .carried import CarriedDecoder, can_carry, steps
 from .decode import DecodeError, LatentSource, decode_stream
 from .ladder import DecodeLadder
@@ -158,22 +160,29 @@ def save_video(
     look: Callable[[int, torch.Tensor], None] = lambda *_: None,
     announce: Callable[[str], None] = log.warning,
 ) -> WrittenVideo:
-    """Decode one video of a plan step by step and write it as it comes; at most two windows are held as floats.
+    """Decode one video of a plan step by step and write it as it comes; at most three windows are held as floats.
 
-    look: gets (first frame number, float pixels [T,H,W,C]) of everything that is written, in order; it keeps none of
-    it. on_window: gets (done, count) after each of the plan's steps. announce: gets a sentence for every rung of the
-    ladder that an out-of-memory decode goes down (see DecodeLadder). NaN is looked for in each piece before its decode.
-    Raises VideoWriteError, DecodeError, and whatever the VAE, `look` or `interrupt` raises; finished frames are then
-    kept (see VideoWriter).
+    What is decoded is encoded beside the decode of what follows, on a thread of its own: a CPU's work hides behind a
+    GPU's. look: gets (first frame number, float pixels [T,H,W,C]) of everything that is written, in order, on that
+    thread; it keeps none of it. on_window: gets (done, count) after each of the plan's steps. announce: gets a
+    sentence for every rung of the ladder that an out-of-memory decode goes down (see DecodeLadder). NaN is looked for
+    in each piece before its decode. Raises VideoWriteError, DecodeError, and whatever the VAE, `look` or `interrupt`
+    raises; decoded frames are then kept (see VideoWriter).
     """
     stream = pixels_of(plan, vae, item, interrupt, on_window, announce)
-    with VideoWriter(
+    writer = VideoWriter(
         path, plan.width, plan.height, plan.fps, crf=crf, metadata=metadata, expected_frames=plan.frames
-    ) as writer:
+    )
+
+    def encode(first: int, chunk_THWC: torch.Tensor) -> None:
+        writer.write(chunk_THWC)
+        look(first, chunk_THWC)
+
+    with writer, Beside("encoding") as beside:
         first = 0
         for chunk_THWC in stream:
-            writer.write(chunk_THWC)
-            look(first, chunk_THWC)
+            # With --gpu-only each look at pixels on the GPU would wait for what is decoded meanwhile.
+            beside.give(partial(encode, first, chunk_THWC.cpu()))
             first += len(chunk_THWC)
             del chunk_THWC
     assert writer.result is not None

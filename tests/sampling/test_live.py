@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import threading
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ from frame_memory.sampling.preview import resources
 from frame_memory.video import segments
 from frame_memory.video.decode import decode_stream
 from frame_memory.video.vae import VAEError
+from frame_memory.video.writer import VideoWriteError
 
 from .test_project import ORDERS, Plain, made_with, project, run, start_latent
 
@@ -117,6 +119,38 @@ def test_a_rerolled_section_replaces_only_the_pieces_it_shows_in(model, vae, tmp
     )
     after = pictures(second.video)
     assert np.array_equal(before[:37], after[:37]) and not np.array_equal(before[80:], after[80:])
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["written", "refused"])
+def test_a_section_is_written_while_the_next_one_is_sampled(model, vae, tmp_path, monkeypatch, refused):
+    """The first piece waits for the second section's sampling; where it is refused, that sampling ends at once."""
+    sampling, asked, held = threading.Event(), threading.Event(), []
+    real = live.write_segment
+
+    def write(*args, **kwargs):
+        held.append(bool(held) or sampling.wait(30))
+        asked.set()
+        if refused:
+            raise VideoWriteError("There is no room.")
+        return real(*args, **kwargs)
+
+    class Telling(Plain):
+        def sample(self, *args, **kwargs):
+            if self.log:
+                sampling.set()
+                assert asked.wait(30)
+            return super().sample(*args, **kwargs)
+
+    monkeypatch.setattr(live, "write_segment", write)
+    before, log = set(threading.enumerate()), []
+    settings = {**small(), "steps": 30, "project": project(tmp_path), "live": Live(vae), "sampler": Telling(log)}
+    if refused:
+        with pytest.raises(VideoWriteError, match="no room"):
+            run(model, seconds=SECONDS, **settings)
+        assert len(log) == 2 and len(read_manifest(tmp_path / "frame_memory" / "p").finished) == 1
+    else:
+        assert len(pictures(run(model, seconds=SECONDS, **settings).video)) == 109
+    assert held[0] and set(threading.enumerate()) == before
 
 
 def test_fault_47_a_preview_that_is_being_played_does_not_stop_the_run(model, vae, tmp_path, monkeypatch):
