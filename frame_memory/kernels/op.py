@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ class Call:
 class Needs:
     """What a backend needs of a call and of the machine; what is empty is not asked for.
 
-    capability: (least, below) of a CUDA GPU, as (major, minor). features: of a CPU, torch's names. rows, widths: (from,
-    to), both inside. multiple: what divides the width. modules: others' that must be there.
+    capability: (least, below) of an NVIDIA GPU, as (major, minor). features: of a CPU, torch's names. rows, widths:
+    (from, to), both inside. multiple: what divides the width. modules: others' that must be there; major: the versions
+    of the first of them, (from, to).
     """
 
     devices: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Needs:
     widths: tuple[int, int] | None = None
     multiple: int = 1
     modules: tuple[str, ...] = ()
+    major: tuple[int, int] | None = None
     gradient: bool = False
 
     def missing(self, call: Call) -> str:
@@ -64,11 +67,14 @@ class Needs:
         for module in self.modules:
             if not _there(module):
                 return f"{module} is not installed"
+        if self.major and not self.major[0] <= (found := _major(self.modules[0])) <= self.major[1]:
+            return f"{self.modules[0]} is of version {found}; it is for {self.major[0]} to {self.major[1]}"
         if self.capability and kind == "cuda":
             least, below = self.capability
             own = capability(call.device)
-            if not least <= own < below:
-                return f"a GPU of compute capability {_dotted(own)}; for {_dotted(least)} to below {_dotted(below)}"
+            if torch.version.hip or not least <= own < below:
+                made = "AMD" if torch.version.hip else f"compute capability {_dotted(own)}"
+                return f"a GPU of {made}; it is for NVIDIA's {_dotted(least)} to below {_dotted(below)}"
         lacking = [name for name in self.features if kind == "cpu" and not cpu_features().get(name)]
         if lacking:
             return f"the processor has no {' and no '.join(lacking)}"
@@ -123,9 +129,17 @@ def _there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+@cache
+def _major(module: str) -> int:
+    try:
+        return int(version(module).split(".")[0])
+    except (PackageNotFoundError, ValueError):
+        return 0
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
