@@ -10,6 +10,7 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.journal.project import IF_CHANGED
 from ..frame_memory.plan import ORDERS, flow_shift, sigma_schedule
+from ..frame_memory.sampling.attention_backend import AUTOMATIC, CHOICES, choose_attention
 from ..frame_memory.sampling.handed_out import HandedOut
 from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
 from ..frame_memory.sampling.project_run import ProjectRequest
@@ -398,4 +399,56 @@ class FrameMemoryAntiDriftSampler(io.ComfyNode):
         return io.NodeOutput(done.latent, done.report, done.project, video, picture_of(done.sheet), ui=shown)
 
 
-NODES = [FrameMemoryFramePackImage, FrameMemorySigmas, FrameMemoryUniPC, FrameMemoryAntiDriftSampler]
+class FrameMemoryAttentionBackend(io.ComfyNode):
+    """The attention of one MODEL, tested on its device."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryAttentionBackend",
+            display_name="Attention Backend",
+            category="model/patch",
+            description=(
+                "Gives a MODEL the fastest attention that is installed and computes the right numbers on its device. "
+                "Attention is half of a long video's time. Every sampler uses it; other models keep ComfyUI's own."
+            ),
+            search_aliases=["sage attention", "flash attention", "faster", "speed", "xformers"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The MODEL, behind its loader and LoRAs. It is not changed; a copy is returned.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(CHOICES),
+                    default=AUTOMATIC,
+                    tooltip=(
+                        "'automatic' takes the fastest that is installed and agrees with PyTorch's within 10 % in a "
+                        "short test; what ComfyUI was started with (--use-sage-attention and so on) stays. A named "
+                        "one goes before that, and is refused where it is missing or wrong."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The MODEL with this attention, for any sampler."),
+                io.String.Output(
+                    display_name="report", tooltip="Which backend was chosen, and why those before it were not."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, backend=AUTOMATIC) -> io.NodeOutput:
+        chosen, report = choose_attention(model, backend)
+        show(cls, report)
+        return io.NodeOutput(chosen, report, ui=ui.PreviewText(report))
+
+
+NODES = [
+    FrameMemoryFramePackImage,
+    FrameMemorySigmas,
+    FrameMemoryUniPC,
+    FrameMemoryAntiDriftSampler,
+    FrameMemoryAttentionBackend,
+]

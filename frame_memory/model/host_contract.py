@@ -181,6 +181,8 @@ SECTIONS = _needs("""
 """)
 
 SAMPLING = SECTIONS + _needs("""
+    comfy.cli_args.args
+    comfy.ldm.modules.attention.get_attention_function name default
     comfy.samplers.KSAMPLER sampler_function
     comfy_api.latest.InputImpl.VideoFromFile
     comfy_api.latest.io.Boolean.Input
@@ -198,6 +200,8 @@ SAMPLING = SECTIONS + _needs("""
     comfy_api.latest.io.Latent.Input
     comfy_api.latest.io.Latent.Output
     comfy_api.latest.io.Mask.Input
+    comfy_api.latest.io.Model.Input
+    comfy_api.latest.io.Model.Output
     comfy_api.latest.io.Noise.Input
     comfy_api.latest.io.Sampler.Input
     comfy_api.latest.io.Sampler.Output
@@ -496,6 +500,7 @@ FAMILIES: dict[str, Family] = {
             "FrameMemorySigmas",
             "FrameMemoryUniPC",
             "FrameMemoryAntiDriftSampler",
+            "FrameMemoryAttentionBackend",
         ),
         API + MODEL_CLASS + ENCODER + VAE_FAMILIES + PROMPTS + WAN + SAMPLING,
     ),

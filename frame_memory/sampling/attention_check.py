@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.wan.model import WanModel
+from torch import Tensor
 
 from .experts import low_noise_of
 from .guards import attention_name, with_safe_attention
@@ -46,42 +49,72 @@ def checked_attention(guider) -> tuple[Any, list[str]]:
     return checked, warnings
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where attention is computed: numbers a head, number format and device of a MODEL."""
+
+    head: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, patcher) -> Place:
+        """Of a MODEL of the families that the sampler takes."""
+        transformer = patcher.model.diffusion_model
+        width = transformer.dim if isinstance(transformer, WanModel) else transformer.hidden_size
+        return cls(width // transformer.num_heads, patcher.model.get_dtype_inference(), patcher.load_device)
+
+    def __str__(self) -> str:
+        return f"{self.device} for heads of {self.head} in {self.dtype}"
+
+
+def override_of(model_options: dict) -> Callable | None:
+    """What takes the place of the host's attention, in `model_options`."""
+    return model_options.get("transformer_options", {}).get("optimized_attention_override")
+
+
+def known_problem(name: str, override: Callable | None, place: Place) -> str | None:
+    """`attention_problem`, looked for once for a name, head size, number format and kind of device."""
+    key = (name, place.head, place.dtype, comfy.model_management.get_torch_device_name(place.device))
+    if key not in _found:
+        _found[key] = attention_problem(override, place)
+    return _found[key]
+
+
 def _checked(guider) -> tuple[Any, list[str]]:
-    patcher = guider.model_patcher
-    transformer = patcher.model.diffusion_model
-    width = transformer.dim if isinstance(transformer, WanModel) else transformer.hidden_size
-    head = width // transformer.num_heads
-    dtype, device = patcher.model.get_dtype_inference(), patcher.load_device
-    override = guider.model_options.get("transformer_options", {}).get("optimized_attention_override")
-    name = attention_name() if override is None else getattr(override, "__qualname__", type(override).__name__)
+    place, override = Place.of(guider.model_patcher), override_of(guider.model_options)
+    name = attention_name(override)
     if override is not None:  # of another pack, and perhaps made anew for every run under one name: always looked at
-        problem = attention_problem(override, head, dtype, device)
+        problem = attention_problem(override, place)
     else:
-        key = (name, head, dtype, comfy.model_management.get_torch_device_name(device))
-        if key not in _found:
-            _found[key] = attention_problem(None, head, dtype, device)
-        problem = _found[key]
+        problem = known_problem(name, None, place)
     if problem is None:
         return guider, []
     safe = copy.copy(guider)
     safe.model_options = with_safe_attention(guider.model_options)
     return safe, [
-        f"The attention backend '{name}' is wrong on {device} for heads of {head} in {dtype}: {problem}. Plain PyTorch "
-        "attention is used instead, which is slower. Update the backend, or start ComfyUI with "
-        "--use-pytorch-cross-attention."
+        f"The attention backend '{name}' is wrong on {place}: {problem}. Plain PyTorch attention is used instead, "
+        "which is slower. Update the backend, or start ComfyUI with --use-pytorch-cross-attention."
     ]
 
 
-def attention_problem(override, head: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with the host's attention, or with an `override` as ComfyUI calls it, in words; None if nothing."""
+def one_call(override: Callable | None, place: Place) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Query, key and value `[1, 2, TOKENS, D]`, and one call on them of the host's attention or of an override."""
     from comfy.ldm.modules.attention import optimized_attention
 
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1, 2, TOKENS, head, generator=generator).to(device, dtype) for _ in range(3)]
+    shape = (1, 2, TOKENS, place.head)
+    parts = [torch.randn(shape, generator=generator).to(place.device, place.dtype) for _ in range(3)]
     options = {} if override is None else {"optimized_attention_override": override}
+    return parts, lambda: optimized_attention(*parts, heads=2, skip_reshape=True, transformer_options=options)
+
+
+def attention_problem(override: Callable | None, place: Place) -> str | None:
+    """What is wrong with the host's attention, or with an `override` as ComfyUI calls it, in words; None if nothing."""
+    parts, call = one_call(override, place)
     expected_BLD = attention_pytorch(*(part.float() for part in parts), heads=2, skip_reshape=True)
     try:
-        made_BLD = optimized_attention(*parts, heads=2, skip_reshape=True, transformer_options=options)
+        made_BLD = call()
         finite = bool(torch.isfinite(made_BLD).all())
     except Exception as error:  # whatever a backend raises here, it would raise in the middle of a run
         logging.debug("attention check", exc_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -45,13 +46,18 @@ def _plain_attention(func, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
-def with_safe_attention(model_options: dict) -> dict:
-    """A copy of `model_options` whose attention is plain PyTorch; every other option is kept."""
+def with_attention(model_options: dict, override: Callable) -> dict:
+    """A copy of `model_options` with another attention, as ComfyUI calls it; every other option is kept."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = dict(options.get("transformer_options", {}))
-    transformer["optimized_attention_override"] = _plain_attention
+    transformer["optimized_attention_override"] = override
     options["transformer_options"] = transformer
     return options
+
+
+def with_safe_attention(model_options: dict) -> dict:
+    """A copy of `model_options` whose attention is plain PyTorch."""
+    return with_attention(model_options, _plain_attention)
 
 
 def made_safe(guider) -> tuple[Any, str]:
@@ -104,8 +110,10 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def attention_name() -> str:
-    """The attention backend the host has chosen, for messages."""
+def attention_name(override: Callable | None = None) -> str:
+    """The attention backend the host has chosen, or the one in its place, for messages."""
+    if override is not None:
+        return getattr(override, "label", None) or getattr(override, "__qualname__", type(override).__name__)
     from comfy.ldm.modules.attention import optimized_attention
 
     return getattr(optimized_attention, "__name__", "unknown").replace("attention_", "")

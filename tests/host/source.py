@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-RUNTIME = ("__init__.py", "nodes", "frame_memory", "kernels")  # what ComfyUI loads
+RUNTIME = ("__init__.py", "nodes", "frame_memory")  # what ComfyUI loads
 
 
 @cache

@@ -24,18 +24,18 @@ HOST += ("latent_preview", "nodes", "protocol", "app")
 # Who may import whom, by room. Everybody may read plan, which reads nobody.
 BELOW = {
     "frame_memory.plan": set(),
-    "kernels": {"frame_memory.plan"},
+    "frame_memory.kernels": {"frame_memory.plan"},
     "frame_memory.journal": {"frame_memory.plan", "frame_memory.model"},
-    "frame_memory.video": {"frame_memory.plan", "frame_memory.model", "kernels"},
-    "frame_memory.model": {"frame_memory.plan", "kernels"},
+    "frame_memory.video": {"frame_memory.plan", "frame_memory.model", "frame_memory.kernels"},
+    "frame_memory.model": {"frame_memory.plan", "frame_memory.kernels"},
     "frame_memory.sampling": {
         "frame_memory.plan",
         "frame_memory.model",
         "frame_memory.journal",
         "frame_memory.video",
-        "kernels",
+        "frame_memory.kernels",
     },
-    "frame_memory.forcing": {"frame_memory.plan", "frame_memory.model", "kernels"},
+    "frame_memory.forcing": {"frame_memory.plan", "frame_memory.model", "frame_memory.kernels"},
 }
 LIBRARY = set(BELOW)
 BELOW["nodes"] = LIBRARY
@@ -56,7 +56,7 @@ def room_of(module: str) -> str:
 def test_imports_go_down_only(path):
     own = room_of(module_of(path))
     for module, name, line in imports_of(path):
-        if module.split(".")[0] in ("frame_memory", "kernels") or (module.split(".")[0] == "nodes" and own == "pack"):
+        if module.split(".")[0] == "frame_memory" or (module.split(".")[0] == "nodes" and own == "pack"):
             target = room_of(f"{module}.{name}" if module == "frame_memory" and name else module)
             allowed = BELOW.get(own, set()) | {own, "frame_memory"}
             assert target in allowed, f"{path.name}:{line}: {own} may not import {target}"
@@ -80,9 +80,9 @@ def test_plan_is_pure_python(path):
 @pytest.mark.parametrize("path", [p for p in RUNTIME_FILES if "/" in p.id])
 def test_the_library_imports_itself_relatively(path):
     absolute = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and not n.level]
-    found = [n.lineno for n in absolute if (n.module or "").split(".")[0] in ("frame_memory", "kernels")]
+    found = [n.lineno for n in absolute if (n.module or "").split(".")[0] == "frame_memory"]
     plain = [a.name for n in ast.walk(tree(path)) if isinstance(n, ast.Import) for a in n.names]
-    assert not found and not [n for n in plain if n.split(".")[0] in ("frame_memory", "kernels")]
+    assert not found and not [n for n in plain if n.split(".")[0] == "frame_memory"]
 
 
 def test_no_file_over_600_lines_and_no_function_over_60():
@@ -126,11 +126,13 @@ def test_the_pack_runs_no_foreign_code_starts_no_program_and_opens_no_connection
 
 @pytest.mark.parametrize("path", RUNTIME_FILES)
 def test_the_pack_asks_comfy_for_devices_and_never_cuda(path):
+    """Kernels name the kind of device that they are for; they choose none."""
     used = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)]
     bad = [f"{n.lineno}: {resolved(path, n)}" for n in used if (resolved(path, n) or "").startswith("torch.cuda.")]
     bad += [f"{n.lineno}: .cuda()" for n in used if n.attr == "cuda" and resolved(path, n) is None]
+    named = r"cuda:\d+" if room_of(module_of(path)) == "frame_memory.kernels" else r"cuda(:\d+)?"
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"cuda(:\d+)?", node.value):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(named, node.value):
             bad.append(f'{node.lineno}: "{node.value}"')
     assert not bad, f"{path.name}: {bad}"
 

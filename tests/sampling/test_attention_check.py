@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.modules import attention
 
 from frame_memory.sampling import attention_check
-from frame_memory.sampling.attention_check import attention_problem
+from frame_memory.sampling.attention_check import Place, attention_problem
 
 from .conftest import guider_for, run
 from .test_guards import with_attention
@@ -46,7 +46,7 @@ WRONG = {nan: "NaN", swapped: "is off by", edge_dropped: "is off by", refuses: "
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", [64, 128])
 def test_fault_14_wrong_attention_is_put_in_words(override, dtype, head):
-    assert WRONG[override] in attention_problem(override, head, dtype, CPU)
+    assert WRONG[override] in attention_problem(override, Place(head, dtype, CPU))
 
 
 @pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split"])
@@ -55,7 +55,7 @@ def test_fault_14_every_backend_of_the_host_passes_on_the_cpu(name, dtype, monke
     backend = attention.get_attention_function(name)
     monkeypatch.setattr(attention, "optimized_attention", backend)
     for head in (40, 64, 128):
-        assert attention_problem(None, head, dtype, CPU) is None
+        assert attention_problem(None, Place(head, dtype, CPU)) is None
 
 
 def eight_bit(func, q, k, v, *args, **kwargs):
@@ -65,7 +65,7 @@ def eight_bit(func, q, k, v, *args, **kwargs):
 
 
 def test_fault_14_arithmetic_in_eight_bits_passes():
-    assert attention_problem(eight_bit, 128, torch.bfloat16, CPU) is None
+    assert attention_problem(eight_bit, Place(128, torch.bfloat16, CPU)) is None
 
 
 def test_fault_14_a_run_with_a_wrong_backend_is_right_and_says_so(model):
