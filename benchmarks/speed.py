@@ -10,8 +10,8 @@ Operations are those of matrices, convolutions and attention, counted in a pass 
 
 Sizes "tiny" and "mid" are for a CPU; "full" is the published topology, 13 B, for a GPU that holds one network a side.
 "fp8" and "int8" are our blocks rounded as 'weight_dtype' of 'Load FramePack Model' rounds them, beside the others in
-bf16; a row says so where the device has no products in the format. "ours, offloaded" is our network with all its
-weights in RAM, loaded by the host as on a GPU that is full (its older loader, which needs no ComfyUI running).
+bf16; a row says "numbers only" where the device has no fast products in the format, as a CPU has none: its seconds
+mean nothing then. "ours, offloaded" is our network with all its weights in RAM, loaded by the host as on a GPU that is full (its older loader, which needs no ComfyUI running).
 Exits with 1 if a side computes something else than diffusers, or a goal is missed.
 Source: reference/performance.md sections 2 and 4.
 
@@ -139,7 +139,7 @@ def our_network(sd: dict[str, Tensor], kind: str, place: str, device: str) -> Fr
 
 
 def multiplies(kind: str, device: str) -> bool:
-    """Whether a device has products in a format of ROUND_TO."""
+    """Whether a device has fast products in a format of ROUND_TO."""
     layout = get_layout_class(QUANT_ALGOS[ROUND_TO[kind]]["comfy_tensor_layout"])
     return device == "cuda" and layout.supports_fast_matmul()
 
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kind in args.dtypes:
             size, device = SIZES[name], args.device
             took, work, roof = measure(size, kind, device, args.repeats, published, args.offloaded)
-            numbers = f"{kind} (no products in it)" if kind in ROUND_TO and not multiplies(kind, device) else kind
+            numbers = f"{kind} (numbers only)" if kind in ROUND_TO and not multiplies(kind, device) else kind
             case = f"{name}, {128 * size.heads} wide, {size.double} + {size.single} blocks, {numbers}, {device}"
             print(f"\n{case}: {work / 1e12:.3g} T operations a step, roof {roof / 1e9:.4g} G a second\n")
             print("\n".join(lines_of(took, work, roof, device)), flush=True)

@@ -48,7 +48,7 @@ def test_rounded_and_offloaded_sides_run_and_say_what_a_cpu_lacks(monkeypatch, c
     assert speed.main(asked) == 0
     said = capsys.readouterr().out.splitlines()
     for kind in ("fp8", "int8"):
-        at = next(i for i, line in enumerate(said) if f", {kind} (no products in it), cpu:" in line)
+        at = next(i for i, line in enumerate(said) if f", {kind} (numbers only), cpu:" in line)
         rows = [line.split(" | ") for line in said[at + 4 : at + 7]]
         assert [row[0] for row in rows] == ["| diffusers", "| ours", "| ours, offloaded"]
         first, second = (float(row[7].rstrip(" |")) for row in rows[1:])
