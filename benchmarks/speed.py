@@ -11,7 +11,8 @@ Operations are those of matrices, convolutions and attention, counted in a pass 
 Sizes "tiny" and "mid" are for a CPU; "full" is the published topology, 13 B, for a GPU that holds one network a side.
 "fp8" and "int8" are our blocks rounded as 'weight_dtype' of 'Load FramePack Model' rounds them, beside the others in
 bf16; a row says "numbers only" where the device has no fast products in the format, as a CPU has none: its seconds
-mean nothing then. "ours, offloaded" is our network with all its weights in RAM, loaded by the host as on a GPU that is full (its older loader, which needs no ComfyUI running).
+mean nothing then. "ours, offloaded" is our network with all its weights in RAM, loaded by the host as on a GPU that is
+full (by its older loader, which needs no ComfyUI running).
 Exits with 1 if a side computes something else than diffusers, or a goal is missed.
 Source: reference/performance.md sections 2 and 4.
 
