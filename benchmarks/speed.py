@@ -12,6 +12,10 @@ between the runs; bytes of tensors at the peak, without weights; and seconds of 
 Operations are those of matrices, convolutions and attention, counted in a pass of ours.
 
 Sizes "tiny" and "mid" are for a CPU; "full" is the published topology, 13 B, for a GPU that holds one network a side.
+"fp8" and "int8" are our blocks rounded as 'weight_dtype' of 'Load FramePack Model' rounds them, beside the others in
+bf16; a row says "numbers only" where the device has no fast products in the format, as a CPU has none: its seconds
+mean nothing then. "ours, offloaded" is our network with all its weights in RAM, loaded by the host as on a GPU that is
+full (by its older loader, which needs no ComfyUI running).
 Exits with 1 if a side computes something else than diffusers, or a goal is missed.
 Source: reference/performance.md sections 2 and 4.
 
@@ -25,15 +29,23 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from comfy.cli_args import args as host_args
 
 host_args.use_pytorch_cross_attention = True  # the host's choice on a GPU; its choice on a CPU looks at free memory
 
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.ops
 import torch
+from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 from torch import Tensor, nn
 
+from frame_memory.model import quantised
+from frame_memory.model.key_map import convert_diffusers
 from frame_memory.model.once import Once
+from frame_memory.model.transformer import FramePackTransformer
 from frame_memory.sampling.attention_backend import first_right
 from frame_memory.sampling.attention_check import ALLOWED, Place
 
@@ -44,13 +56,16 @@ from .memory_cost import Held, clocked, operations
 from .parity import BF16_BOUND, FP32_BOUND, section_layout
 from .stage_two import gpu_peak
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BOUNDS = {torch.float32: FP32_BOUND, torch.bfloat16: BF16_BOUND}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16}
+ROUND_TO = {"fp8": quantised.FP8, "int8": quantised.INT8}  # our blocks' matrices
+BOUNDS = {"fp32": FP32_BOUND, "bf16": BF16_BOUND, "fp8": 0.1, "int8": 0.05}
 DIFFUSERS, OURS, FASTER, PUBLISHED = "diffusers", "ours", "ours, automatic attention", "published"
+OFFLOADED = "ours, offloaded"
 STEPS, FRAMES = 25, 36  # of a section
 TEXT, IMAGE = 120, 729
 HEAD = 128
 GOAL = 1.25  # of a CPU, times as fast as diffusers
+FP8_GOAL, OFFLOAD_GOAL = 1.6, 1.05  # of a GPU: as fast as diffusers in bf16, and as slow as with all weights there
 WARM = 1
 
 
@@ -98,26 +113,56 @@ def _moved(value, device: str):
     return tuple(_moved(v, device) for v in value) if isinstance(value, tuple) else value
 
 
-def sides(size: Size, dtype: torch.dtype, device: str, published) -> dict[str, Callable[[], Tensor]]:
-    """One step of each side, with the same numbers."""
-    inputs = inputs_of(size, device)
+def sides(
+    size: Size, kind: str, device: str, published=None, offloaded: bool = False
+) -> dict[str, Callable[[], Tensor]]:
+    """One step of each side, with the same numbers. kind: of DTYPES."""
+    inputs, dtype = inputs_of(size, device), DTYPES[kind]
     reference = pm.make_reference(
         heads=size.heads, double=size.double, single=size.single, device=device, dtype=dtype
     )  # fmt: skip
-    ours = pm.make_ours(reference.state_dict(), dtype, device)
-    once = Once()  # as a section has it from its second step on
+    ours = our_network(reference.state_dict(), kind, device, device)
     made = {
         DIFFUSERS: lambda: pm.run_reference(reference, inputs, dtype),
-        OURS: lambda: pm.run_ours(ours, inputs, dtype, once),
+        OURS: partial(pm.run_ours, ours, inputs, dtype, Once()),  # as a section has it from its second step on
     }
+    if offloaded:
+        streamed = our_network(reference.state_dict(), kind, "cpu", device)
+        offload(streamed, device)
+        made[OFFLOADED] = partial(pm.run_ours, streamed, inputs, dtype, Once())
     faster, _ = first_right(Place(HEAD, dtype, torch.device(device)))
     if faster.host != "pytorch":
-        options, again = {"optimized_attention_override": faster}, Once()
-        made[FASTER] = lambda: pm.run_ours(ours, inputs, dtype, again, transformer_options=options)
+        options = {"optimized_attention_override": faster}
+        made[FASTER] = partial(pm.run_ours, ours, inputs, dtype, Once(), transformer_options=options)
     if published is not None:
         network = published.make(reference).to(dtype)
         made[PUBLISHED] = lambda: published.run(network, inputs, dtype)
     return {name: _on(device, step) for name, step in made.items()}
+
+
+def our_network(sd: dict[str, Tensor], kind: str, place: str, device: str) -> FramePackTransformer:
+    """Our network at `place`, with diffusers' numbers, as core makes it for a device."""
+    if kind not in ROUND_TO:
+        return pm.make_ours(sd, DTYPES[kind], place)
+    rounded = quantised.rounded(convert_diffusers(sd), ROUND_TO[kind], device)
+    able = multiplies(kind, device)
+    operations = comfy.ops.mixed_precision_ops({}, DTYPES[kind], disabled=() if able else (ROUND_TO[kind],))
+    config = comfy.model_detection.detect_unet_config(rounded, "")
+    made = FramePackTransformer(dtype=DTYPES[kind], device=place, operations=operations, **config).eval()
+    made.load_state_dict(rounded)
+    return made
+
+
+def multiplies(kind: str, device: str) -> bool:
+    """Whether a device has fast products in a format of ROUND_TO."""
+    layout = get_layout_class(QUANT_ALGOS[ROUND_TO[kind]]["comfy_tensor_layout"])
+    return device == "cuda" and layout.supports_fast_matmul()
+
+
+def offload(network: nn.Module, device: str) -> None:
+    """Have the host leave all weights in RAM, pinned where it does that, and bring each when it is used."""
+    patcher = comfy.model_patcher.ModelPatcher(network, torch.device(device), torch.device("cpu"))
+    patcher.load(torch.device(device), lowvram_model_memory=1)
 
 
 def _on(device: str, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -137,13 +182,13 @@ def product(size: Size, dtype: torch.dtype, device: str) -> tuple[Callable[[], o
 
 
 def measure(
-    size: Size, dtype: torch.dtype, device: str, repeats: int, published=None
+    size: Size, kind: str, device: str, repeats: int, published=None, offloaded: bool = False
 ) -> tuple[dict[str, Took], float, float]:
     """(each side's medians, operations of a step, the roof in operations a second of the clock that counts)."""
-    made = sides(size, dtype, device, published)
+    made = sides(size, kind, device, published, offloaded)
     truth = made[DIFFUSERS]()
     errors = {name: pm.relative_rms(step().cpu(), truth.cpu()) for name, step in made.items()}
-    multiply, work = product(size, dtype, device)
+    multiply, work = product(size, DTYPES[kind], device)
     actions = {**made, "": multiply}
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
     for number in range(WARM + repeats):
@@ -206,6 +251,20 @@ def figures_of(took: dict[str, Took], work: float, roof: float, device: str) -> 
         yield name, "relative rms to diffusers", one.error
 
 
+def misses(took: dict[str, Took], kind: str, size: Size, device: str) -> Iterator[str]:
+    """What a run fails by."""
+    for side, one in took.items():
+        bound = BOUNDS["bf16" if side in (DIFFUSERS, PUBLISHED) and kind in ROUND_TO else kind]
+        if one.error > (ALLOWED if side == FASTER else bound):
+            yield f"{side} computes something else"
+    goal = size.goal if kind not in ROUND_TO else FP8_GOAL if device == "cuda" and kind == "fp8" else None
+    if goal is not None and faster(took, OURS, device) < goal:
+        yield f"ours is less than {goal} times as fast as diffusers"
+    slower = clock(took[OFFLOADED], device) / clock(took[OURS], device) if OFFLOADED in took else 0
+    if device == "cuda" and slower > OFFLOAD_GOAL:
+        yield f"offloaded takes more than {OFFLOAD_GOAL} times as long"
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     published = None
@@ -216,19 +275,18 @@ def main(arguments: list[str] | None = None) -> int:
     good, rows = True, []
     for name in args.sizes:
         for kind in args.dtypes:
-            size, dtype = SIZES[name], DTYPES[kind]
-            took, work, roof = measure(size, dtype, args.device, args.repeats, published)
-            case = f"{name}, {HEAD * size.heads} wide, {size.double} + {size.single} blocks, {kind}, {args.device}"
+            size, device = SIZES[name], args.device
+            took, work, roof = measure(size, kind, device, args.repeats, published, args.offloaded)
+            numbers = f"{kind} (numbers only)" if kind in ROUND_TO and not multiplies(kind, device) else kind
+            case = f"{name}, {HEAD * size.heads} wide, {size.double} + {size.single} blocks, {numbers}, {device}"
             print(f"\n{case}: {work / 1e12:.3g} T operations a step, roof {roof / 1e9:.4g} G a second\n")
-            print("\n".join(lines_of(took, work, roof, args.device)), flush=True)
+            print("\n".join(lines_of(took, work, roof, device)), flush=True)
             rows += [(f"{case}, {side}" if side else case, *rest)
-                     for side, *rest in figures_of(took, work, roof, args.device)]  # fmt: skip
-            wrong = [side for side, one in took.items() if one.error > (ALLOWED if side == FASTER else BOUNDS[dtype])]
-            slow = size.goal is not None and faster(took, OURS, args.device) < size.goal
-            if wrong or slow:
+                     for side, *rest in figures_of(took, work, roof, device)]  # fmt: skip
+            missed = list(misses(took, kind, size, device))
+            if missed:
                 good = False
-                print("\nFAILED: " + "; ".join([f"{side} computes something else" for side in wrong]
-                      + [f"ours is less than {size.goal} times as fast as diffusers"] * slow))  # fmt: skip
+                print("\nFAILED: " + "; ".join(missed))
     if args.record:
         record.append(f"benchmarks.speed --repeats {args.repeats}", rows)
     return 0 if good else 1
@@ -239,7 +297,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", metavar="PATH", help="a checkout of the published FramePack code")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["full"] if gpu else ["tiny", "mid"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if gpu else list(DTYPES))
+    dtypes = ["bf16", "fp8", "int8"] if gpu else ["fp32", "bf16"]
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
+    parser.add_argument("--offloaded", action=argparse.BooleanOptionalAction, default=gpu,
+                        help="also ours with its weights in RAM; on a CPU they are there anyway")  # fmt: skip
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")

@@ -88,7 +88,7 @@ def with_safe_numbers(patcher) -> tuple[Any, str]:
         clone = patcher.clone()
         for name in quantised:  # a layer with a function on its weight is computed in full by core
             clone.add_weight_wrapper(f"{name}.weight", _as_it_is)
-        words.append("without fp8 matrix products")
+        words.append("without quantised matrix products")
     cast = patcher.get_model_object("manual_cast_dtype")
     if (patcher.model_dtype() if cast is None else cast) == torch.float16:
         bf16 = comfy.model_management.should_use_bf16(patcher.load_device)

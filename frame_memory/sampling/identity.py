@@ -102,8 +102,11 @@ def _outline_of_function(function, depth: int):
 def model_fields(patcher) -> dict[str, str]:
     """Readable identity of a MODEL: its weights, what is patched onto them, and its options."""
     network = patcher.model.diffusion_model
-    backup = {k.removeprefix("diffusion_model."): v.weight for k, v in patcher.backup.items()}
-    # Where a LoRA is merged into the weights in memory, core keeps the originals aside.
+    # Where a LoRA is merged into the weights in memory, core keeps the originals aside; of quantised ones with scales.
+    backup = {}
+    for key, kept in patcher.backup.items():
+        name = key.removeprefix("diffusion_model.")
+        backup |= kept.weight.state_dict(name) if hasattr(kept.weight, "_qdata") else {name: kept.weight}
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
     left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
     options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}

@@ -125,7 +125,7 @@ def network_of(sd: dict, dtype=F32, able: bool = True) -> FramePackTransformer:
 @pytest.mark.parametrize("name", [FP8, INT8])
 def test_the_blocks_multiply_in_the_format_by_the_hosts_own_product(native, name, dtype):
     network = network_of(quantised.rounded(native, name), dtype)
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:
         out = pm.run_ours(network, cf.tiny_inputs(), dtype)
     calls = sum(event.count for event in seen.key_averages() if event.key == PRODUCTS[name])
     # qkv, proj and two of the MLP for picture and text, two of a single block.

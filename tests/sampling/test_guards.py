@@ -104,7 +104,7 @@ def test_fault_13_the_second_try_multiplies_without_fp8(tiny_file, monkeypatch):
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "overflow", overflow)
     latent, report = run(clone, guider=guider_for(clone), seconds=1.2)
     assert calls and torch.isfinite(latent["samples"]).all()
-    assert "plain PyTorch attention, without fp8 matrix products" in report
+    assert "plain PyTorch attention, without quantised matrix products" in report
     assert not clone.weight_wrapper_patches and with_safe_numbers(clone)[0] is not clone
 
 

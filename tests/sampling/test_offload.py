@@ -10,7 +10,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from frame_memory.journal import files, read_manifest
-from frame_memory.model import checkpoint
+from frame_memory.model import checkpoint, quantised
+from frame_memory.sampling.identity import model_fields
 
 from .conftest import conditioning, guider_for, of_kind, run
 from .test_project import Plain, project
@@ -104,6 +105,22 @@ def test_fault_18_memory_that_is_free_at_the_moment_changes_nothing(tiny_file, t
     tight = film(count(loaded(tiny_file, 1e32, free=0.0)), tmp_path / "tight", cfg=2.0)
     assert set(sizes) == {1}
     assert torch.equal(roomy[0], tight[0]) and roomy[1] == tight[1]
+
+
+@pytest.mark.parametrize("name", [quantised.FP8, quantised.INT8])
+@torch.inference_mode()
+def test_fault_18_a_lora_merged_into_quantised_weights_leaves_the_model_what_it_was(tiny_file, name):
+    """Core rounds the sum anew, with another scale; the second queue finds it so, and nothing is made again."""
+    whole = of_kind(checkpoint.load_framepack(str(tiny_file), {quantised.ROUND_TO: name}), "F1")
+    before, shape = model_fields(whole), whole.model.diffusion_model.get_parameter(WEIGHT.split(".", 1)[1]).shape
+    whole.add_patches({WEIGHT: ("diff", (0.05 * torch.randn(shape),))}, 0.8)
+    patched = model_fields(whole)
+    kept = whole.model.state_dict()[f"{WEIGHT}_scale"].clone()
+    whole.patch_model()
+    assert not torch.equal(whole.model.state_dict()[f"{WEIGHT}_scale"], kept)
+    assert model_fields(whole) == patched != before
+    whole.unpatch_model()
+    assert torch.equal(whole.model.state_dict()[f"{WEIGHT}_scale"], kept) and model_fields(whole) == patched
 
 
 @pytest.mark.parametrize("setting", ["small pieces", "interrupted twice", "previews"])
