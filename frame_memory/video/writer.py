@@ -117,7 +117,7 @@ def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
         if not bool(frames_THWC.sum(dtype=torch.float32).isfinite()):
             _refuse_broken(frames_THWC, first)
         frames_THWC = frames_THWC.float().mul(255.0).round_().clamp_(0, 255)
-    return np.ascontiguousarray(frames_THWC.to(device="cpu", dtype=torch.uint8).numpy())
+    return frames_THWC.to(device="cpu", dtype=torch.uint8).contiguous().numpy()
 
 
 def _refuse_broken(frames_THWC: torch.Tensor, first: int) -> None:
