@@ -9,10 +9,12 @@ length  Sections 1 to 200 through the sampler, its project and its live video: t
         a thousandth of the fastest section below, or within that interval; RAM grows less than 64 MB. Drawn into
         assets/section_overhead.png.
 share   The same around one section of 832x480 of the 13 B model. What a CPU does is measured here, with the video
-        written beside the sampling. What a GPU does is counted on the meta device (packing, a memory's update, the
-        decode with HunyuanVideo's VAE) and divided by half of the GPU's bf16 peak, which is an assumption. A step's
-        seconds are those of reference/performance.md section 2: nothing here was measured on a GPU. Bound: 5 %, which
-        the decode alone is predicted to break: its operations are those of one of the 25 steps.
+        written beside the sampling; the sampler's steps on latents, which a GPU does there, are told and not counted
+        (25 times some 30 passes over 11 MB are 8 ms of a 4090's memory). What else a GPU does is counted on the meta
+        device (packing, a memory's update, the decode with HunyuanVideo's VAE) and divided by half of the GPU's bf16
+        peak, which is an assumption. A step's seconds are those of reference/performance.md section 2: nothing here was
+        measured on a GPU. Bound: 5 %, which the decode alone is predicted to break: its operations are those of one of
+        the 25 steps.
 
 The autoencoder's network is a stand-in in what is measured. Exits with 1 if a bound fails.
 
@@ -28,6 +30,8 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,11 +66,12 @@ from .quality import SHIFT, load
 from .stage_two import HEIGHT, POOLED, TEXT, VISION, VISION_FEATURES, WIDTH, network
 
 PICTURE = record.RESULTS.parent.parent / "assets" / "section_overhead.png"
-SECTIONS, FEW, STEPS = 200, 8, 25
+SECTIONS, FEW, STEPS = 200, 5, 25
 LEAST_GROWTH, MEMORY_BOUND = 5e-3, 64.0  # seconds and MB from section 2 to the last
 SHARE = 0.05
 HALF = 0.5  # of the peak: what is assumed of a GPU's convolutions and small matrices
 NORMAL = 1.96
+SIDES = {"on the sampler's thread": ("between", "steps"), "beside it": ("beside",)}
 NEAR = 5  # sections before and after one that tell how busy the machine was
 # HunyuanVideo's autoencoder, as core reads it from its file.
 AUTOENCODER = {
@@ -131,34 +136,43 @@ class Light(nn.Module):
 
 
 class Clock:
-    """Seconds of the processor by section: in the network, around it on the sampler's thread, and on other threads."""
+    """Seconds of the processor by section, on the sampler's thread and on others."""
 
     def __init__(self) -> None:
-        self.network, self.began = 0.0, 0.0
-        self.marks: list[tuple[float, float, float]] = []
+        self.spent = dict.fromkeys(("network", "decode", "sampling"), 0.0)
+        self.marks: list[tuple[float, ...]] = []
         self.memory: list[float] = []
 
-    def watch(self, module: nn.Module) -> None:
-        """Count the calls of a network."""
-        module.register_forward_pre_hook(self._enter)
-        module.register_forward_hook(self._leave)
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Count what is done inside."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.spent[name] += time.thread_time() - began
 
-    def _enter(self, *_) -> None:
-        self.began = time.thread_time()
+    def around(self, name: str, function: Callable) -> Callable:
+        """A function whose calls are counted."""
 
-    def _leave(self, *_) -> None:
-        self.network += time.thread_time() - self.began
+        def counted(*arguments, **options):
+            with self.of(name):
+                return function(*arguments, **options)
+
+        return counted
 
     def mark(self) -> None:
         """A section begins to be sampled."""
         here = time.thread_time()
-        self.marks.append((self.network, here - self.network, time.process_time() - here))
+        network, decode, sampling = self.spent.values()
+        self.marks.append((network, sampling - network, here - sampling - decode, time.process_time() - here))
         self.memory.append(resident())
 
     def told(self) -> dict[str, list[float]]:
-        """By section, from one beginning to the next."""
+        """By section, from one beginning to the next: in the network, in the sampler's steps around it, between the
+        samplings without the stand-in of the autoencoder, and on other threads."""
         parts = np.diff(np.array(self.marks), axis=0).T.tolist()
-        return dict(zip(("network", "around", "beside"), parts, strict=True)) | {"memory": self.memory[1:]}
+        return dict(zip(("network", "steps", "between", "beside"), parts, strict=True)) | {"memory": self.memory[1:]}
 
 
 @torch.inference_mode()
@@ -170,9 +184,9 @@ def walk(asked: Walk, folder: Path) -> dict[str, list[float]]:
     if asked.light:
         model, watched = model.clone(), Light(watched)
         model.add_object_patch("diffusion_model", watched)
-    clock.watch(watched)
+    watched.forward = clock.around("network", watched.forward)
     vae = copy.copy(vae)
-    vae.decode = painted
+    vae.decode = clock.around("decode", painted)
     text = SelfTestText()
     prompt = text.encode_from_tokens_scheduled(text.tokenize("a red square"))
     guider = comfy.samplers.CFGGuider(model)
@@ -183,7 +197,8 @@ def walk(asked: Walk, folder: Path) -> dict[str, list[float]]:
 
         def sample(self, *arguments, **options):
             clock.mark()
-            return super().sample(*arguments, **options)
+            with clock.of("sampling"):
+                return super().sample(*arguments, **options)
 
     start = torch.randn(1, 16, 1, *asked.size, generator=torch.Generator().manual_seed(0))
     sample_long_video(
@@ -196,11 +211,11 @@ def walk(asked: Walk, folder: Path) -> dict[str, list[float]]:
     return clock.told()
 
 
-def at_one_pace(told: dict[str, list[float]], name: str) -> list[float]:
+def at_one_pace(told: dict[str, list[float]], *names: str) -> list[float]:
     """Seconds by section as if the machine had been equally busy in all: the network takes the same in each."""
     network = np.asarray(told["network"])
     near = [np.median(network[max(i - NEAR, 0) : i + NEAR + 1]) for i in range(len(network))]
-    return (np.asarray(told[name]) * np.median(network) / near).tolist()
+    return (np.sum([told[name] for name in names], axis=0) * np.median(network) / near).tolist()
 
 
 def line_through(values: list[float]) -> tuple[float, float]:
@@ -215,10 +230,10 @@ def line_through(values: list[float]) -> tuple[float, float]:
 def length_rows(asked: Walk, told: dict[str, list[float]]) -> list[Row]:
     """Figures and bounds of one length."""
     case, rows = f"{asked.sections} sections, {asked.title}", []
-    for name, words in (("around", "on the sampler's thread"), ("beside", "beside it")):
-        values = at_one_pace(told, name)
+    for words, names in SIDES.items():
+        values = at_one_pace(told, *names)
         grown, half = line_through(values)
-        bound = (-math.inf, max(half, LEAST_GROWTH)) if name == "around" else None
+        bound = (-math.inf, max(half, LEAST_GROWTH)) if names != ("beside",) else None
         rows.append((case, f"seconds a section {words}, median", float(np.median(values[1:])), None))
         rows.append((case, f"growth {words}, seconds, section 2 to {asked.sections}", grown, bound))
         rows.append((case, f"half of its 95 % interval {words}", half, None))
@@ -267,13 +282,14 @@ def share_rows(told: dict[str, list[float]], work: dict[str, float]) -> list[Row
     """Shares of a section's time, by GPU."""
     rows: list[Row] = [("832x480, once a section", f"operations of {k}, 1e12", v, None) for k, v in work.items()]
     # Without the first section, which is shown no history, and the last, after which the whole is joined.
-    around, beside = (float(np.median(told[name][1:])) for name in ("around", "beside"))
-    rows += [("832x480, here", "processor seconds a section on the sampler's thread", around, None)]
-    rows += [("832x480, here", "processor seconds a section beside it", beside, None)]
+    between, steps, beside = (float(np.median(told[name][1:])) for name in ("between", "steps", "beside"))
+    rows += [("832x480, here", "processor seconds a section between the samplings", between, None)]
+    rows += [("832x480, here", "processor seconds of the sampler's steps on a CPU", steps, None)]
+    rows += [("832x480, here", "processor seconds a section beside the sampling", beside, None)]
     for card in CARDS:
         section = STEPS * card.step
         parts = {name: one / (HALF * card.peak) / section for name, one in work.items()}
-        parts["loop, journal, report, measured here"] = around / section
+        parts["loop, journal, report, measured here"] = between / section
         decode = parts.pop("decode")
         memory = max(parts.pop("MemoryPack's update"), parts.pop("frame preservation"))
         total = sum(parts.values()) + memory
@@ -291,8 +307,8 @@ def picture(told: dict[str, dict[str, list[float]]]) -> None:
     panels = []
     for name in told:
         curves, asked = [], WALKS[name]
-        for part, words in (("around", "on the sampler's thread"), ("beside", "beside it")):
-            milliseconds = [1e3 * value for value in at_one_pace(told[name], part)[1:]]
+        for words, parts in SIDES.items():
+            milliseconds = [1e3 * value for value in at_one_pace(told[name], *parts)[1:]]
             note = f"{words}, median {np.median(milliseconds):.0f} ms"
             curves.append(Curve(words, list(range(2, len(milliseconds) + 2)), milliseconds, note))
         top = 1.3 * max(float(np.quantile(curve.y, 0.99)) for curve in curves)

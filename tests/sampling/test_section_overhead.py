@@ -17,7 +17,7 @@ def test_a_run_is_told_section_by_section(tmp_path, light):
     asked = replace(overhead.WALKS["small"], size=SIDE, sections=2, steps=1, light=light, live=light)
     told = overhead.walk(asked, tmp_path)
     assert {name: len(values) for name, values in told.items()} == dict.fromkeys(told, 2)
-    assert all(value > 0 for name in ("network", "around", "memory") for value in told[name])
+    assert all(value > 0 for name in ("network", "between", "steps", "memory") for value in told[name])
     # Only where a video is written there is work beside the sampler's thread.
     assert (sum(told["beside"]) > 0.005) == light
     assert len(list(tmp_path.glob("overhead/sections/*.safetensors"))) == 3
@@ -29,8 +29,8 @@ def test_growth_is_noticed_and_noise_is_not():
         around = noise + np.linspace(0, grows, 200)
         # The machine is half as fast from the middle on, which slows the network as well.
         pace = np.repeat([1.0, 2.0], 100)
-        told = {"around": (around * pace).tolist(), "beside": [0.0] * 200, "memory": [100.0] * 200}
-        told["network"] = (0.05 * pace).tolist()
+        told = dict.fromkeys(("between", "steps"), (around * pace / 2).tolist())
+        told |= {"network": (0.05 * pace).tolist(), "beside": [0.0] * 200, "memory": [100.0] * 200}
         rows = overhead.length_rows(overhead.WALKS["small"], told)
         assert overhead.table(rows)[1] is good
         grown, half = overhead.line_through(around.tolist())
@@ -40,7 +40,7 @@ def test_growth_is_noticed_and_noise_is_not():
 
 def test_shares_are_of_a_sections_time():
     """A 4090 in bf16: 83 s a section, and half of 165.2e12 operations a second."""
-    told = {"around": [9.0, 0.83, 0.83], "beside": [9.0, 8.3, 8.3]}
+    told = {"between": [9.0, 0.83, 0.83], "steps": [9.0, 9.0, 9.0], "beside": [9.0, 8.3, 8.3]}
     work = {"packing": 0.0, "MemoryPack's update": 1.0, "frame preservation": 2.0, "decode": 165.2}
     rows = [row for row in overhead.share_rows(told, work) if row[0].startswith("RTX 4090, bf16, 83 s")]
     values = {measure: value for _, measure, value, _ in rows}
