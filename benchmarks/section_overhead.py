@@ -306,15 +306,15 @@ def picture(told: dict[str, dict[str, list[float]]]) -> None:
     """Both lengths as a PNG."""
     panels = []
     for name in told:
-        curves, asked = [], WALKS[name]
-        for words, parts in SIDES.items():
-            milliseconds = [1e3 * value for value in at_one_pace(told[name], *parts)[1:]]
-            note = f"{words}, median {np.median(milliseconds):.0f} ms"
-            curves.append(Curve(words, list(range(2, len(milliseconds) + 2)), milliseconds, note))
+        curves, legend, asked = [], [], WALKS[name]
+        for colour, (words, parts) in zip(("blue", "green"), SIDES.items()):
+            if asked.live or parts != ("beside",):
+                milliseconds = [1e3 * value for value in at_one_pace(told[name], *parts)[1:]]
+                curves.append(Curve(words, list(range(2, len(milliseconds) + 2)), milliseconds, ""))
+                legend.append(f"{colour} {words}, median {np.median(milliseconds):.0f} ms")
         top = 1.3 * max(float(np.quantile(curve.y, 0.99)) for curve in curves)
         curves = [Curve(c.name, c.x, [min(y, top) for y in c.y], c.note) for c in curves]
-        title = f"Around the network: {asked.title}"
-        panels.append(Panel(title, "section", "processor ms a section", curves, (), top))
+        panels.append(Panel(f"{asked.title}: {'; '.join(legend)}", "section", "ms a section", curves, (), top))
     save_panels(PICTURE, panels)
 
 
