@@ -1,0 +1,52 @@
+"""The benchmark of what stands around the network: what it measures at toy size, and that it notices growth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import section_overhead as overhead
+
+SIDE = (2, 2)
+
+
+@pytest.mark.parametrize("light", [True, False], ids=["stand-in", "tiny network"])
+def test_a_run_is_told_section_by_section(tmp_path, light):
+    asked = replace(overhead.WALKS["small"], size=SIDE, sections=2, steps=1, light=light, live=light)
+    told = overhead.walk(asked, tmp_path)
+    assert {name: len(values) for name, values in told.items()} == dict.fromkeys(told, 2)
+    assert all(value > 0 for name in ("network", "between", "steps", "memory") for value in told[name])
+    # Only where a video is written there is work beside the sampler's thread.
+    assert (sum(told["beside"]) > 0.005) == light
+    assert len(list(tmp_path.glob("overhead/sections/*.safetensors"))) == 3
+
+
+def test_growth_is_noticed_and_noise_is_not():
+    noise = np.random.default_rng(0).normal(0.1, 0.01, 200)
+    for grows, good in ((0.0, True), (0.02, False)):
+        around = noise + np.linspace(0, grows, 200)
+        # The machine is half as fast from the middle on, which slows the network as well.
+        pace = np.repeat([1.0, 2.0], 100)
+        told = dict.fromkeys(("between", "steps"), (around * pace / 2).tolist())
+        told |= {"network": (0.05 * pace).tolist(), "beside": [0.0] * 200, "memory": [100.0] * 200}
+        rows = overhead.length_rows(overhead.WALKS["small"], told)
+        assert overhead.table(rows)[1] is good
+        grown, half = overhead.line_through(around.tolist())
+        slope, covariance = np.polyfit(np.linspace(0, 1, 199), around[1:], 1, cov=True)
+        assert grown == pytest.approx(slope[0]) and half == pytest.approx(1.96 * covariance[0, 0] ** 0.5)
+
+
+def test_shares_are_of_a_sections_time():
+    """A 4090 in bf16: 83 s a section, and half of 165.2e12 operations a second."""
+    told = {"between": [9.0, 0.83, 0.83], "steps": [9.0, 9.0, 9.0], "beside": [9.0, 8.3, 8.3]}
+    work = {"packing": 0.0, "MemoryPack's update": 1.0, "frame preservation": 2.0, "decode": 165.2}
+    rows = [row for row in overhead.share_rows(told, work) if row[0].startswith("RTX 4090, bf16, 83 s")]
+    values = {measure: value for _, measure, value, _ in rows}
+    assert values["share of loop, journal, report, measured here"] == pytest.approx(0.01)
+    assert values["share of a memory"] == pytest.approx(2 / 82.6 / 83)
+    assert values["share of the decode, which needs the same GPU"] == pytest.approx(2 / 83)
+    assert values["share that goes on beside the sampling"] == pytest.approx(0.1)
+    assert values["share with the decode"] == pytest.approx(0.01 + 2 / 82.6 / 83 + 2 / 83)
+    assert overhead.table(rows)[1]
