@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
 from ..plan import Section
+from .step_cache import MEASURE
 
 SAMPLES = 64
 SHOWN = 8
@@ -26,7 +27,7 @@ DEPTH = 6
 # what is sampled. Anywhere else the same words may be a setting.
 _IGNORED = {
     "transformer_options": {
-        "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache"
+        "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache", MEASURE
     },
     "model_options": {"callbacks"},
     "prompt": {"uuid"},
