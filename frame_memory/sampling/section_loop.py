@@ -241,7 +241,9 @@ class SectionSampler:
             done, count, kept = section.index, len(plan.sections), self.keeper is not None
             words = out_of_memory(guider.model_patcher, shape, number, done, count, kept)
             raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
-        return self._keep(Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields))
+        made = self._keep(Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields))
+        self._measure(number, window, guider, noise, begin, seed)
+        return made
 
     def _keep(self, made: Made) -> Made:
         """Take a section into the memory and keep it with that; a memory that fails does not cost the section."""
@@ -260,15 +262,18 @@ class SectionSampler:
         if broken_share(made):
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
             made, note = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
-        made = made.float().cpu()
+        return made.float().cpu(), note
+
+    def _measure(self, number: int, window: Tensor, guider, noise, begin, seed: int) -> None:
+        """How far a step cache has led a section astray, where the artist asked for that."""
 
         def exact(without_cache) -> Tensor:
-            return without_cache.sample(
+            made = without_cache.sample(
                 noise, begin, self.sampler, self.sigmas, callback=self._alive, disable_pbar=True, seed=seed
-            ).to("cpu", torch.float32)
+            )
+            return made.float().cpu()
 
-        self.notes += self.cache.measure(number, made, guider, exact)
-        return made, note
+        self.notes += self.cache.measure(number, window, guider, exact)
 
     def _alive(self, *_) -> None:
         if self.keeper is not None:

@@ -165,9 +165,13 @@ class CacheReport:
             return []
         self.to_measure = False
         exact_BCTHW = sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted}))
+        self.measured = f"Section {number} made with and without it: "
+        if made_BCTHW.equal(exact_BCTHW):
+            self.measured += "the same"
+            return []
         peak = float(exact_BCTHW.max() - exact_BCTHW.min()) or 1.0
         near = psnr(made_BCTHW / peak, exact_BCTHW / peak)
-        self.measured = f"Section {number} made with and without it: PSNR {near:.1f} dB of its latents"
+        self.measured += f"PSNR {near:.1f} dB of its latents"
         if self.vae is not None:
             made_THWC, exact_THWC = (decode_window(self.vae.decode, latent[:1]) for latent in (made_BCTHW, exact_BCTHW))
             near = psnr(made_THWC, exact_THWC)

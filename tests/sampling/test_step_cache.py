@@ -88,19 +88,19 @@ def by_the_book(log, last, drift):
 
 @pytest.mark.parametrize(
     ("sampler", "dtype"),
-    [("framepack", torch.float32), ("framepack", torch.bfloat16), ("euler", torch.float32), ("heun", torch.float32),
+    [("framepack", torch.float32), ("framepack", torch.bfloat16), ("heun", torch.float32),
      ("euler_ancestral", torch.float32)],
 )  # fmt: skip
 def test_a_step_is_skipped_where_a_parabola_stays_near_the_line(model, sampler, dtype):
-    """Two prompts under CFG, a batch of two, an odd size, three sections."""
+    """Two prompts under CFG, a batch of two, an odd size, two sections."""
     model.set_model_compute_dtype(dtype)
     network, log = recorded(of_kind(model, "F1"))
     chosen = framepack_unipc() if sampler == "framepack" else comfy.samplers.sampler_object(sampler)
     guider = guider_for(with_step_cache(network, DRIFT), conditioning(1), conditioning(5), cfg=3.0)
     start = start_latent(2, height=7, width=9)
-    _, report = run(model, guider=guider, start=start, seconds=3.6, sampler=chosen, sigmas=SIGMAS)
-    count = len(log) // 3
-    for section in range(3):
+    _, report = run(model, guider=guider, start=start, seconds=2.4, sampler=chosen, sigmas=SIGMAS)
+    count = len(log) // 2
+    for section in range(2):
         part = log[section * count : (section + 1) * count]
         asked = [called for *_, called in part]
         assert [not called for called in asked] == by_the_book(part, float(SIGMAS[-2]), DRIFT)
