@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
 from ..plan import Section
-from .step_cache import MEASURE
 
 SAMPLES = 64
 SHOWN = 8
 DEPTH = 6
+# In transformer_options: that a step cache's drift is measured.
+MEASURE = "frame_memory_measure_cache"
 # By the mapping that they stand in, what is drawn anew at every queue, is left there by a run, or only watches one: not
 # what is sampled. Anywhere else the same words may be a setting.
 _IGNORED = {

@@ -30,11 +30,10 @@ from torch import Tensor
 from ..video.decode import decode_window
 from ..video.fidelity import psnr
 from .experts import low_noise_of, models_of
+from .identity import MEASURE
 
-# In transformer_options: the drift that is allowed; where it is measured; who counts; core's node.
-KEY, MEASURE, COUNTER, EASYCACHE = (
-    "frame_memory_step_cache", "frame_memory_measure_cache", "frame_memory_count_cache", "easycache",
-)  # fmt: skip
+# In transformer_options: the drift that is allowed, who counts, and core's node.
+KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
 NODE = "Section Step Cache"
 DRIFT = 0.1
 # Evaluations that a line and its curvature need.
