@@ -52,28 +52,42 @@ def load(kind: str, *, trained: bool = True):
 
 
 @torch.inference_mode()
-def make_video(model, vae, kind: str, scene: Scene, seconds: float, steps: int, seed: int) -> np.ndarray:
-    """A video of a scene from its first frame and its caption, `[T, 64, 64, 3]`."""
-    first = torch.from_numpy(render(scene, np.arange(1)))
-    image = prepare(vae, SelfTestVision(), first, None, 64, "white")
+def asked(vae, scene: Scene) -> tuple[dict, list]:
+    """Start latent and prompt of a scene: its first frame and its caption."""
+    image = prepare(vae, SelfTestVision(), torch.from_numpy(render(scene, np.arange(1))), None, 64, "white")
     text = SelfTestText()
     positive = text.encode_from_tokens_scheduled(text.tokenize(scene.caption))
-    positive = [[c, {**d, "clip_vision_output": image.vision}] for c, d in positive]
+    return image.start, [[c, {**d, "clip_vision_output": image.vision}] for c, d in positive]
+
+
+@torch.inference_mode()
+def sampled(model, kind: str, start: dict, positive: list, seconds: float, steps: int, seed: int) -> dict:
+    """The LATENT of a video, by the pack's own section loop."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, positive)
-    latent = sample_long_video(
+    return sample_long_video(
         noise=Noise_RandomNoise(seed),
         guider=guider,
         sampler=framepack_unipc(),
         sigmas=torch.tensor(sigma_schedule(steps, SHIFT)),
         schedule=parse_schedule(PRESETS[ORDERS[kind]]),
-        start=image.start,
+        start=start,
         seconds=seconds,
         say=lambda _: None,
     ).latent
+
+
+@torch.inference_mode()
+def decoded(vae, latent: dict) -> torch.Tensor:
+    """The pictures of a LATENT, `[T, 64, 64, 3]`."""
     samples = latent["samples"]
     windows = decode_windows(latent["frame_memory"]["order"], samples.shape[2])
-    return torch.cat(list(decode_stream(vae.decode, samples, windows)), dim=-4).squeeze(0).cpu().numpy()
+    return torch.cat(list(decode_stream(vae.decode, samples, windows)), dim=-4).squeeze(0).cpu()
+
+
+def make_video(model, vae, kind: str, scene: Scene, seconds: float, steps: int, seed: int) -> np.ndarray:
+    """A video of a scene from its first frame and its caption, `[T, 64, 64, 3]`."""
+    return decoded(vae, sampled(model, kind, *asked(vae, scene), seconds, steps, seed)).numpy()
 
 
 def rows(

@@ -14,6 +14,7 @@ from ..frame_memory.sampling.attention_backend import AUTOMATIC, CHOICES, choose
 from ..frame_memory.sampling.handed_out import HandedOut
 from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
 from ..frame_memory.sampling.project_run import ProjectRequest
+from ..frame_memory.sampling.step_cache import DRIFT, NODE, with_step_cache
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
@@ -217,6 +218,57 @@ class FrameMemoryUniPC(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(framepack_unipc())
+
+
+class FrameMemoryStepCache(io.ComfyNode):
+    """Steps that the network is not asked for."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FrameMemoryStepCache",
+            display_name=NODE,
+            category=CATEGORY,
+            description=(
+                "Makes sections faster: a step whose result can be told from the steps before it is not computed. What "
+                "that may cost is set here, and can be measured."
+            ),
+            search_aliases=["teacache", "magcache", "easycache", "step caching", "skip steps", "faster sampling"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "FramePack, Wan or any other MODEL. It is not changed; a copy is returned. Of Wan 2.2's two "
+                        "experts each needs this node."
+                    ),
+                ),
+                io.Float.Input(
+                    "drift",
+                    default=DRIFT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Error allowed in a skipped step, as a share of the model's output, 0 to 1. At 0.1 the "
+                        "self-test models skip more than half of 25 steps. 0 skips none and changes nothing."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "measure",
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "On: the first section that Anti-Drift Sampler makes is made once more without this node, and "
+                        "its report says how far they are apart, in dB (26 and more is near). Changes no picture."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The MODEL that skips steps, for the guider.")],
+        )
+
+    @classmethod
+    def execute(cls, model, drift, measure=False) -> io.NodeOutput:
+        return io.NodeOutput(with_step_cache(model, drift, measure))
 
 
 def _run_inputs() -> list[io.Input]:
@@ -449,6 +501,7 @@ NODES = [
     FrameMemoryFramePackImage,
     FrameMemorySigmas,
     FrameMemoryUniPC,
-    FrameMemoryAntiDriftSampler,
     FrameMemoryAttentionBackend,
+    FrameMemoryStepCache,
+    FrameMemoryAntiDriftSampler,
 ]

@@ -22,11 +22,13 @@ from ..plan import Section
 SAMPLES = 64
 SHOWN = 8
 DEPTH = 6
+# In transformer_options: that a step cache's drift is measured.
+MEASURE = "frame_memory_measure_cache"
 # By the mapping that they stand in, what is drawn anew at every queue, is left there by a run, or only watches one: not
 # what is sampled. Anywhere else the same words may be a setting.
 _IGNORED = {
     "transformer_options": {
-        "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache"
+        "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache", MEASURE
     },
     "model_options": {"callbacks"},
     "prompt": {"uuid"},

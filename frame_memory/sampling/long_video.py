@@ -405,12 +405,14 @@ def sample_long_video(
     if live is not None:
         check_vae(live.vae, inputs.start, read_mark({KEY: mark}))
     runner = SectionSampler(
-        guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan), memory=remembered
-    )
+        guider, noise, sampler, sigmas, timeline, changes=by_index(changes, plan), memory=remembered,
+        vae=None if live is None else live.vae,
+    )  # fmt: skip
     preview = GrowingPreview(guider.model_patcher, plan, sigmas.shape[0] - 1, say, picture=live is None)
     if project is None:
         _say_all(say, described, warnings)
         video = runner.run(plan, inputs, preview).whole()
+        described = "\n".join([described, *runner.cache.lines()])
         done = Finished({"samples": video, KEY: mark}, _say_all(say, described, [*warnings, *runner.notes]))
     else:
         with open_project(project, runner, plan, inputs, mark, base, changes, live is not None) as opened:
@@ -463,7 +465,7 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     judged = keeper.findings()
     if writer and writer.judged and not judged:
         lines.append(NOTHING_FOUND.format(len(writer.judged)))
-    lines += project.notes
+    lines += [*runner.cache.lines(), *project.notes]
     report = _say_all(say, "\n".join(lines), list(dict.fromkeys([*warnings, *runner.notes, *announced, *judged])))
     return Finished(latent, f"{described}\n{report}", project.name, path, writer.sheet if writer else None)
 

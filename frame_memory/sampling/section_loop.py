@@ -43,6 +43,7 @@ from .memory import MemoryRun
 from .noise import SectionNoise
 from .preservation import PreservationRun
 from .prompts import EncodedTimeline, section_text, with_text
+from .step_cache import CacheReport, with_own_input
 
 STRIP_FRAMES = 5
 
@@ -149,19 +150,20 @@ class SectionSampler:
 
     keeper: finished sections go there, and those it has are not sampled again. identity: needed with it.
     changes: sections, by their place in the order of making, that get another seed or other words. memory: of one run,
-    which goes on from section to section.
+    which goes on from section to section. vae: for a step cache that is measured in pictures.
     """
 
     def __init__(
         self, guider, noise, sampler, sigmas: Tensor, timeline: EncodedTimeline | None = None, *,
         keeper: Keeper | None = None, identity: RunIdentity | None = None,
         changes: Mapping[int, SectionChange] = MappingProxyType({}),
-        memory: MemoryRun | PreservationRun | None = None,
+        memory: MemoryRun | PreservationRun | None = None, vae=None,
     ):  # fmt: skip
         self.guider, self.sampler, self.sigmas, self.timeline = guider, sampler, sigmas, timeline
         self.noise = SectionNoise(noise)
         self.keeper, self.identity, self.changes, self.memory = keeper, identity, changes, memory
         self.notes: list[str] = []
+        self.cache = CacheReport(guider, vae)
         # Frames that sections see in another form than they are kept in.
         self.shown: dict[int, Tensor] = {}
 
@@ -225,8 +227,7 @@ class SectionSampler:
 
         def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             broken.see(step + 1, x0)
-            if self.keeper is not None:
-                self.keeper.alive()
+            self._alive()
             if watch is not None:
                 watch(Moment(section.index, len(plan.sections), step + 1, total, x0, tuple(strip)))
 
@@ -240,7 +241,9 @@ class SectionSampler:
             done, count, kept = section.index, len(plan.sections), self.keeper is not None
             words = out_of_memory(guider.model_patcher, shape, number, done, count, kept)
             raise comfy.model_management.OOM_EXCEPTION(f"{words} ({error})") from error
-        return self._keep(Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields))
+        made = self._keep(Made(section, window, key, time.monotonic() - began, (note,) if note else (), fields))
+        self._measure(number, window, guider, noise, begin, seed)
+        return made
 
     def _keep(self, made: Made) -> Made:
         """Take a section into the memory and keep it with that; a memory that fails does not cost the section."""
@@ -260,6 +263,21 @@ class SectionSampler:
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
             made, note = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
         return made.float().cpu(), note
+
+    def _measure(self, number: int, window: Tensor, guider, noise, begin, seed: int) -> None:
+        """How far a step cache has led a section astray, where the artist asked for that."""
+
+        def exact(without_cache) -> Tensor:
+            made = without_cache.sample(
+                noise, begin, self.sampler, self.sigmas, callback=self._alive, disable_pbar=True, seed=seed
+            )
+            return made.float().cpu()
+
+        self.notes += self.cache.measure(number, window, guider, exact)
+
+    def _alive(self, *_) -> None:
+        if self.keeper is not None:
+            self.keeper.alive()
 
     def _retry(self, guider, number: int, noise, begin, callback, seed: int, share: float, where: str):
         """Once more with plain attention in numbers that reach further: what overflows is one of the two (fault 13)."""
@@ -345,7 +363,7 @@ class SectionSampler:
             carried = with_carried(carried, self.memory.carried(section))
         guider = copy.copy(self.guider)
         guider.original_conds = {k: [with_carried(c, carried) for c in v] for k, v in conds.items()}
-        return guider
+        return self.cache.counting(with_own_input(guider))
 
 
 def with_carried(entry: Mapping, carried: Mapping) -> dict:

@@ -235,6 +235,7 @@ def of_all_others(g) -> dict:
         "FrameMemorySigmas": lambda: {"latent": g.latent(1, 0), "steps": 4, "frame_context": g.context},
         "FrameMemoryUniPC": dict,
         "FrameMemoryAttentionBackend": lambda: {"model": g.model, "backend": "PyTorch"},
+        "FrameMemoryStepCache": lambda: {"model": g.model, "drift": 0.1, "measure": True},
         "FrameMemoryAntiDriftSampler": lambda: {
             "noise": Noise_RandomNoise(3), "guider": g.guider, "sampler": framepack_unipc(),
             "sigmas": torch.tensor([1.0, 0.6, 0.0]), "frame_context": g.context, "start": g.latent(1, 1),

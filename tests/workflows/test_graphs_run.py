@@ -31,7 +31,7 @@ from .tiny import (
 
 SECONDS, STEPS = 3.6, 2
 SECTIONS = 3
-SAMPLER = "FrameMemoryAntiDriftSampler"
+SAMPLER, CACHE = "FrameMemoryAntiDriftSampler", "FrameMemoryStepCache"
 by_name = pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 
 
@@ -62,7 +62,7 @@ def test_the_frontend_reads_the_file_and_would_save_the_same(editor, definitions
 @pytest.fixture(scope="module", params=PICTURE_GRAPHS, ids=lambda p: p.stem)
 def made(request, server, api, direct_forcing_file):
     """(API graph, run, path of the mp4) of one example graph."""
-    prompt = shrink(api(request.param), seconds=SECONDS, steps=STEPS)
+    prompt = shrink(api(request.param, on=(CACHE,)), seconds=SECONDS, steps=STEPS)
     # A seed of this module's own: sections that another run has finished would be reused, and nothing sampled.
     prompt = workflow.set_inputs(prompt, "RandomNoise", {"noise_seed": 20261121 + GRAPHS.index(request.param)})
     run = server.client.queue(prompt, timeout=900, workflow=ui_graph(request.param))
@@ -106,6 +106,15 @@ def test_the_growing_video_plays_on_the_sampler(made, server, written):
     assert [f["filename"] for (f,) in shown[:-1]] == ["preview.mp4"] * SECTIONS
     ((last,),) = shown[-1:]
     written.check_video(server.base / "output" / last["subfolder"] / last["filename"], frames_of(SECONDS), 30, (64, 64))
+
+
+def test_a_step_cache_says_what_it_did(made):
+    prompt, run, _ = made
+    said = [text for _, node, text in progress_texts(during(run.messages, run.prompt_id))
+            if node == one(prompt, SAMPLER)[0]]  # fmt: skip
+    count = f"Section Step Cache: {SECTIONS * STEPS} of {SECTIONS * STEPS} evaluations were made, 1.00 times fewer."
+    expected = f"{count}\nSection 1 made with and without it: the same."
+    assert (expected in said[-1]) == any(node["class_type"] == CACHE for node in prompt.values())
 
 
 def check_strips(run, sampler: str, sections: int) -> None:

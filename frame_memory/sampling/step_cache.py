@@ -1,0 +1,222 @@
+"""Steps of a section that the network is not asked for: what it would say is drawn on from what it said before.
+
+A sampler walks along d = (x - x0) / sigma, of a flow its velocity. Over sigma that is nearly a straight line, so the
+last two evaluations give the next ones. How far the line misses is known as well: of three evaluations the second
+divided difference is half the curvature, and with it Newton's formula gives the error of going on straight. A step is
+skipped only where that error is below what the artist allows. The first evaluations, which give line and curvature,
+and the last one, which is the picture, are always made.
+
+What stands here sees the output after guidance, so prompts of one step are skipped together and none is taken for
+another. All that is held belongs to one call of a GUIDER's `sample`: one section and, of two experts, one of them.
+
+Source: reference/performance.md section 1; core's nodes_easycache.py for the seams, which keeps the last difference of
+output and input in the place of a line.
+
+Shape legend: B batch, C latent channels, T latent frames, H W latent pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..video.decode import decode_window
+from ..video.fidelity import psnr
+from .experts import low_noise_of, models_of
+from .identity import MEASURE
+
+# In transformer_options: the drift that is allowed, who counts, and core's node.
+KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
+NODE = "Section Step Cache"
+DRIFT = 0.1
+# Evaluations that a line and its curvature need.
+POINTS = 3
+# What issue F asks of a cache; below it the artist is told.
+NEAR = 26.0
+
+
+def with_step_cache(model_patcher, drift: float = DRIFT, measure: bool = False):
+    """A clone of a MODEL that skips steps; the MODEL stays as it is.
+
+    drift: largest estimated error of a skipped step's output, RMS as a share of the output's; 0 skips nothing.
+    measure: the Anti-Drift Sampler also makes its first section without, and says how far the two are apart.
+    """
+    clone = model_patcher.clone()
+    options = clone.model_options["transformer_options"]
+    options[KEY] = drift
+    options.pop(MEASURE, None)
+    if measure:
+        options[MEASURE] = True
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_run)
+    return clone
+
+
+def _one_run(executor, *args, **kwargs):
+    """Core's `OUTER_SAMPLE` wrapper: a cache for one call of `sample`."""
+    guider = executor.class_obj
+    before = guider.model_options
+    options = before["transformer_options"]
+    cache = StepCache(options[KEY])
+    guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+    add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, cache, guider.model_options, is_model_options=True)
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        guider.model_options = before
+        logging.info("%s: %d of %d evaluations were made.", NODE, cache.made, cache.asked)
+        if COUNTER in options:
+            options[COUNTER](cache.made, cache.asked)
+
+
+class StepCache:
+    """Core's `PREDICT_NOISE` wrapper of one run. asked: evaluations a sampler wanted; made: those the network did."""
+
+    def __init__(self, drift: float):
+        self.drift = drift
+        self.asked = self.made = 0
+        self._points: deque[tuple[float, Tensor]] = deque(maxlen=POINTS)  # sigma, d; sigma falls
+        self._shown: list | None = None
+
+    def __call__(self, executor, x_BCTHW: Tensor, timestep, model_options={}, seed=None):  # noqa: B006 (core's)
+        sigma = float(timestep.flatten()[0])
+        self.asked += 1
+        self._begin_anew_where_it_must(sigma, executor.class_obj)
+        d_BCTHW = None if _is_last(sigma, model_options) else self._drawn_on(sigma)
+        if d_BCTHW is not None:
+            return x_BCTHW - sigma * d_BCTHW
+        made_BCTHW = executor(x_BCTHW, timestep, model_options, seed)
+        self.made += 1
+        if sigma > 0:
+            self._points.append((sigma, (x_BCTHW - made_BCTHW) / sigma))
+        return made_BCTHW
+
+    def _begin_anew_where_it_must(self, sigma: float, guider) -> None:
+        """Other prompts, and a noise level above the last one, are another path; the same level is its newer point."""
+        shown = _shown_at(sigma, guider)
+        if shown is None or shown != self._shown or (self._points and sigma > self._points[-1][0]):
+            self._points.clear()
+        if self._points and sigma == self._points[-1][0]:
+            self._points.pop()
+        self._shown = shown
+
+    def _drawn_on(self, sigma: float) -> Tensor | None:
+        """d at `sigma` on the line through the last two evaluations; None where it may miss by more than is allowed."""
+        if len(self._points) < POINTS:
+            return None
+        (s3, d3), (s2, d2), (s1, d1) = self._points
+        slope, older = (d1 - d2) / (s1 - s2), (d2 - d3) / (s2 - s3)
+        bend = (slope - older) / (s1 - s3)
+        miss_B = _rms(bend) * abs((sigma - s1) * (sigma - s2))
+        # Of a batch each video counts for itself. What is not a number is not below anything.
+        return d1 + slope * (sigma - s1) if bool((miss_B <= self.drift * _rms(d1)).all()) and self.drift else None
+
+
+def _rms(x_BCTHW: Tensor) -> Tensor:
+    return x_BCTHW.float().square().flatten(1).mean(1).sqrt()
+
+
+def _is_last(sigma: float, model_options: dict) -> bool:
+    """Whether a noise level is that of the last step, or nobody says which one that is."""
+    sigmas = model_options.get("transformer_options", {}).get("sample_sigmas")
+    return sigmas is None or len(sigmas) < 2 or sigma <= float(sigmas[-2])
+
+
+def _shown_at(sigma: float, guider) -> list | None:
+    """What says which prompts count at a noise level; None where what they do may change from step to step."""
+    entries = [entry for conds in getattr(guider, "conds", {}).values() for entry in conds or ()]
+    if any(entry.get(name) is not None for entry in entries for name in ("hooks", "control")):
+        return None
+    return [e.get("timestep_start", sigma) >= sigma >= e.get("timestep_end", sigma) for e in entries]
+
+
+class CacheReport:
+    """Of one run of the section loop: the evaluations that were made, and how far its first section is from the truth.
+
+    vae: without one only latents are compared.
+    """
+
+    def __init__(self, guider, vae=None):
+        every = [patcher.model_options["transformer_options"] for patcher in models_of(guider).values()]
+        self.on = any(KEY in options for options in every)
+        self.to_measure = self.on and any(options.get(MEASURE) for options in every)
+        self.vae, self.measured = vae, ""
+        self.made = self.asked = 0
+
+    def counting(self, guider):
+        """A copy of a GUIDER whose runs are counted here; of two experts both."""
+        return _with_options(guider, {COUNTER: self._count}) if self.on else guider
+
+    def _count(self, made: int, asked: int) -> None:
+        self.made, self.asked = self.made + made, self.asked + asked
+
+    def measure(self, number: int, made_BCTHW: Tensor, guider, sample: Callable[[Any], Tensor]) -> list[str]:
+        """Compare a section with what `sample` makes of the same GUIDER without skipping; warnings. Of a run only the
+        first section is measured."""
+        if not self.to_measure:
+            return []
+        self.to_measure = False
+        exact_BCTHW = sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted}))
+        self.measured = f"Section {number} made with and without it: "
+        if made_BCTHW.equal(exact_BCTHW):
+            self.measured += "the same"
+            return []
+        peak = float(exact_BCTHW.max() - exact_BCTHW.min()) or 1.0
+        near = psnr(made_BCTHW / peak, exact_BCTHW / peak)
+        self.measured += f"PSNR {near:.1f} dB of its latents"
+        if self.vae is not None:
+            made_THWC, exact_THWC = (decode_window(self.vae.decode, latent[:1]) for latent in (made_BCTHW, exact_BCTHW))
+            near = psnr(made_THWC, exact_THWC)
+            self.measured += f", {near:.1f} dB of its pictures"
+        if near >= NEAR:
+            return []
+        return [
+            f"{NODE} changes the picture: {near:.1f} dB in section {number}, expected {NEAR:g} or more. Halve 'drift' "
+            "there and queue again."
+        ]
+
+    def lines(self) -> list[str]:
+        """For the sampler's report; empty without a cache, and where every section was there already."""
+        if not self.asked:
+            return []
+        count = f"{NODE}: {self.made} of {self.asked} evaluations were made, {self.asked / self.made:.2f} times fewer."
+        return [count, *([f"{self.measured}."] if self.measured else [])]
+
+
+def _not_counted(made: int, asked: int) -> None:
+    """What is made to be compared with counts for nothing."""
+
+
+def with_own_input(guider):
+    """A copy of a GUIDER that core's EasyCache may be on; the GUIDER itself without it.
+
+    EasyCache adds what it keeps to its input in place. In fp32 that is the very tensor from which core subtracts the
+    output afterwards, so each skipped step would come out wrong.
+    """
+    if not any(EASYCACHE in patcher.model_options["transformer_options"] for patcher in models_of(guider).values()):
+        return guider
+    return _with_options(guider, {}, (WrappersMP.DIFFUSION_MODEL, EASYCACHE + "_input", _copied))
+
+
+def _copied(executor, x: Tensor, *args, **kwargs):
+    return executor(x.clone(), *args, **kwargs)
+
+
+def _with_options(guider, more: dict, wrapper: tuple[str, str, Callable] | None = None):
+    """A copy of a GUIDER with more in its transformer_options, and of the low noise expert's GUIDER inside it."""
+    changed = copy.copy(guider)
+    changed.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
+    changed.model_options["transformer_options"].update(more)
+    if wrapper is not None:
+        add_wrapper_with_key(*wrapper, changed.model_options, is_model_options=True)
+    low = low_noise_of(guider)
+    if low is not None:
+        changed.low = _with_options(low, more, wrapper)
+    return changed

@@ -1,0 +1,230 @@
+"""Skipped steps: against interpolation by the book, section by section, and core's EasyCache in the section loop."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
+
+from frame_memory.sampling import step_cache
+from frame_memory.sampling.experts import WanExpertGuider
+from frame_memory.sampling.step_cache import StepCache, with_step_cache
+from frame_memory.sampling.unipc import framepack_unipc
+
+from .conftest import conditioning, guider_for, of_kind, run, start_latent
+from .test_project import made_with, project
+from .test_wan_run import A14B
+from .wan_runs import attached, prompt, reference
+
+DRIFT = 0.1
+
+
+def falling(steps: int = 12) -> torch.Tensor:
+    """Noise levels so near one another that a network of random weights goes on nearly straight, ever less so."""
+    return torch.cat([1 - 0.01 * torch.linspace(0, 1, steps) ** 2, torch.zeros(1)])
+
+
+STEPS, SIGMAS = 12, falling()
+
+
+def recorded(model):
+    """A clone of a MODEL and the list of its evaluations: (sigma, x, x0, whether the network was asked)."""
+    clone, log, asked = model.clone(), [], []
+
+    def outside(executor, x, timestep, *rest):
+        before = len(asked)
+        out = executor(x, timestep, *rest)
+        log.append((float(timestep[0]), x.double().clone(), out.double().clone(), len(asked) > before))
+        return out
+
+    def inside(executor, *args, **kwargs):
+        asked.append(1)
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", outside)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", inside)
+    return clone, log
+
+
+def through(points, sigma):
+    """Lagrange's polynomial through (sigma, d) of any count."""
+    total = torch.zeros_like(points[0][1])
+    for s, d in points:
+        weight = 1.0
+        for other, _ in points:
+            weight *= (sigma - other) / (s - other) if other != s else 1.0
+        total += weight * d
+    return total
+
+
+def rms(x):
+    return x.square().mean(dim=(1, 2, 3, 4)).sqrt()
+
+
+def by_the_book(log, last, drift):
+    """Which evaluations a cache may skip: those where a parabola through three points bends off the line by little."""
+    points, skipped = [], []
+    for sigma, x, x0, _ in log:
+        if points and sigma == points[-1][0]:
+            points.pop()
+        if points and sigma > points[-1][0]:
+            points = []
+        skip = False
+        if len(points) >= 3 and sigma > last:
+            line = through(points[-2:], sigma)
+            skip = bool((rms(through(points[-3:], sigma) - line) <= drift * rms(points[-1][1])).all())
+        skipped.append(skip)
+        if skip:
+            assert torch.allclose(x0, x - sigma * line, atol=1e-3, rtol=1e-3)
+        else:
+            points.append((sigma, (x - x0) / sigma))
+    return skipped
+
+
+@pytest.mark.parametrize(
+    ("sampler", "dtype"),
+    [("framepack", torch.float32), ("framepack", torch.bfloat16), ("heun", torch.float32),
+     ("euler_ancestral", torch.float32)],
+)  # fmt: skip
+def test_a_step_is_skipped_where_a_parabola_stays_near_the_line(model, sampler, dtype):
+    """Two prompts under CFG, a batch of two, an odd size, two sections."""
+    model.set_model_compute_dtype(dtype)
+    network, log = recorded(of_kind(model, "F1"))
+    chosen = framepack_unipc() if sampler == "framepack" else comfy.samplers.sampler_object(sampler)
+    guider = guider_for(with_step_cache(network, DRIFT), conditioning(1), conditioning(5), cfg=3.0)
+    start = start_latent(2, height=7, width=9)
+    _, report = run(model, guider=guider, start=start, seconds=2.4, sampler=chosen, sigmas=SIGMAS)
+    count = len(log) // 2
+    for section in range(2):
+        part = log[section * count : (section + 1) * count]
+        asked = [called for *_, called in part]
+        assert [not called for called in asked] == by_the_book(part, float(SIGMAS[-2]), DRIFT)
+        assert all(asked[:3]) and asked[-1]
+    made = sum(called for *_, called in log)
+    assert made < len(log) or sampler == "euler_ancestral", "nothing was skipped"
+    assert f"{made} of {len(log)} evaluations were made" in report
+
+
+def cached_run(model, drift=DRIFT, measure=False, **more):
+    return run(with_step_cache(of_kind(model, "F1"), drift, measure), kind=None, **{"sigmas": SIGMAS, **more})
+
+
+def test_nothing_allowed_changes_nothing_and_measuring_changes_nothing(model):
+    exact, plain_report = run(of_kind(model, "F1"), kind=None, sigmas=SIGMAS)
+    none, report = cached_run(model, 0.0)
+    assert torch.equal(none["samples"], exact["samples"]) and f"{2 * STEPS} of {2 * STEPS} evaluations" in report
+    latent, _ = cached_run(model)
+    measured, report = cached_run(model, measure=True)
+    assert torch.equal(latent["samples"], measured["samples"])
+    assert not torch.equal(latent["samples"], exact["samples"])
+    a, b = (found["samples"][:, :, 1:10].double() for found in (latent, exact))  # of the first section
+    near = 10 * torch.log10((b.max() - b.min()) ** 2 / (a - b).square().mean())
+    assert f"Section 1 made with and without it: PSNR {float(near):.1f} dB of its latents." in report
+    assert "Step Cache" not in plain_report and "Warning: Section Step Cache" not in report
+
+
+def test_an_artist_is_told_where_the_picture_changes(model, monkeypatch):
+    monkeypatch.setattr(step_cache, "NEAR", 99.0)  # weights by chance are never as far off as 26 dB
+    _, report = cached_run(model, measure=True)
+    near = report.split("PSNR ")[1].split(" dB")[0]
+    assert f"Warning: Section Step Cache changes the picture: {near} dB in section 1, expected 99 or more." in report
+
+
+def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another_video(model, tmp_path):
+    network = with_step_cache(of_kind(model, "F1"), DRIFT)
+    more = {"kind": None, "seconds": 3.6, "sigmas": SIGMAS}
+    expected, _ = run(network, **more)
+    made_with(network, tmp_path, fail_at=2, error=RuntimeError("the machine broke"), **more)
+    done, count = made_with(network, tmp_path, **more)
+    assert count == 2 and torch.equal(done.latent["samples"], expected["samples"])
+    _, count = made_with(with_step_cache(network, DRIFT, measure=True), tmp_path, **more)
+    assert count == 0, "measuring is no other video"
+    other, count = made_with(with_step_cache(network, 0.0), tmp_path, **more)
+    assert count == 3 and not torch.equal(other.latent["samples"], expected["samples"])
+
+
+def test_nothing_is_held_after_a_run(model):
+    network, alive = with_step_cache(of_kind(model, "F1"), DRIFT), []
+
+    def watch(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        alive.append(weakref.ref(out))
+        return out
+
+    network.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", watch)
+    guider = guider_for(network)
+    before = dict(guider.model_options["transformer_options"])
+    run(model, guider=guider, sigmas=SIGMAS)
+    gc.collect()
+    assert alive and not any(ref() is not None for ref in alive)
+    assert not any(type(thing) is StepCache for thing in gc.get_objects())
+    assert guider.model_options["transformer_options"] == before
+
+
+def test_a_prompt_that_takes_turns_begins_anew(model):
+    network, log = recorded(of_kind(model, "F1"))
+    first, then = conditioning(1)[0], conditioning(5)[0]
+    turns = [[first[0], {**first[1], "end_percent": 0.02}], [then[0], {**then[1], "start_percent": 0.02}]]
+    run(model, guider=guider_for(with_step_cache(network, 0.5), turns), seconds=1.2, sigmas=falling(2 * STEPS))
+    turn = network.get_model_object("model_sampling").percent_to_sigma(0.02)
+    after = [called for sigma, *_, called in log if sigma <= turn]
+    assert len(after) < len(log) and all(after[:3]) and not all(after)
+
+
+def test_each_of_two_experts_has_its_own():
+    experts = [with_step_cache(attached(A14B, seed=seed), 0.2) for seed in (0, 1)]
+    logs, networks = [], []
+    for expert in experts:
+        network, log = recorded(expert)
+        networks.append(network)
+        logs.append(log)
+    guider = WanExpertGuider(*networks, 2.0, 3.0, 0.997)
+    guider.set_conds(prompt(3), prompt(4))
+    sigmas, noise = falling(2 * STEPS), reference.drawn(1, 16, 2, 4, 6)
+    common = {"sampler": comfy.samplers.sampler_object("euler"), "disable_pbar": True, "seed": 0}
+    with torch.inference_mode():
+        both = guider.sample(noise, torch.zeros_like(noise), sigmas=sigmas, **common)
+        asked = [[called for *_, called in log] for log in logs]
+        cut = int((sigmas[:-1] >= 0.997).sum())
+        high, low = (
+            guider_for(network, prompt(3), prompt(4), cfg=cfg)
+            for network, cfg in zip(networks, (2.0, 3.0), strict=True)
+        )
+        half = high.sample(noise, torch.zeros_like(noise), sigmas=sigmas[: cut + 1], **common)
+        alone = low.sample(torch.zeros_like(noise), half, sigmas=sigmas[cut:], **common)
+    assert torch.equal(both, alone)
+    assert [len(found) for found in asked] == [cut, 2 * STEPS - cut]
+    assert all(all(found[:3]) and found[-1] and not all(found) for found in asked)
+
+
+def test_cores_easycache_keeps_to_its_section(model, tmp_path):
+    """Its own formula, the last output less its input, in fp32 too; sections made anew one by one are the same."""
+    network, log = recorded(of_kind(model, "F1"))
+    # The recorder of calls has to stand inside of it.
+    calls = network.wrappers[WrappersMP.DIFFUSION_MODEL].pop("test")
+    network = EasyCacheNode.execute(network, 0.3, 0.0, 1.0, False).result[0]
+    network.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", calls[0])
+    more = {"kind": None, "seconds": 2.4, "sigmas": SIGMAS}
+    expected, _ = run(network, **more)
+    kept, skipped = None, 0
+    for index, (sigma, x, x0, called) in enumerate(log):
+        v = (x - x0) / sigma
+        if called or index == STEPS:
+            assert called, "the first step of a section is always made"
+            kept = v - x
+        else:
+            skipped += 1
+            assert torch.allclose(v, x + kept, atol=1e-3, rtol=1e-3)
+    assert skipped
+    made_with(network, tmp_path, fail_at=2, error=RuntimeError("the machine broke"), **more)
+    done, count = made_with(network, tmp_path, **more)
+    assert count == 1 and torch.equal(done.latent["samples"], expected["samples"])
+    other = run(network, kind=None, seconds=1.2, sigmas=SIGMAS, start=start_latent(2, height=7, width=9))[0]
+    assert torch.isfinite(other["samples"]).all()
+    changed = EasyCacheNode.execute(of_kind(model, "F1"), 0.2, 0.0, 1.0, False).result[0]
+    assert made_with(changed, tmp_path, project=project(tmp_path), **more)[1] == 2
