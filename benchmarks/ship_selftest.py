@@ -23,6 +23,7 @@ from PIL import Image
 
 from frame_memory.model import checkpoint, memory_file, scaled_fp8, tensor_file, wan, wan_file
 from frame_memory.model.base_signature import Base
+from frame_memory.model.provenance import NamedLora, with_loras
 from frame_memory.model.semantic_pack import PackSpec
 from frame_memory.plan.mark import SELFTEST, SELFTEST_WAN
 
@@ -161,6 +162,7 @@ def ship_context(weights_file: Path) -> None:
     patchifiers = wan.patchifiers_of(model)
     patchifiers.load_state_dict({n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)})
     recipe = {"command": CONTEXT_METADATA["frame_memory.recipe"], "schedule": train_wan_context.SCHEDULE_TEXT}
+    recipe = with_loras(recipe, [NamedLora.of(Path(CONTEXT_LORA).name, lora)])
     said = {"recipe": recipe, "licence": METADATA["modelspec.license"]}
     wan_file.write(str(MODELS / CONTEXT), Base.of(model), patchifiers.state_dict(), **said, dtype=torch.bfloat16)
 

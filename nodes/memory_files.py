@@ -11,6 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..frame_memory.model import head, memory, memory_file
 from ..frame_memory.model.base_signature import Base
+from ..frame_memory.model.families import name_of
 from ..frame_memory.model.framepack import is_framepack
 from ..frame_memory.model.sources import LOAD_MODEL
 from .memory import file_names, state_of_file
@@ -94,7 +95,7 @@ class FrameMemoryLoadDirectForcing(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise(memory_file.FOLDER, file)
         if not is_framepack(model):
             raise ValueError(
-                f"'{file}' belongs to a FramePack model, and the MODEL given is {type(model.model).__name__}. Connect "
+                f"'{file}' belongs to a FramePack model, and the MODEL given is {name_of(model)}. Connect "
                 f"'{LOAD_MODEL}' to the input 'model' of '{NODE}'."
             )
         held = memory_file.read(path, NODE)

@@ -92,7 +92,7 @@ def _more_inputs() -> list[io.Input]:
             advanced=True,
             tooltip=(
                 "Frames a second that the clips are put onto, whatever the videos have. 0 = as the VAE's model makes "
-                "them: 30 FramePack, 16 Wan, 24 Wan 2.2 5B. A model of another rate refuses the clips."
+                "them: 30 FramePack, 16 Wan, 24 Wan 2.2 5B. Another number is only for a VAE that is none of these."
             ),
         ),
     ]

@@ -293,7 +293,7 @@ def _model(args: argparse.Namespace, family: str, for_wan: bool):
     import torch
 
     from ..model import tensor_file, wan_file
-    from ..model.memory import fingerprint_of
+    from ..model.provenance import fingerprint_of
 
     options = {"dtype": torch.float8_e4m3fn} if args.dtype == "fp8" else {}
     model, patches = _wan(args, options) if for_wan else _framepack(args, options, family), ""

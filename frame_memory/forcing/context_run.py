@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model import wan
-from ..model.families import check_wan
-from ..model.memory import fingerprint_of
+from ..model.families import check_running_wan
+from ..model.provenance import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule, plan_sections
 from ..plan.errors import PACKER
@@ -58,7 +58,7 @@ class ContextRun(TrainingRun):
 
     @classmethod
     def _check_model(cls, patcher) -> None:
-        check_wan(patcher)
+        check_running_wan(patcher)
 
     def _given(self, memory) -> None:
         self.schedule = parse_schedule(self.request.schedule)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..model import wan
 from ..model.families import is_wan, schedule_of
-from ..model.memory import fingerprint_of, of_kind
+from ..model.memory import of_kind
 from ..model.memory_file import FRAME_PRESERVATION, LOAD_MEMORY
 from ..model.preserved_history import PreservedHistory
 from ..model.preserved_memory import (
@@ -25,6 +25,7 @@ from ..model.preserved_memory import (
     new_memory,
     with_cross_attention,
 )
+from ..model.provenance import fingerprint_of
 from ..model.sources import LOAD_WAN, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule
 from ..plan.errors import PACKER, PlanError

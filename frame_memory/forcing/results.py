@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..model import memory_file, tensor_file, wan_file
+from ..model.families import said
 from ..model.memory import FrameMemory, encoder_from_tensors
 from ..model.preserved_memory import PreservedMemory, memory_from_tensors
+from ..model.provenance import LORAS, NamedLora, present, with_loras
 from .clips import ForcingError
 from .stages import LORA
 from .training_run import Outcome, TrainingRun
@@ -38,7 +40,7 @@ def write_result(
 
     Raises FileError where the disk refuses; the run's checkpoint is kept, and another try goes on from there.
     """
-    trained, recipe = outcome.trained, run.recipe_of(outcome)
+    trained, recipe, named = outcome.trained, run.recipe_of(outcome), _inherited(run, outcome)
     head = {n: v.cpu() for n, v in trained.head(outcome.weights).items()}
     given, pack, parts, memory = outcome.memory, trained.memory(outcome.weights), {}, None
     if given is not None:
@@ -47,6 +49,14 @@ def write_result(
         kept = "frames" if given.kind == memory_file.FRAME_PRESERVATION else "pack"
         parts = {kept: pack, "spec": given.to_spec()}
     path = _free(memories, name, recipe["identity"], "frame_memory.recipe", say)
+    tensors = {n: v.to("cpu", torch.bfloat16) for n, v in trained.lora(outcome.weights).items()}
+    lora, recipe = None, with_loras(recipe, named)
+    if LORA in trained.parts:
+        lora = _free(loras, name, recipe["identity"], RUN, say)
+        lora.parent.mkdir(parents=True, exist_ok=True)
+        tensor_file.write(str(lora), tensors, {"format": "pt", RUN: json.dumps(recipe)})
+        named = (*named, NamedLora.of(lora.name, tensors))
+        recipe = with_loras(recipe, named)
     if patchifiers := trained.patchifiers(outcome.weights):
         wan_file.write(str(path), outcome.base, patchifiers, recipe=recipe)
     else:
@@ -58,13 +68,15 @@ def write_result(
             memory = memory_from_tensors(pack, given.specs, cross=given.cross, **made)
         else:
             memory = encoder_from_tensors(pack, given.spec, **made)
-    tensors = {n: v.to("cpu", torch.bfloat16) for n, v in trained.lora(outcome.weights).items()}
-    lora = None
-    if LORA in trained.parts:
-        lora = _free(loras, name, recipe["identity"], RUN, say)
-        lora.parent.mkdir(parents=True, exist_ok=True)
-        tensor_file.write(str(lora), tensors, {"format": "pt", RUN: json.dumps(recipe)})
+        memory = replace(memory, loras=named)
     return Result(path, lora, tensors, memory)
+
+
+def _inherited(run: TrainingRun, outcome: Outcome) -> tuple[NamedLora, ...]:
+    """The LoRAs of a memory or of patchifiers that were given and that lay on the MODEL while it was trained."""
+    given = () if outcome.memory is None else outcome.memory.loras
+    known = dict.fromkeys([*said(run.original).get(LORAS, ()), *given])
+    return present(tuple(known), run.original)
 
 
 def _free(folder: Path, name: str, identity: dict, key: str, say: Callable[[str], None]) -> Path:

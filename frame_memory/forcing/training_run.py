@@ -176,9 +176,9 @@ class TrainingRun:
         """Raise ForcingError, MemoryMismatch or ValueError for a MODEL that this run cannot train, or videos that are
         not for it, whatever the stage."""
         cls._check_model(patcher)
+        check_families(videos, latent_families(patcher))
         for video in videos:
             _check_made_for(video, patcher, cls.node)
-        check_families(videos, latent_families(patcher))
 
     @classmethod
     def _check_model(cls, patcher) -> None:

@@ -16,7 +16,8 @@ from .sources import LOAD_MODEL, LOAD_WAN, WAN_CONTEXT
 # What 'Wan Image To Video' and the like put into a prompt: frames that are given inside the window.
 GIVEN_FRAMES = ("concat_latent_image", "concat_mask")
 # In MODEL_OPTION beside FramePack's: frames a second where a loader knows better than the latent format, what the
-# patchifiers are called, whether they are trained, and the schedule that they are trained on.
+# patchifiers are called, whether they are trained, and the schedule that they are trained on. Under provenance.LORAS
+# the LoRAs that they are trained with.
 FPS_SAID, PATCHIFIERS, TRAINED, SCHEDULE = "fps", "patchifiers", "trained", "schedule"
 # There, the display name of a loader of Wan that is not core's; and that each section is a clip of its own: decoded
 # alone, begun from a still clip of the start picture.
@@ -42,7 +43,16 @@ def is_wan(model_patcher) -> bool:
     return True
 
 
-def check_wan(model_patcher):
+def name_of(model_patcher) -> str:
+    """What people call a MODEL: FramePack, Wan or Helios; of others core's word."""
+    if is_framepack(model_patcher):
+        return "FramePack"
+    if not is_wan(model_patcher):
+        return type(model_patcher.model).__name__
+    return "Helios" if makes_clips(model_patcher) else "Wan"
+
+
+def check_running_wan(model_patcher):
     """The network of a Wan MODEL that frame preservation and patchifiers of ours are for. Raises ValueError as
     `wan.check` does, and for a MODEL whose sections are clips of their own."""
     network = wan.check(model_patcher)
@@ -58,10 +68,10 @@ def why_no_history(model_patcher) -> str | None:
     """Why a MODEL cannot look at a frame context, and what to do; None where it can."""
     if is_framepack(model_patcher) or wan.accepts_context(model_patcher):
         return None
-    name = type(model_patcher.model).__name__
+    name = name_of(model_patcher)
     if is_wan(model_patcher):
         return (
-            f"The MODEL behind the guider is a {name} that has no patchifiers for frames of history. Put "
+            f"The MODEL behind the guider is {name} and has no patchifiers for frames of history. Put "
             f"'{WAN_CONTEXT}' between '{LOAD_WAN}' (or the last LoRA) and the guider."
         )
     return (

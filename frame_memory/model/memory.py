@@ -8,7 +8,6 @@ Shape legend: B batch, L text tokens, N vision tokens, C features.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -19,11 +18,13 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ..plan.preservation import PRESERVATION
 from .base_signature import MODEL_PREFIX, Base
 from .cross_attention import CROSS
-from .families import loader_of
+from .families import is_wan, loader_of, makes_clips, name_of
 from .framepack import CONTRADICTED, MODEL_OPTION, is_framepack
 from .memory_file import LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK, MemoryFile
+from .provenance import NamedLora, fingerprint_of, loras_of
 from .semantic_pack import PackSpec, SemanticPack, initialise
 from .sources import LOAD_MODEL
 from .transformer import without_padding
@@ -31,8 +32,6 @@ from .transformer import without_padding
 # Under this name the encoder hangs on a MODEL: a second one takes the place of the first.
 ATTACHED = "frame_memory"
 MEMORY_PACK = "MemoryPack Encoder"
-SHOWN = 8
-_NUMBERS = 64
 
 
 class MemoryMismatch(ValueError):
@@ -45,7 +44,7 @@ class FrameMemory:
 
     encoder: ModelPatcher around a SemanticPack. label: where it is from, for people. trained: False for fresh weights.
     base: what it was made or trained for, None where nobody says. text: `[1, L, C]` without padding, vision:
-    `[1, N, C]`; both None until 'MemoryPack Encoder' gives them.
+    `[1, N, C]`; both None until 'MemoryPack Encoder' gives them. loras: that it was trained with.
     """
 
     kind: ClassVar[str] = SEMANTIC_PACK
@@ -56,6 +55,7 @@ class FrameMemory:
     base: Base | None = None
     text: Tensor | None = field(default=None, repr=False)
     vision: Tensor | None = field(default=None, repr=False)
+    loras: tuple[NamedLora, ...] = ()
 
     @property
     def pack(self) -> SemanticPack:
@@ -137,7 +137,8 @@ def encoder_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory:
         spec = PackSpec.from_dict(file.spec)
     except ValueError as error:
         raise MemoryMismatch(f"{file.name}: {error} Choose another file in '{node}'.") from error
-    return encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **place_of(model_patcher))
+    made = encoder_from_tensors(file.pack, spec, label=file.name, base=file.base, **place_of(model_patcher))
+    return replace(made, loras=loras_of(file.recipe))
 
 
 def place_of(model_patcher) -> dict:
@@ -213,8 +214,8 @@ def check_model(model_patcher, node: str) -> None:
     """Raise MemoryMismatch unless a MODEL is FramePack-F1, which alone makes a video from its start on."""
     if not is_framepack(model_patcher):
         raise MemoryMismatch(
-            f"The MODEL of '{node}' is a {type(model_patcher.model).__name__}. Expected FramePack-F1 from "
-            f"'{LOAD_MODEL}'."
+            f"The MODEL of '{node}' is {name_of(model_patcher)}, and SemanticPack and Direct Forcing are for "
+            f"FramePack-F1. Expected FramePack-F1 from '{LOAD_MODEL}'.{_memory_for(model_patcher)}"
         )
     if model_patcher.model_options.get(MODEL_OPTION, {}).get("kind") == "F0":
         raise MemoryMismatch(
@@ -228,6 +229,16 @@ def check_model(model_patcher, node: str) -> None:
             f"wrong kind is of no use. Set 'kind' in '{LOAD_MODEL}' to 'from the file', and choose an F1 file there; "
             "if it is one and its name is wrong, rename it."
         )
+
+
+def _memory_for(model_patcher) -> str:
+    """Which memory fits a MODEL that is no FramePack, or nothing where none does."""
+    if not is_wan(model_patcher) or makes_clips(model_patcher):
+        return ""
+    return (
+        f" The memory for {name_of(model_patcher)} is frame preservation: choose a file of that kind, or a new one, in "
+        f"'{LOAD_MEMORY}' and connect it to '{PRESERVATION}', or to 'Train Frame Preservation'."
+    )
 
 
 def check_fits(memory: FrameMemory, model_patcher, node: str) -> str:
@@ -307,11 +318,3 @@ def _build(spec: PackSpec, dtype: torch.dtype) -> SemanticPack:
     return SemanticPack(spec, dtype=dtype, device=device, operations=comfy.ops.manual_cast).requires_grad_(False)
 
 
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """A few hex digits that change with an encoder's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        flat = value.detach().reshape(-1)
-        numbers = flat[:: max(flat.numel() // _NUMBERS, 1)].float().cpu().contiguous().numpy()
-        digest.update(f"{name} {tuple(value.shape)}".encode() + numbers.tobytes())
-    return digest.hexdigest()[:SHOWN]

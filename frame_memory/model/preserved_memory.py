@@ -19,7 +19,7 @@ from ..plan.cross_attention import CrossAttentionSpec
 from ..plan.preservation import PRESERVATION, THIN, Budget
 from . import cross_attention, wan
 from .base_signature import Base
-from .families import check_wan
+from .families import check_running_wan
 from .framepack import is_framepack
 from .memory import (
     FrameMemory,
@@ -29,7 +29,6 @@ from .memory import (
     check_model,
     dtype_of,
     encoder_of,
-    fingerprint_of,
     fits_base,
     load_weights,
     patcher_of,
@@ -38,6 +37,7 @@ from .memory import (
 from .memory_file import FRAME_PRESERVATION, LOAD_MEMORY, MemoryFile
 from .preservation import PreservationSpec
 from .preserved_history import PreservedHistory, initialise_all
+from .provenance import NamedLora, fingerprint_of, loras_of
 from .specs import from_plain
 from .stored_weights import original
 
@@ -48,7 +48,7 @@ class PreservedMemory:
 
     encoder: ModelPatcher around a PreservedHistory. label: where it is from, for people. trained: False for fresh
     weights. base: what it was made or trained for, None where nobody says. tokens: how many a run keeps at most; None
-    until 'Frame Preservation Encoder' says it.
+    until 'Frame Preservation Encoder' says it. loras: that it was trained with.
     """
 
     kind: ClassVar[str] = FRAME_PRESERVATION
@@ -58,6 +58,7 @@ class PreservedMemory:
     trained: bool
     base: Base | None = None
     tokens: int | None = None
+    loras: tuple[NamedLora, ...] = ()
 
     @property
     def history(self) -> PreservedHistory:
@@ -153,7 +154,7 @@ def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | 
         read = file.spec.get("cross_attention")
         cross = None if read is None else from_plain(CrossAttentionSpec, read)
         made = {"label": file.name, "base": file.base, "cross": cross, **place_of(model_patcher)}
-        return memory_from_tensors(file.frames, specs, **made)
+        return replace(memory_from_tensors(file.frames, specs, **made), loras=loras_of(file.recipe))
     except MemoryMismatch:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -165,7 +166,7 @@ def check_base_model(model_patcher, node: str) -> None:
     if is_framepack(model_patcher):
         return check_model(model_patcher, node)
     try:
-        check_wan(model_patcher)
+        check_running_wan(model_patcher)
     except ValueError as error:
         raise MemoryMismatch(
             f"The MODEL of '{node}' takes no memory tokens. Expected FramePack-F1 or Wan. {error}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..plan import in_words
 from . import tensor_file, wan
 from .base_signature import Base
-from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_wan, said
+from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_running_wan, said
 from .framepack import MODEL_OPTION
 from .memory_file import (
     FORMAT,
@@ -32,6 +32,7 @@ from .memory_file import (
     plain_data,
     shown,
 )
+from .provenance import LORAS, loras_of
 from .sources import LOAD_WAN, TRAIN_CONTEXT, WAN_CONTEXT
 
 KIND = "wan_frame_context"
@@ -117,9 +118,9 @@ def read(path: str) -> PatchifierFile:
 def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
     """(a clone of a MODEL that takes history through a file's patchifiers, lines for people); the MODEL stays as it is.
 
-    Raises ValueError as `check_wan` does, MemoryFileError for a file of another base or other shapes.
+    Raises ValueError as `check_running_wan` does, MemoryFileError for a file of another base or other shapes.
     """
-    network = check_wan(model_patcher)
+    network = check_running_wan(model_patcher)
     fits = held.check_base(Base.of(model_patcher))
     patchifiers = wan.Patchifiers(network.out_dim, network.dim)
     wanted = {name: tuple(value.shape) for name, value in patchifiers.state_dict().items()}
@@ -133,20 +134,20 @@ def with_file(model_patcher, held: PatchifierFile) -> tuple[object, list[str]]:
     if held.schedule:
         lines.append(f"Trained on the schedule {in_words(held.schedule)}: choose it in 'Frame Context Packer'.")
     return _noted(model_patcher, patchifiers, {
-        PATCHIFIERS: held.name, TRAINED: True, SCHEDULE: held.schedule,
+        PATCHIFIERS: held.name, TRAINED: True, SCHEDULE: held.schedule, LORAS: loras_of(held.recipe),
     }), [*lines, f"Licence: {held.licence or 'the file does not say'}"]  # fmt: skip
 
 
 def with_new(model_patcher) -> tuple[object, list[str]]:
     """The same with fresh patchifiers, which embed history as the base embeds given frames. Raises ValueError as
-    `check_wan` does."""
-    check_wan(model_patcher)
+    `check_running_wan` does."""
+    check_running_wan(model_patcher)
     patchifiers = wan.patchifiers_of(model_patcher)
     lines = [
         "UNTRAINED: new patchifiers, which embed the mean of a cell as this MODEL's own embed a frame. It was never "
         f"taught to read history, and sections will not follow one another well. '{TRAIN_CONTEXT}' teaches it."
     ]
-    return _noted(model_patcher, patchifiers, {PATCHIFIERS: NEW, TRAINED: False, SCHEDULE: ""}), lines
+    return _noted(model_patcher, patchifiers, {PATCHIFIERS: NEW, TRAINED: False, SCHEDULE: "", LORAS: ()}), lines
 
 
 def _noted(model_patcher, patchifiers: wan.Patchifiers, notes: Mapping):

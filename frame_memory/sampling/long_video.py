@@ -19,6 +19,7 @@ from ..model import families
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory
 from ..model.preserved_memory import PreservedMemory
+from ..model.provenance import LORAS, without_their_lora
 from ..model.sources import LOAD_MODEL, WAN_CONTEXT
 from ..plan import (
     LongVideoPlan,
@@ -42,6 +43,7 @@ from .attention_check import checked_attention
 from .changes import SectionChange, by_index
 from .clips import check_clips, still_of
 from .experts import models_of
+from .frames import AT_HAND
 from .judged import NOTHING_FOUND
 from .live import LiveVideo
 from .memory import remembering, with_memory
@@ -80,7 +82,7 @@ def check_model(guider, schedule: Schedule) -> list[str]:
         if wrong:
             raise PlanError(f"{which.capitalize()}expert: {wrong}" if which else wrong)
     if not is_framepack(guider.model_patcher):
-        return check_wan(guider, schedule)
+        return wan_warnings(guider, schedule)
     kind = families.said(guider.model_patcher).get("kind")
     if kind is None:
         return [
@@ -94,7 +96,7 @@ def check_model(guider, schedule: Schedule) -> list[str]:
     return [note]
 
 
-def check_wan(guider, schedule: Schedule) -> list[str]:
+def wan_warnings(guider, schedule: Schedule) -> list[str]:
     """What an artist should know before Wan is run with history: warnings."""
     warnings = []
     for which, patcher in models_of(guider).items():
@@ -110,6 +112,7 @@ def check_wan(guider, schedule: Schedule) -> list[str]:
                 f"{said[families.PATCHIFIERS]} was trained on the schedule {in_words(trained)}, and this one is "
                 f"{in_words(schedule.text)}. Choose that one in '{PACKER}'."
             )
+        warnings += without_their_lora(said.get(families.PATCHIFIERS, ""), said.get(LORAS, ()), patcher)
     entries = [entry for conds in guider.original_conds.values() for entry in conds]
     looks = any(patcher.model.diffusion_model.img_emb is not None for patcher in models_of(guider).values())
     if looks and not any(entry.get("clip_vision_output") is not None for entry in entries):
@@ -223,18 +226,20 @@ def check_timeline(timeline: EncodedTimeline | None, guider, plan: LongVideoPlan
 
 
 def memory_needs(
-    plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int, pixels_a_latent: int = 8
+    plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int, pixels_a_latent: int = 8, on_disk: bool = False
 ) -> dict[str, int]:
-    """Bytes of system RAM a run will hold: weights, latents of the whole video, one decode window pair, the writer.
+    """Bytes of system RAM a run will hold: weights, latents, one decode window pair, the writer.
 
-    latent_shape: `[B, C, T, H, W]` of the start latent. The decode holds two windows of pixels at most, whatever the
-    length; the writer holds frames of one of them as bytes.
+    latent_shape: `[B, C, T, H, W]` of the start latent. on_disk: a project keeps the latents, and a few sections of
+    them are at hand; else all are held, and once more as the one video that they become. The decode holds two windows
+    of pixels at most, whatever the length; the writer holds frames of one of them as bytes.
     """
     batch, channels, _, height, width = latent_shape
+    held = min(AT_HAND * plan.schedule.window, plan.total_frames) if on_disk else 2 * plan.total_frames
     pixels = batch * pixel_frames(2 * plan.schedule.window) * height * width * pixels_a_latent**2 * 3
     return {
         "weights": weights,
-        "latents": batch * latent_bytes(plan.total_frames, height, width, channels),
+        "latents": batch * latent_bytes(held, height, width, channels),
         "decode": 2 * 4 * pixels,
         "writer": pixels,
     }
@@ -298,7 +303,7 @@ def _read(
     return inputs
 
 
-def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[str]]:
+def _describe(guider, plan: LongVideoPlan, inputs: Inputs, on_disk: bool) -> tuple[str, list[str]]:
     """What is shown before the first step, and warnings about size and memory."""
     lines, warnings = [plan.describe()], []
     if plan.clips and inputs.still is None:
@@ -311,7 +316,7 @@ def _describe(guider, plan: LongVideoPlan, inputs: Inputs) -> tuple[str, list[st
     if off is not None:
         warnings.append(f"The edge of the picture is padded for the model and cut off again. {off}")
     models = models_of(guider).values()
-    needs = memory_needs(plan, inputs.start.shape, sum(model.model_size() for model in models), pixels)
+    needs = memory_needs(plan, inputs.start.shape, sum(model.model_size() for model in models), pixels, on_disk)
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     loader = families.loader_of(guider.model_patcher)
     memory, shortage = describe_needs(needs, free, sum(map(weights_to_come, models)), loader)
@@ -384,10 +389,12 @@ def sample_long_video(
     plan = make_plan(schedule, order, seconds, inputs, fps, clips)
     patcher, without = remembering(memory, guider)
     remembered, plan, said, more = with_memory(memory, patcher, plan, inputs)
+    if remembered is not None and memory is not None:
+        more = [*more, *without_their_lora(memory.label, memory.loras, *models_of(guider).values())]
     warnings += [*more, *without, *check_timeline(timeline, guider, plan, seconds)]
     if timeline is None and is_framepack(guider.model_patcher):
         warnings += too_long(guider.original_conds.get("positive", []))
-    described, more = _describe(guider, plan, inputs)
+    described, more = _describe(guider, plan, inputs, project is not None)
     described, warnings = "\n".join([described, *said]), warnings + more
     for warning in warnings:
         logging.warning("Anti-Drift Sampler: %s", warning)

@@ -21,6 +21,7 @@ from ..model.framepack import token_conditions
 from ..model.packing import ContextLayout
 from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
+from ..model.provenance import without_their_lora
 from ..plan import PlanError, pixel_frames, sigma_schedule
 from ..plan.mark import KEY, LatentMark
 from ..plan.preservation import within_reach
@@ -89,6 +90,7 @@ def retrieve_frame(
     held = any(chunk.start <= place < chunk.stop and chunk.tokens for chunk in run.chunks)
     lines = [
         *([] if held else [_forgotten(place, video.shape[2])]),
+        *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",
         f"Left the frame itself, right what the memory holds of it: {remembered.tokens.shape[1]} tokens for "

@@ -62,11 +62,17 @@ class Request:
 
     @staticmethod
     def of(base: int, shortest_seconds: float, longest_seconds: float, family: str = "", fps: float = 0.0) -> Request:
-        """From what an artist types. family: of the VAE's latents; it says the section, and where fps is 0 the rate.
+        """From what an artist types. family: of the VAE's latents; it says the section and the rate, which is fps where
+        it says none.
 
-        Raises PlanError where no clip can be that long, MarkError for a rate outside 1 to 240.
+        Raises PlanError where no clip can be that long, or no model of the family makes that rate; MarkError for a rate
+        outside 1 to 240.
         """
         rate = as_fps(fps or fps_of(family))
+        if family and rate != as_fps(fps_of(family)):
+            known = f"{fps_of(family):g} frames a second, which models of its VAE ({family}) make"
+            nearest = f"{fps_of(family):g} (or 0)"
+            raise PlanError(refusal(f"'fps' of {fps:g}", known, nearest, NODE))
         window = clip_window(family)
         lengths = (shortest_seconds, longest_seconds)
         sections = [max(round(seconds * float(rate) / (4 * window)), 1) for seconds in lengths]

@@ -31,6 +31,7 @@ from frame_memory.model import checkpoint, head, memory_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.memory import MemoryMismatch, encoder_from_tensors, new_encoder
+from frame_memory.model.provenance import loras_of
 from frame_memory.sampling.identity import patches_of
 
 FAST = VideoSettings(rate=1e-3, warmup=1, average=0.5)
@@ -94,7 +95,7 @@ def test_stage_two_writes_a_head_that_loads_and_leaves_the_model_as_it_was(tiny_
     for name in memory_file.HEAD:
         assert torch.equal(file.head[name], outcome.weights["model." + name])
         assert not torch.equal(file.head[name], before[name].float()), name
-    assert not (tmp_path / "loras").exists() and not said
+    assert not (tmp_path / "loras").exists() and not said and not loras_of(file.recipe)
 
 
 def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_path):
@@ -107,6 +108,7 @@ def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_pat
         result = write_result(run, outcome, "both", tmp_path / "models", tmp_path / "loras", lambda _: None)
     file = memory_file.read(str(result.checkpoint))
     assert file.kind == memory_file.SEMANTIC_PACK and not file.head and result.memory.trained
+    assert [lora.name for lora in loras_of(file.recipe)] == ["both.safetensors"]
     fresh = new_encoder(model).pack.state_dict()
     changed = [n for n, v in result.memory.pack.state_dict().items() if not torch.equal(v, fresh[n])]
     assert "gate" in changed and result.memory.fingerprint != run.memory.fingerprint
@@ -363,6 +365,8 @@ def test_fault_22_latents_of_another_vae_of_the_same_shape_are_refused(tiny_file
 
     with pytest.raises(ForcingError, match=r"video 1 of 1 \(a.mp4\) was .* Wan21 VAE, .* works on Hunyuan.*'Load VAE'"):
         run(base="Wan21", fps=30.0, source="a.mp4")
+    with pytest.raises(ForcingError, match="was encoded by a Wan21 VAE"):  # the rate is the VAE's, and no cure
+        run(base="Wan21", fps=16.0)
     with pytest.raises(ForcingError, match=r"\(a.mp4\) has 16 frames a second, and the MODEL makes 30.*Set 'fps'"):
         run(base="HunyuanVideo", fps=16.0, source="a.mp4")
     assert run(base="HunyuanVideo").videos[0].family == "HunyuanVideo" and not run().videos[0].family

@@ -14,7 +14,7 @@ from model import wan_reference as reference
 
 from frame_memory.model import families
 from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS, MODEL_OPTION
-from frame_memory.model.memory import MemoryMismatch
+from frame_memory.model.memory import MEMORY_PACK, MemoryMismatch, check_model
 from frame_memory.model.preserved_memory import attach_preserved, check_preserved, new_memory, with_tokens
 from frame_memory.plan import PRESETS, PlanError, plan_sections
 from frame_memory.sampling.memory import with_memory
@@ -109,6 +109,11 @@ def test_what_is_farther_than_positions_reach_stays_at_the_farthest_place():
 
 def test_messages_name_nodes_and_presets_of_wan():
     model, other = reference.load(T2V, layers=1), reference.load(T2V, layers=1, seed=5)
+    with pytest.raises(MemoryMismatch, match="'MemoryPack Encoder' is Wan.* are for FramePack-F1") as said:
+        check_model(model, MEMORY_PACK)
+    assert "memory for Wan is frame preservation" in str(said.value) and "WAN21" not in str(said.value)
+    assert "'Load Memory Encoder' and connect it to 'Frame Preservation Encoder'" in str(said.value)
+    assert families.why_no_history(model).startswith("The MODEL behind the guider is Wan and has no patchifiers")
     memory = with_tokens(new_memory(model, "2x2x2", **SMALL), 1000)
     with pytest.raises(MemoryMismatch, match="made for another base.*in 'Load Diffusion Model', or"):
         check_preserved(memory, other, "x")

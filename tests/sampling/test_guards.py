@@ -279,7 +279,7 @@ def test_cancel_acts_within_one_model_call(model):
 def test_fault_46_needs_are_shown_and_a_shortage_is_a_warning(model):
     plan = plan_sections("f1k1_td_f16k4f2k2f1k1_g9", sections=50)
     needs = memory_needs(plan, (1, 16, 1, 76, 80), weights=12 * 2**30)
-    assert needs["latents"] == 451 * 16 * 76 * 80 * 4
+    assert needs["latents"] == 2 * 451 * 16 * 76 * 80 * 4
     assert needs["decode"] < 1 * 2**30
     line, shortage = describe_needs(needs, free=64 * 2**30, to_come=12 * 2**30)
     assert shortage is None and "weights 12.00 GiB" in line

@@ -22,6 +22,7 @@ from frame_memory.plan import (
     plan_sections,
 )
 from frame_memory.sampling.long_video import describe_needs, latent_of, memory_needs, weights_to_come
+from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
 
 from .conftest import conditioning, guider_for, of_kind, run, start_latent
@@ -141,6 +142,28 @@ def test_fault_46_weights_in_memory_are_shown_but_not_missing(model):
     assert "already" not in line and "11.00 GiB of RAM more" in shortage
     _, report = run(model, seconds=1.2)
     assert re.search(r"weights \d+\.\d\d GiB \(in memory already\)", report)
+
+
+def test_latents_that_a_project_keeps_are_not_counted_whole(model, tmp_path):
+    frame = 4 * 16 * 76 * 80
+    for sections, here, kept in ((2, 19, 19), (300, 2701, 36)):
+        plan = plan_sections(PRESETS["F1 forward"], sections=sections)
+        latents = [memory_needs(plan, (1, 16, 1, 76, 80), 0, 8, on_disk)["latents"] for on_disk in (False, True)]
+        assert latents == [2 * here * frame, kept * frame]
+    said = []
+
+    class Stop(Exception):
+        """Raised by the first text, before anything is sampled."""
+
+    def say(text: str) -> None:
+        said.append(re.search(r"latents (\d\.\d\d) GiB", text)[1])
+        raise Stop
+
+    for more in ({}, {"project": ProjectRequest(tmp_path, "kept")}):
+        with pytest.raises(Stop):
+            run(model, start=start_latent(height=200, width=200), seconds=12.0, say=say, **more)
+    frame = 4 * 16 * 200 * 200 / 2**30
+    assert said == [f"{2 * 91 * frame:.2f}", f"{36 * frame:.2f}"]
 
 
 def test_fault_46_weights_that_core_pages_in_from_disk_are_still_to_come(model):

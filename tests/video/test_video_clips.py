@@ -99,11 +99,21 @@ def test_lengths_that_contradict_each_other_are_refused():
 
 @pytest.mark.parametrize(
     ("family", "fps", "rate", "window", "longest"),
-    [("HunyuanVideo", 0, 30, 9, 50), ("Wan21", 0, 16, 20, 12), ("Wan22", 0, 24, 20, 18), ("selftest", 16, 16, 9, 27)],
-)
+    [("HunyuanVideo", 0, 30, 9, 50), ("Wan21", 0, 16, 20, 12), ("Wan22", 0, 24, 20, 18), ("", 16, 16, 9, 27),
+     ("selftest Wan", 16, 16, 9, 27)],
+)  # fmt: skip
 def test_rate_and_section_are_those_of_the_vaes_model(family, fps, rate, window, longest):
     made = Request.of(64, 1.2, 60.0, family, fps)
     assert (made.fps, made.window, made.shortest, made.longest) == (rate, window, 1, longest)
+
+
+@pytest.mark.parametrize(
+    ("family", "fps", "its"), [("HunyuanVideo", 16, 30), ("Wan21", 24, 16), ("selftest Wan", 30, 16)]
+)
+def test_a_rate_that_no_model_of_the_vae_makes_is_refused_before_anything_is_encoded(family, fps, its):
+    said = rf"'fps' of {fps}\. Expected: {its} frames .*VAE \({family}\).*valid: {its} \(or 0\).*Video Clips"
+    with pytest.raises(PlanError, match=said):
+        Request.of(64, 1.2, 60.0, family, fps)
 
 
 def test_clips_at_wans_rate_show_what_was_seen_at_those_times(folder, tmp_path, tiny_vae):

@@ -118,7 +118,7 @@ def test_the_muted_part_teaches_it_and_goes_on_and_its_files_load(server, teachi
 def test_clips_of_another_rate_are_refused_in_words(server, teaching):
     small = copy.deepcopy(teaching)
     one(small, "FrameMemoryVideoClips")[1]["inputs"]["fps"] = 30
-    with pytest.raises(PromptError, match="has 30 frames a second, and the MODEL makes 16.*'Video Clips' to 16"):
+    with pytest.raises(PromptError, match="'fps' of 30. Expected: 16 frames a second.*Video Clips"):
         server.client.queue(small, timeout=300)
 
 
