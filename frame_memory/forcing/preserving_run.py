@@ -122,6 +122,7 @@ class PreservingRun(TrainingRun):
         return self.schedule.window
 
     def _warn(self) -> None:
+        super()._warn()
         if self.follows and not self.memory.trained:
             self.faces.say(WITHOUT_STAGE_ONE.format(label=self.memory.label))
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model.base_signature import MODEL_PREFIX, Base
-from ..model.families import frames_a_second, is_wan, loader_of, pixels_a_latent
+from ..model.families import PATCHIFIERS, frames_a_second, is_wan, loader_of, pixels_a_latent, said
 from ..model.framepack import MODEL_OPTION, latent_families
 from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of_kind
 from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK
 from ..model.preserved_memory import PreservedMemory
+from ..model.provenance import LORAS, without_their_lora
 from ..model.semantic_pack import SemanticPack, open_gate
 from ..plan import clip_window, pixel_frames
 from ..plan.frames import section_frames
@@ -200,6 +201,9 @@ class TrainingRun:
 
     def _warn(self) -> None:
         """Say what may be meant, and seldom is."""
+        noted = said(self.original)
+        for text in without_their_lora(noted.get(PATCHIFIERS, ""), noted.get(LORAS, ()), self.original):
+            self.faces.say(f"Warning: {text}")
         if self.patcher.patches.keys() != self.original.patches.keys():
             self.faces.say(
                 "The MODEL has a LoRA or a head on its output layer already. Training goes on from there, and its "

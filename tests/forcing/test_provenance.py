@@ -17,6 +17,7 @@ from model import wan_reference as reference
 from frame_memory.forcing.context_run import ContextRequest, ContextRun
 from frame_memory.forcing.preserving_run import STAGE_FOLLOW, STAGE_QUERY, PreservingRequest, PreservingRun
 from frame_memory.forcing.results import Result, write_result
+from frame_memory.forcing.training_run import Faces
 from frame_memory.model import memory_file, tensor_file, wan_file
 from frame_memory.model.preserved_memory import attach_preserved, memory_of, with_tokens
 from frame_memory.model.provenance import LORAS, NamedLora, loras_of
@@ -88,6 +89,15 @@ def test_patchifiers_without_their_lora_are_warned_of(trained):
     for without in (model, with_lora(model, look, 0.0)):
         (warning,) = check_model(guider_of(without), schedule)
         assert warning.startswith(said) and "'Load Video LoRA' with that file and strength 1" in warning
+
+
+def test_training_on_patchifiers_without_their_lora_is_warned_of(trained, tmp_path):
+    model, look, ask, _ = trained
+    request = PreservingRequest(STAGE_FOLLOW, 1, clips=3, schedule=SCHEDULE, settings=FAST)
+    for on, count in ((model, 1), (with_lora(model, look), 0)):
+        said: list[str] = []
+        PreservingRun(on, ask.memory, videos(T2V), request, tmp_path, Faces(said.append))
+        assert len(said) == count and all(text.startswith(f"Warning: {TOGETHER.format('look')}") for text in said)
 
 
 def reported(model, memory) -> str:

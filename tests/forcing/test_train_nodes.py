@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import weakref
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -31,13 +34,13 @@ def output(tmp_path, monkeypatch):
     folder_paths.set_output_directory(before)
 
 
-def videos(text: int, fps: float, base: str, **more) -> dict:
+def videos(text: int, fps: float, base: str, frames: int = 21, **more) -> dict:
     """A clip of one Wan section, or two of FramePack's, as 'Video Clips' hands it on."""
-    latent = {"samples": reference.drawn(1, 16, 21, 8, 10, seed=3), "frame_memory": {"base": base, "fps": fps}}
+    latent = {"samples": reference.drawn(1, 16, frames, 8, 10, seed=3), "frame_memory": {"base": base, "fps": fps}}
     return {"latents": [latent], "positive": [[[reference.drawn(1, 3, text, seed=4), more]]]}
 
 
-def node(family: str, name: str, **asked):
+def node(family: str, name: str, /, **asked):
     """Run a node as core does, with a list for each input."""
     given = {"steps": 1, "training_seed": 0, "learning_rate": 1e-3, "name": "mine", "rank": 2} | asked
     lists = {"latents", "positive"}
@@ -57,6 +60,40 @@ def test_frame_preservation_is_trained_on_wan(nodes, output):  # noqa: F811
     assert memory.trained and memory.fingerprint != given.fingerprint
     assert len(trained.patches) == 10 and not model.patches
     assert (output / "frame_memory" / file).is_file() and (output / "loras" / "mine.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", ["1: frame query", "2: next section", "Wan: frame context"])
+def test_nothing_holds_a_model_after_it_was_trained_or_cancelled(nodes, output, stage):  # noqa: F811
+    """Not even a cycle: core may take a MODEL that its garbage collector lets go of for a leak."""
+    parts = ("frame_memory.model.preserved_memory", "frame_memory.model.wan_file", "nodes.sockets", "frame_memory.plan")
+    own, wan_file, sockets, plan = (importlib.import_module(f"{PACK}.{part}") for part in parts)
+
+    def train(base, name: str) -> None:
+        asked = {"model": wan_file.with_new(base)[0], "stage": stage, "name": name, **videos(24, 16.0, "Wan21", 41)}
+        if stage == "Wan: frame context":
+            context = sockets.FrameContext(plan.parse_schedule(plan.PRESETS["Wan, 81 frames"]))
+            node("wan_training", "FrameMemoryTrainWanContext", **asked, frame_context=context)
+        else:
+            more = {"memory": own.new_memory(base, "4x4x2", **SMALL), "clips": 2, "encoder_first": 0.0}
+            node("preservation_training", "FrameMemoryTrainPreservation", **asked, **more)
+
+    interrupt = comfy.model_management.interrupt_current_processing
+    gc.collect()
+    gc.disable()
+    try:
+        for name, cancel in (("whole", False), ("stopped", True)):
+            base, stopped = reference.load(T2V, layers=1), False
+            held = weakref.ref(base.model)
+            interrupt(cancel)
+            try:
+                train(base, name)
+            except comfy.model_management.InterruptProcessingException:
+                stopped = True
+            del base
+            assert stopped == cancel and held() is None, name
+    finally:
+        gc.enable()
+        interrupt(False)
 
 
 WRITTEN = {
