@@ -27,11 +27,11 @@ from frame_memory.forcing.training_run import (
 )  # fmt: skip
 from frame_memory.forcing.training_state import TrainingFolder
 from frame_memory.forcing.video_trainer import VideoSettings
-from frame_memory.model import checkpoint, head, memory_file
+from frame_memory.model import checkpoint, head, lora, memory_file
 from frame_memory.model.base_signature import Base
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.memory import MemoryMismatch, encoder_from_tensors, new_encoder
-from frame_memory.model.provenance import loras_of
+from frame_memory.model.provenance import loras_of, present
 from frame_memory.sampling.identity import patches_of
 
 FAST = VideoSettings(rate=1e-3, warmup=1, average=0.5)
@@ -108,7 +108,7 @@ def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_pat
         result = write_result(run, outcome, "both", tmp_path / "models", tmp_path / "loras", lambda _: None)
     file = memory_file.read(str(result.checkpoint))
     assert file.kind == memory_file.SEMANTIC_PACK and not file.head and result.memory.trained
-    assert [lora.name for lora in loras_of(file.recipe)] == ["both.safetensors"]
+    assert [named.name for named in loras_of(file.recipe)] == ["both.safetensors"]
     fresh = new_encoder(model).pack.state_dict()
     changed = [n for n, v in result.memory.pack.state_dict().items() if not torch.equal(v, fresh[n])]
     assert "gate" in changed and result.memory.fingerprint != run.memory.fingerprint
@@ -119,6 +119,9 @@ def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_pat
     blocks = [k for k in patched.patches if "_blocks." in k]
     layers = {k.rsplit(".", 1)[0] for k in outcome.trained.parameters if k.startswith("lora.")}
     assert len(blocks) == len(layers) > 0
+    ours = lora.apply_lora(model, checkpoint.tensor_file.read(str(result.lora)))[0]
+    assert present(result.memory.loras, ours) == present(result.memory.loras, patched) == result.memory.loras
+    assert not present(result.memory.loras, model)
 
 
 def losses_of(tiny_file, folder: Path, stage: str, steps: int, interrupt=lambda: None) -> list[float]:
