@@ -177,9 +177,11 @@ class TrainingRun:
         """Raise ForcingError, MemoryMismatch or ValueError for a MODEL that this run cannot train, or videos that are
         not for it, whatever the stage."""
         cls._check_model(patcher)
-        check_families(videos, latent_families(patcher))
         for video in videos:
             _check_made_for(video, patcher, cls.node)
+        check_families(videos, latent_families(patcher))
+        for video in videos:
+            _check_rate(video, frames_a_second(patcher))
 
     @classmethod
     def _check_model(cls, patcher) -> None:
@@ -424,7 +426,7 @@ class TrainingRun:
 
 
 def _check_made_for(video: StoredVideo, patcher, node: str) -> None:
-    channels, fps = patcher.model.latent_format.latent_channels, frames_a_second(patcher)
+    channels = patcher.model.latent_format.latent_channels
     if isinstance(video.cond, WanConditioning) != is_wan(patcher):
         its = "Wan" if isinstance(video.cond, WanConditioning) else "FramePack"
         raise ForcingError(f"{video.name} was prepared for a {its} model. Write it anew for the MODEL of '{node}'.")
@@ -433,6 +435,9 @@ def _check_made_for(video: StoredVideo, patcher, node: str) -> None:
             f"{video.name} has {video.samples.shape[1]} latent channels, and the MODEL works on {channels}. Use the "
             f"MODEL's own VAE in '{VIDEO_CLIPS}'."
         )
+
+
+def _check_rate(video: StoredVideo, fps: float) -> None:
     if video.fps not in (0, fps):
         raise ForcingError(
             f"{video.name} has {video.fps:g} frames a second, and the MODEL makes {fps:g}: it would learn to move at a "

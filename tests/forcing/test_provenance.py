@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
     more = {"rank": 2, "settings": FAST, "schedule": SCHEDULE}
     look = taught(ContextRun, plain, None, ContextRequest("", 1, **more), folder, "look")
     model = wan_file.with_file(plain, wan_file.read(str(look.checkpoint)))[0]
-    looking, rest = with_lora(model, look), {"clips": 3, **more}
+    looking, rest = with_lora(model, look), {"clips": 3, "alone": 0.0, **more}
     ask = taught(PreservingRun, looking, memory_for(looking), PreservingRequest(STAGE_QUERY, 1, **rest), folder, "ask")
     follow = taught(PreservingRun, looking, ask.memory, PreservingRequest(STAGE_FOLLOW, 1, **rest), folder, "follow")
     return model, look, ask, follow
