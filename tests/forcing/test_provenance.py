@@ -9,6 +9,7 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # folders of tests are packages of their own
 from memory.small import Pixels
@@ -103,17 +104,18 @@ def test_training_on_patchifiers_without_their_lora_is_warned_of(trained, tmp_pa
 def reported(model, memory) -> str:
     """The report of a video of two sections."""
     return sample_long_video(
-        noise=comfy_noise(), guider=guider_of(attach_preserved(model, memory)), memory=memory,
+        noise=Noise_RandomNoise(0), guider=guider_of(attach_preserved(model, memory)), memory=memory,
         sampler=comfy.samplers.sampler_object("euler"), sigmas=torch.tensor([1.0, 0.0]),
         schedule=parse_schedule(SCHEDULE), start={"samples": reference.drawn(1, 16, 1, 5, 6, seed=2)}, seconds=2.0,
         say=lambda _: None,
     ).report  # fmt: skip
 
 
-def comfy_noise():
-    from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
-
-    return Noise_RandomNoise(0)
+def asked(model, memory) -> str:
+    """The report of one frame."""
+    video = {"samples": reference.drawn(1, 16, 9, 6, 10, seed=3)}
+    settings = {"positive": text(), "latent": video, "vae": Pixels("Wan21"), "seconds": 0.5, "steps": 1, "seed": 1}
+    return retrieve_frame(model=attach_preserved(model, memory), memory=memory, **settings).report
 
 
 def test_a_video_and_a_retrieved_frame_say_which_lora_of_the_memory_is_missing(trained):
@@ -123,13 +125,7 @@ def test_a_video_and_a_retrieved_frame_say_which_lora_of_the_memory_is_missing(t
     with torch.inference_mode():
         on_stage_one = reported(with_lora(looking, ask), second)
         whole = reported(with_lora(looking, follow), second)
-        frames = [
-            retrieve_frame(
-                model=attach_preserved(m, first), memory=first, positive=text(), vae=Pixels("Wan21"), steps=1, seed=1,
-                latent={"samples": reference.drawn(1, 16, 9, 6, 10, seed=3)}, seconds=0.5,
-            ).report  # fmt: skip
-            for m in (looking, with_lora(looking, ask))
-        ]
+        frames = [asked(on, first) for on in (looking, with_lora(looking, ask))]
     assert TOGETHER.format("follow") in on_stage_one and "LoRA look" not in on_stage_one
     assert "was trained together" not in whole
     assert f"Warning: {TOGETHER.format('ask')}" in frames[0] and "was trained together" not in frames[1]
