@@ -4,7 +4,7 @@ HunyuanVideo, Wan 2.1 and the self-test models all use 16 channels at 8x8x4, so 
 the wrong pair makes a plausible-looking but wrong video. What core keeps after loading a file does tell them:
 
 - HunyuanVideo: `AutoencoderKL` with 3-D convolutions, or the tiny TAEHV with HunyuanVideo's latent format;
-- Wan 2.1: core's `WanVAE` at its only published width, 96, or the tiny TAEHV without a latent format;
+- Wan 2.1: core's `WanVAE` at its published widths, 96 and LightVAE's 24, or the tiny TAEHV without a latent format;
 - Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4, or the tiny TAEHV with as many;
 - self-test: core's `WanVAE`, narrower than that (core reads the width from the file). Which of the two, FramePack's or
   Wan's, the file's metadata says; FramePack's where it says nothing.
@@ -30,8 +30,8 @@ from .decode import LatentSource
 HUNYUAN = "HunyuanVideo"
 WAN = "Wan21"
 WAN_5B = "Wan22"
-# `WanVAE.dim` of the published Wan 2.1 file.
-WAN_WIDTH = 96
+# `WanVAE.dim` of the narrowest published file for Wan 2.1, LightX2V's lightvaew2_1.
+WAN_WIDTH = 24
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
 CHANNELS, CHANNELS_5B = 16, 48

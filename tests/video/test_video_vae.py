@@ -31,14 +31,13 @@ def vaes(tiny_vae):
         }
     )
     assert isinstance(hunyuan.first_stage_model, AutoencoderKL)
-    wan = comfy.sd.VAE(
-        sd={
-            "decoder.middle.0.residual.0.gamma": torch.zeros(384, 1, 1, 1),
-            "decoder.head.0.gamma": torch.zeros(96, 1, 1, 1),
-            "encoder.conv1.weight": torch.zeros(96, 3, 3, 3, 3),
-            "decoder.head.2.weight": torch.zeros(3, 96, 3, 3, 3),
-        }
-    )
+
+    def wan(width):
+        shapes = {
+            "decoder.middle.0.residual.0.gamma": (4 * width, 1, 1, 1), "decoder.head.0.gamma": (width, 1, 1, 1),
+            "encoder.conv1.weight": (width, 3, 3, 3, 3), "decoder.head.2.weight": (3, width, 3, 3, 3),
+        }  # fmt: skip
+        return comfy.sd.VAE(sd={key: torch.zeros(shape) for key, shape in shapes.items()})
 
     def taehv(dtype):
         keys = {"decoder.1.weight": (256, 16, 3, 3), "decoder.22.bias": (3,)}
@@ -46,7 +45,8 @@ def vaes(tiny_vae):
 
     return {
         "hunyuan": hunyuan,
-        "wan": wan,
+        "wan": wan(96),
+        "light wan": wan(24),
         "selftest": tiny_vae,
         "shipped": shipped_vae("frame_memory_selftest_vae"),
         "shipped Wan": shipped_vae("frame_memory_selftest_wan_vae"),
@@ -59,7 +59,7 @@ def vaes(tiny_vae):
     ("name", "family"),
     [
         ("hunyuan", HUNYUAN), ("tiny hunyuan", HUNYUAN), ("wan", WAN), ("tiny wan", WAN), ("selftest", SELFTEST),
-        ("shipped", SELFTEST), ("shipped Wan", SELFTEST_WAN),
+        ("light wan", WAN), ("shipped", SELFTEST), ("shipped Wan", SELFTEST_WAN),
     ],
 )
 def test_families_are_told_apart(vaes, name, family):
@@ -71,7 +71,7 @@ def test_families_are_told_apart(vaes, name, family):
     ("mark", "good"),
     [
         (FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest", "shipped"}),
-        (WAN_MARK, {"wan", "tiny wan"}), (SELFTEST_WAN_MARK, {"shipped Wan"}),
+        (WAN_MARK, {"wan", "light wan", "tiny wan"}), (SELFTEST_WAN_MARK, {"shipped Wan"}),
     ],
 )  # fmt: skip
 def test_fault_22_same_shape_is_not_enough(vaes, mark, good):
