@@ -128,12 +128,12 @@ class FrameMemoryRetrieveFrame(io.ComfyNode):
                 io.Image.Output(display_name="pair", tooltip="Left the frame itself, right what the memory holds."),
                 io.Float.Output(
                     display_name="psnr",
-                    tooltip="Likeness of the two in dB; what it is worth says the mean picture's in the report.",
+                    tooltip="Likeness of the two in dB; the report says what that is worth.",
                 ),
                 io.Float.Output(display_name="ssim", tooltip="Likeness of their structure; 1 is the same picture."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Both numbers, those of the mean picture of other frames instead, the frame, the tokens.",
+                    tooltip="Both numbers, those of the mean of other frames in its place, the frame, the tokens.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -3,8 +3,9 @@
 The frame is denoised from noise at its own time, behind nothing but the memory's tokens, as in stage 1 of the training
 (frame query). The memory is what a run would hold: the whole video, encoded segment by segment, within its budget.
 
-A number says little alone, so it is told beside that of the mean picture of other frames: of all pictures that know the
-video and not the moment it has the best PSNR, and it is high where little moves.
+A number says little alone, so it is told beside that of the mean of other frames in the frame's place: that knows the
+video and not the moment, and is near where little moves. It is decoded behind the same frames as the answer, since a
+causal VAE lets them shine through, most in the first of the four pictures.
 
 Shape legend: B batch, C latent channels, T latent frames, H W latent pixels (VAE space).
 """
@@ -40,7 +41,7 @@ RETRIEVE = "Retrieve Frame"
 BEFORE = 2
 # Where training's noise levels lie (forcing/preserving.py).
 SHIFT = 5.0
-# So many other frames, evenly over the video, make the mean picture.
+# So many other frames, evenly over the video, make the mean.
 OTHERS = 8
 
 
@@ -95,7 +96,7 @@ def retrieve_frame(
         *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",
-        _beside(pair[0], near, [_picture(vae, video, other) for other in _others(video.shape[2], place)]),
+        _beside(pair[0], near, *_without_the_moment(vae, video, place, shown)),
         f"Left the frame itself, right what the memory holds of it: {remembered.tokens.shape[1]} tokens for "
         f"{video.shape[2]} latent frames.",
         f"{memory.describe()}. {fits}",
@@ -103,7 +104,7 @@ def retrieve_frame(
     return Retrieved(torch.cat(pair, dim=1)[None], near, like, "\n".join(lines))
 
 
-def _picture(vae, video: Tensor, place: int, shown: int = -1, frame: Tensor | None = None) -> Tensor:
+def _picture(vae, video: Tensor, place: int, shown: int, frame: Tensor | None = None) -> Tensor:
     """A picture of a latent frame, by number from its end, `[height, width, 3]`. frame: another one in its place."""
     known = video[:, :, max(place - BEFORE, 0) : place]
     around = torch.cat((known, video[:, :, place : place + 1] if frame is None else frame), dim=2)
@@ -117,13 +118,21 @@ def _others(frames: int, place: int) -> list[int]:
     return [others[(2 * number + 1) * len(others) // (2 * count)] for number in range(count)]
 
 
-def _beside(truth: Tensor, near: float, others: list[Tensor]) -> str:
-    """What the mean of other pictures would be worth as an answer. near: PSNR of the memory's, in dB."""
+def _without_the_moment(vae, video: Tensor, place: int, shown: int) -> tuple[int, Tensor | None]:
+    """(how many other frames, the picture of their mean in the place of one); 0 and None where there are none."""
+    others = _others(video.shape[2], place)
     if not others:
+        return 0, None
+    mean = video[:, :, others].double().mean(dim=2, keepdim=True)  # exact where nothing moves
+    return len(others), _picture(vae, video, place, shown, mean.to(video))
+
+
+def _beside(truth: Tensor, near: float, count: int, mean: Tensor | None) -> str:
+    """What the mean of other frames would be worth as an answer. near: PSNR of the memory's, in dB."""
+    if mean is None:
         return "The video has no other frame to compare with."
-    mean = torch.stack(others).mean(0)
     worth = psnr(truth, mean)
-    told = f"To compare, the mean picture of {len(others)} other frames of the video: PSNR {worth:.2f} dB, "
+    told = f"To compare, the mean of {count} other frames of the video in its place: PSNR {worth:.2f} dB, "
     told += f"SSIM {ssim(truth, mean):.3f}. "
     if near > worth:
         return told + f"The memory is {near - worth:.2f} dB nearer: so much it knows of this moment."

@@ -182,7 +182,7 @@ def test_the_selftest_graph_trains_a_memory_and_asks_it_for_a_frame(server, api)
     run = server.client.queue(small, timeout=600, workflow=ui_graph(SELFTEST))
     assert "1: frame query: 3 of 3 steps on 2 videos" in run.outputs[node_id]["text"][0]
     assert len(run.outputs[asked[0]]["images"]) == 2
-    assert "mean picture of 8 other frames of the video: PSNR" in run.outputs["said"]["text"][0]
+    assert "mean of 8 other frames of the video in its place: PSNR" in run.outputs["said"]["text"][0]
 
 
 @pytest.mark.parametrize("name", ship_clips.FOLDERS)
