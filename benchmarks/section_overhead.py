@@ -311,10 +311,11 @@ def picture(told: dict[str, dict[str, list[float]]]) -> None:
             if asked.live or parts != ("beside",):
                 milliseconds = [1e3 * value for value in at_one_pace(told[name], *parts)[1:]]
                 curves.append(Curve(words, list(range(2, len(milliseconds) + 2)), milliseconds, ""))
-                legend.append(f"{colour} {words}, median {np.median(milliseconds):.0f} ms")
+                legend.append(f"{colour}: {words}, median {np.median(milliseconds):.0f} ms")
         top = 1.3 * max(float(np.quantile(curve.y, 0.99)) for curve in curves)
         curves = [Curve(c.name, c.x, [min(y, top) for y in c.y], c.note) for c in curves]
-        panels.append(Panel(f"{asked.title}: {'; '.join(legend)}", "section", "ms a section", curves, (), top))
+        title, below = f"Around the network: {asked.title}", f"section ({'; '.join(legend)})"
+        panels.append(Panel(title, below, "processor ms a section", curves, (), top))
     save_panels(PICTURE, panels)
 
 
