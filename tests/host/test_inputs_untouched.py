@@ -37,6 +37,7 @@ from .source import REPO
 
 sys.path.append(str(REPO / "tests"))  # folders of tests are packages of their own
 from first_frame import clip_folders
+from video.reference import shipped_vae
 
 SELFTEST = REPO / "selftest_models"
 MODEL, VAE = "frame_memory_selftest_F1.safetensors", "frame_memory_selftest_vae.safetensors"
@@ -131,7 +132,7 @@ def graph(nodes):
     return SimpleNamespace(
         wan=comfy.sd.load_diffusion_model(str(SELFTEST / "diffusion_models" / WAN)),
         memory=memory, frames=frames, model=model, vae=comfy.sd.VAE(sd=sd, metadata=metadata), guider=guider,
-        positive=positive,
+        positive=positive, wan_vae=shipped_vae("frame_memory_selftest_wan_vae"),
         negative=negative, context=socket, change=change, timeline=EncodedTimeline(timeline, (positive, negative)),
         latent=lambda frames, seed: {"samples": random(1, 16, frames, 8, 8, seed=seed), "noise_mask": random(1, 1)},
     )  # fmt: skip
@@ -262,7 +263,7 @@ def of_all_others(g) -> dict:
         "FrameMemoryFFGoPrompt": lambda: {"caption": "A cat.", "names": "cat, dog", "references": 2},
         "FrameMemoryDropTransitionFrames": lambda: {"video": VIDEO, "drop": "find the cut"},
         "FrameMemoryFFGoDataset": lambda: {
-            "folder": "clips", "clip": SelfTestText(), "vae": g.vae, "width": 96, "height": 64, "length": 9,
+            "folder": "clips", "clip": SelfTestText(), "vae": g.wan_vae, "width": 96, "height": 64, "length": 9,
         },
         "FrameMemoryVideoClips": lambda: {
             "folder": "videos", "clip": SelfTestText(), "vae": g.vae, "size": 64, "clip_vision": SelfTestVision(),

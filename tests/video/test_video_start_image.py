@@ -12,6 +12,8 @@ from frame_memory.video.images import ImageError, to_bucket
 from frame_memory.video.start_image import prepare
 from frame_memory.video.vae import VAEError
 
+from .reference import shipped_vae
+
 FILE = Path(__file__).resolve().parents[2] / "selftest_models" / "vae" / "frame_memory_selftest_vae.safetensors"
 
 
@@ -68,7 +70,8 @@ def test_fault_22_a_vae_that_fits_no_such_model_is_refused_before_anything_is_en
 
 
 @torch.inference_mode()
-def test_a_still_clip_is_each_picture_held_for_33_and_begins_with_the_picture_alone(vae):
+def test_a_still_clip_is_each_picture_held_for_33_and_begins_with_the_picture_alone():
+    vae = shipped_vae("frame_memory_selftest_wan_vae")
     start = torch.rand(2, 64, 96, 3, generator=torch.Generator().manual_seed(4))
     still, alone = (prepare(vae, None, start, None, 64, "black", still_clip=on) for on in (True, False))
     made = still.start["samples"]
