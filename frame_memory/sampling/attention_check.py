@@ -59,9 +59,14 @@ class Place:
 
     @classmethod
     def of(cls, patcher) -> Place:
-        """Of a MODEL of the families that the sampler takes."""
+        """Of a MODEL. Raises ValueError for a network that does not say the size of its heads, as a U-Net."""
         transformer = patcher.model.diffusion_model
-        width = transformer.dim if isinstance(transformer, WanModel) else transformer.hidden_size
+        width = transformer.dim if isinstance(transformer, WanModel) else getattr(transformer, "hidden_size", None)
+        if width is None or not hasattr(transformer, "num_heads"):
+            raise ValueError(
+                f"'model' is a {type(transformer).__name__}, whose attention cannot be tested; expected one like "
+                "FramePack (HunyuanVideo) or Wan. Leave 'Attention Backend' out."
+            )
         return cls(width // transformer.num_heads, patcher.model.get_dtype_inference(), patcher.load_device)
 
     def __str__(self) -> str:

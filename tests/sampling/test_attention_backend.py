@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from comfy.cli_args import args
@@ -141,3 +143,10 @@ def test_what_comfyui_was_started_with_and_another_packs_override_go_first(model
     back, _ = choose_attention(named, HOST)
     assert override_of(back.model_options) is None and override_of(named.model_options) is not None
     assert choose_attention(model, "PyTorch")[1].startswith("Attention: PyTorch, as ComfyUI chose itself")
+
+
+def test_a_network_of_another_kind_is_refused_in_words(model):
+    other = model.clone()
+    other.model = SimpleNamespace(diffusion_model=torch.nn.Identity())
+    with pytest.raises(ValueError, match="'model' is a Identity, .*like FramePack .*'Attention Backend'"):
+        choose_attention(other, AUTOMATIC)
