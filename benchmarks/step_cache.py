@@ -33,7 +33,7 @@ from .world import random_scene
 
 GOAL_FACTOR, GOAL_PSNR, GOAL_STEPS = 2.2, 26.0, 25
 FEWER = (15, 11)
-DRIFTS = (0.05, DRIFT, 0.2)
+DRIFTS = (0.05, 0.1, DRIFT)
 THRESHOLDS = (0.05, 0.2)  # of EasyCache; 0.2 is its default
 SECTION_SECONDS = 1.2
 COLUMNS = ("side", "evaluations a section", "times fewer", "s a section", "latents, dB", "pictures, dB", "lowest")
