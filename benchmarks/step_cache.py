@@ -3,7 +3,7 @@
 Videos of the synthetic world by the shipped F1 and F0, made with all steps, with fewer steps, with core's EasyCache and
 with Section Step Cache at several settings: how many times fewer evaluations, processor seconds a section, and PSNR of
 latents and of decoded pictures against the video with all steps, mean and lowest over the seeds. The peak of a latent's
-PSNR is the range of its own numbers.
+PSNR is the range of its own numbers; of equal videos it is infinite, and so is then the mean.
 
 What a section loses goes into the history of the next: `--seconds` says how long the videos are. Exits with 1 unless
 the default makes `GOAL_FACTOR` times fewer evaluations at `GOAL_PSNR` dB or more with 25 steps.
