@@ -35,7 +35,7 @@ from .identity import MEASURE
 # In transformer_options: the drift that is allowed, who counts, and core's node.
 KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
 NODE = "Section Step Cache"
-DRIFT = 0.1
+DRIFT = 0.2
 # Evaluations that a line and its curvature need.
 POINTS = 3
 # What issue F asks of a cache; below it the artist is told.
