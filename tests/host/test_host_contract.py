@@ -54,7 +54,7 @@ def test_the_contract_lists_every_symbol_the_family_refers_to(family):
     files = source.closure_of(source.REPO / "nodes" / f"{family}.py")
     used = set().union(*(source.host_symbols(path) for path in files))
     uncovered = {u for u in used if not is_covered(u, declared)}
-    assert not uncovered, f"add to host_contract: {sorted(uncovered)}"
+    assert not uncovered, f"add to host_needs: {sorted(uncovered)}"
 
 
 def is_covered(used: str, declared: set[str]) -> bool:

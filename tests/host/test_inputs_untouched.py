@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from frame_memory.model import checkpoint, memory_file
 from frame_memory.model.base_signature import Base
-from frame_memory.model.host_contract import FAMILIES
+from frame_memory.model.host_needs import FAMILIES
 from frame_memory.model.selftest import SelfTestText, SelfTestVision
 from frame_memory.model.semantic_pack import PackSpec, SemanticPack, initialise
 from frame_memory.plan import PRESETS, parse_schedule, parse_timeline
