@@ -14,8 +14,8 @@ Operations are those of matrices, convolutions and attention, counted in a pass 
 Sizes "tiny" and "mid" are for a CPU; "full" is the published topology, 13 B, for a GPU that holds one network a side.
 "fp8" and "int8" are our blocks rounded as 'weight_dtype' of 'Load FramePack Model' rounds them, beside the others in
 bf16; a row says "numbers only" where the device has no fast products in the format, as a CPU has none: its seconds
-mean nothing then. "ours, offloaded" is our network with all its weights in RAM, loaded by the host as on a GPU that is
-full (by its older loader, which needs no ComfyUI running).
+mean nothing then. "ours with weights in RAM" has all of them there, loaded by the host as on a GPU that is full (by its
+older loader, which needs no ComfyUI running).
 Exits with 1 if a side computes something else than diffusers, or a goal is missed.
 Source: reference/performance.md sections 2 and 4.
 
@@ -59,8 +59,8 @@ from .stage_two import gpu_peak
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16}
 ROUND_TO = {"fp8": quantised.FP8, "int8": quantised.INT8}  # our blocks' matrices
 BOUNDS = {"fp32": FP32_BOUND, "bf16": BF16_BOUND, "fp8": 0.1, "int8": 0.05}
-DIFFUSERS, OURS, FASTER, PUBLISHED = "diffusers", "ours", "ours, automatic attention", "published"
-OFFLOADED = "ours, offloaded"
+DIFFUSERS, OURS, FASTER, PUBLISHED = "diffusers", "ours", "ours with automatic attention", "published"
+OFFLOADED = "ours with weights in RAM"
 STEPS, FRAMES = 25, 36  # of a section
 TEXT, IMAGE = 120, 729
 HEAD = 128

@@ -13,7 +13,7 @@ def test_both_sides_compute_the_same_and_every_figure_is_told(monkeypatch, capsy
     assert speed.main(["--sizes", "tiny", "--dtypes", "fp32", "--repeats", "1"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| ours", "| diff"))]
     assert [row[0] for row in rows[:2]] == ["| diffusers", "| ours"]
-    assert [row[0] for row in rows[2:]] == ["| ours, automatic attention"] * bool(cpu_features().get("amx_bf16"))
+    assert [row[0] for row in rows[2:]] == ["| ours with automatic attention"] * bool(cpu_features().get("amx_bf16"))
     for row in rows:
         wall, busy, faster, share, peak = (float(cell) for cell in row[1:6])
         assert wall > 0 and busy > 0 and faster > 0 and 0 < share < 1500 and peak > 0
@@ -53,6 +53,6 @@ def test_rounded_and_offloaded_sides_run_and_say_what_a_cpu_lacks(monkeypatch, c
     for kind in ("fp8", "int8"):
         at = next(i for i, line in enumerate(said) if f", {kind} (numbers only), cpu:" in line)
         rows = [line.split(" | ") for line in said[at + 4 : at + 7]]
-        assert [row[0] for row in rows] == ["| diffusers", "| ours", "| ours, offloaded"]
+        assert [row[0] for row in rows] == ["| diffusers", "| ours", "| ours with weights in RAM"]
         first, second = (float(row[7].rstrip(" |")) for row in rows[1:])
         assert 1e-3 < first == second < speed.BOUNDS[kind]
