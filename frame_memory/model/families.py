@@ -6,7 +6,7 @@ FramePack reads a section's context in its own `extra_conds`; on Wan it goes pas
 
 from __future__ import annotations
 
-from ..plan import PRESETS, WAN_PRESET, parse_schedule
+from ..plan import BESIDE_MEMORY, PRESETS, WAN_PRESET, parse_schedule
 from ..plan.mark import fps_of
 from . import wan
 from .context import PackedContext
@@ -96,9 +96,14 @@ def makes_clips(model_patcher) -> bool:
     return bool(said(model_patcher).get(CLIPS))
 
 
-def schedule_of(model_patcher) -> str:
-    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset."""
-    return said(model_patcher).get(SCHEDULE) or PRESETS[WAN_PRESET if is_wan(model_patcher) else "F1 forward"]
+def schedule_of(model_patcher, beside_memory: bool = False) -> str:
+    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset.
+
+    beside_memory: the finished frames stand beside a memory of frame preservation. A Wan that was trained on none then
+    sees those that its own embedding reads.
+    """
+    wan_preset = BESIDE_MEMORY if beside_memory else WAN_PRESET
+    return said(model_patcher).get(SCHEDULE) or PRESETS[wan_preset if is_wan(model_patcher) else "F1 forward"]
 
 
 def window_of(model_patcher) -> int:
