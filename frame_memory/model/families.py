@@ -44,11 +44,11 @@ def is_wan(model_patcher) -> bool:
 
 
 def name_of(model_patcher) -> str:
-    """What people call a MODEL: FramePack, Wan or Helios; of others core's word."""
+    """What people call a MODEL: FramePack, Wan or Helios; of others as `wan.kind_of` says."""
     if is_framepack(model_patcher):
         return "FramePack"
     if not is_wan(model_patcher):
-        return type(model_patcher.model).__name__
+        return wan.kind_of(model_patcher.model)
     return "Helios" if makes_clips(model_patcher) else "Wan"
 
 
@@ -75,7 +75,7 @@ def why_no_history(model_patcher) -> str | None:
             f"'{WAN_CONTEXT}' between '{LOAD_WAN}' (or the last LoRA) and the guider."
         )
     return (
-        f"The model behind the guider is a {name}: this checkpoint has no packed-context weights. Expected a FramePack "
+        f"The model behind the guider is {name}: this checkpoint has no packed-context weights. Expected a FramePack "
         f"model from '{LOAD_MODEL}', or Wan 2.1 or 2.2 with '{WAN_CONTEXT}' behind its loader."
     )
 

@@ -24,7 +24,7 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.ldm.wan.vae2_2 import WanVAE as Wan22VAE
 from comfy.taesd.taehv import TAEHV
 
-from ..plan.mark import SELFTEST, SELFTEST_WAN, LatentMark
+from ..plan.mark import EXPECTED_FILES, SELFTEST, SELFTEST_WAN, LatentMark, expected_files
 from .decode import LatentSource
 
 HUNYUAN = "HunyuanVideo"
@@ -41,14 +41,6 @@ CHANNELS, CHANNELS_5B = 16, 48
 READABLE = ((CHANNELS, SPATIAL_RATIO), (CHANNELS_5B, 16))
 # safetensors metadata key by which a VAE file may say what it belongs to: SELFTEST or SELFTEST_WAN of ours.
 METADATA_BASE = "frame_memory.base"
-
-EXPECTED_FILES = {
-    HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
-    WAN: "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
-    WAN_5B: "the Wan 2.2 VAE (wan2.2_vae.safetensors)",
-    SELFTEST: "the small VAE of the self-test FramePack models (frame_memory_selftest_vae.safetensors)",
-    SELFTEST_WAN: "the small VAE of the self-test Wan model (frame_memory_selftest_wan_vae.safetensors)",
-}
 
 
 class VAEError(ValueError):
@@ -162,7 +154,7 @@ def check_vae(vae, latents_BCTHW: torch.Tensor | LatentSource, mark: LatentMark 
     """
     found = identify_vae(vae)
     wanted = _wanted_family(mark)
-    expected = EXPECTED_FILES.get(wanted, f'the VAE of "{wanted}"') if wanted else "the video VAE of the model used"
+    expected = expected_files((wanted,)) if wanted else "the video VAE of the model used"
     change = f"Change the file in the node 'Load VAE' to {expected}."
     channels = latents_BCTHW.shape[1]
     _check_time(found, change)
