@@ -68,7 +68,7 @@ def vaes(tiny_vae):
         ("light wan", WAN), ("shipped", SELFTEST), ("shipped Wan", SELFTEST_WAN),
         ("bare", SELFTEST), ("bare Wan", SELFTEST_WAN),
     ],
-)
+)  # fmt: skip
 def test_families_are_told_apart(vaes, name, family):
     found = identify_vae(vaes[name])
     assert (found.family, found.channels, found.spatial, found.temporal) == (family, 16, 8, 4)
