@@ -25,7 +25,6 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from frame_memory.model import lora, tensor_file, wan_file
 from frame_memory.model.selftest import SelfTestText
 from frame_memory.plan import parse_schedule
-from frame_memory.plan.mark import KEY, SELFTEST_WAN
 from frame_memory.sampling.long_video import sample_long_video
 from frame_memory.video.start_image import prepare
 
@@ -62,7 +61,7 @@ def make_video(model, vae, shot: shots.Shot, seconds: float, seed: int) -> np.nd
         sampler=comfy.samplers.sampler_object("euler"),
         sigmas=comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS),
         schedule=parse_schedule(SCHEDULE_TEXT),
-        start={**start, KEY: {"base": SELFTEST_WAN}},  # core's class alone does not keep what the file says
+        start=start,
         seconds=seconds,
         say=lambda _: None,
     ).latent

@@ -80,7 +80,7 @@ def _optional() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "Stage 2: which finished frames are seen beside the memory, from Frame Context Packer; sample with the "
-                "same. Wan: '3 clean frames'. Without it F1 forward, or on Wan what Wan Frame Context reports."
+                "same. Without it F1 forward; on Wan what trained patchifiers name, with new ones '3 clean frames'."
             ),
         ),
         io.Boolean.Input(

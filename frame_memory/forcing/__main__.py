@@ -42,6 +42,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..plan import BESIDE_MEMORY, PRESETS, WAN_PRESET
 from ..plan.preservation import RATES
 
 SHORT_STAGES = {"memory": "1: memory", "lora": "1: memory and LoRA", "head": "2: head (Direct Forcing)"}
@@ -86,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cross-attention", action="store_true", help="query, follow: every block learns to read the features, too")
     add("--drop-text", type=float, help="query and follow: share of updates without the caption (default: 0.1)")
     add("--encoder-first", type=float, help="query, follow: share of the run in which the LoRA waits (default: 0.33)")
-    own = "context and follow: preset or text of 'Frame Context Packer' (default: the model's own; Wan, 81 frames)"
-    add("--schedule", metavar="TEXT", help=own)
+    own = "context, follow: preset or text of 'Frame Context Packer' (default: the model's; '%s', follow '%s')"
+    add("--schedule", metavar="TEXT", help=own % (WAN_PRESET, BESIDE_MEMORY))
     own = "Wan: trained patchifiers, which context goes on from and follow looks through; query takes their window"
     add("--patchifiers", type=Path, metavar="FILE", help=own)
     add("--lora", type=Path, metavar="FILE", help="LoRA that lies on the model while it is trained on")
@@ -176,7 +177,6 @@ def _train(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, workers: int):
     """The kind of run, and what is asked of it. Raises ForcingError for an option that plays no part in the stage."""
-    from ..plan import PRESETS
     from .context_run import ContextRequest, ContextRun
     from .preserving_run import PreservingRequest, PreservingRun
     from .training_run import Request, TrainingRun, warmup_of

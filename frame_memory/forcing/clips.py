@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model.transformer import without_padding
 from ..plan import PRESETS, Section, clip_window, plan_sections
-from ..plan.mark import read_mark
+from ..plan.mark import expected_files, read_mark
 from .flow import Conditioning, WanConditioning
 
 SCHEDULE = "F1 forward"
@@ -158,6 +158,7 @@ def check_families(videos: Sequence[StoredVideo], families: Sequence[str]) -> No
     for video in videos:
         if video.family and video.family not in families:
             raise ForcingError(
-                f"{video.name} was encoded by a {video.family} VAE, and the MODEL works on {families[0]} latents: same "
-                f"shape, other meaning. Change the file in the 'Load VAE' behind '{VIDEO_CLIPS}' to the model's VAE."
+                f"{video.name} was encoded with {expected_files((video.family,))}, and the MODEL works with other "
+                f"latents: same shape, other meaning. Change the file in the 'Load VAE' behind '{VIDEO_CLIPS}' to "
+                f"{expected_files(families)}."
             )

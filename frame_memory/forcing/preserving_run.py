@@ -51,8 +51,8 @@ class PreservingRequest(Request):
 
     rates: of new encoders. frozen: the encoders of stage 2 stay as they are, as in the paper's ablation.
     cross_attention: the network also learns to read the encoders' features in every block. schedule: of stage 2, which
-    clean frames are seen beside the memory; empty for the MODEL's own. drop_text: share of updates without the caption.
-    alone: share of the run in which the encoders learn and the LoRA waits, where they learn.
+    clean frames are seen beside the memory; empty for the MODEL's own (`schedule_of`). drop_text: share of updates
+    without the caption. alone: share of the run in which the encoders learn and the LoRA waits, where they learn.
     """
 
     rates: tuple[str, ...] = ("4x4x2",)
@@ -93,7 +93,8 @@ class PreservingRun(TrainingRun):
         check_base_model(patcher, TRAIN_FRAMES)
 
     def _given(self, memory):
-        self.schedule = parse_schedule(self.follows and self.request.schedule or schedule_of(self.original))
+        own = schedule_of(self.original, beside_memory=self.follows)
+        self.schedule = parse_schedule(self.follows and self.request.schedule or own)
         self._check_history()
         if memory is None and self.follows:
             raise ForcingError(
@@ -106,11 +107,11 @@ class PreservingRun(TrainingRun):
 
     def _check_history(self) -> None:
         """Raise ForcingError where stage 2 could not show this MODEL the schedule's frames."""
-        order, own = natural_order(self.schedule), parse_schedule(schedule_of(self.original))
+        order, own = natural_order(self.schedule), schedule_of(self.original, beside_memory=self.follows)
         if order != "forward":
             raise ForcingError(
                 f"A memory holds what came before, and {self.schedule.text} makes later sections first. Expected a "
-                f"forward schedule, as {own.text}. Change it in '{PACKER}'."
+                f"forward schedule, as {own}. Change it in '{PACKER}'."
             )
         if self.follows and is_wan(self.original) and not wan.accepts_context(self.original):
             raise ForcingError(

@@ -6,7 +6,7 @@ FramePack reads a section's context in its own `extra_conds`; on Wan it goes pas
 
 from __future__ import annotations
 
-from ..plan import PRESETS, WAN_PRESET, parse_schedule
+from ..plan import BESIDE_MEMORY, PRESETS, WAN_PRESET, parse_schedule
 from ..plan.mark import fps_of
 from . import wan
 from .context import PackedContext
@@ -44,11 +44,11 @@ def is_wan(model_patcher) -> bool:
 
 
 def name_of(model_patcher) -> str:
-    """What people call a MODEL: FramePack, Wan or Helios; of others core's word."""
+    """What people call a MODEL: FramePack, Wan or Helios; of others as `wan.kind_of` says."""
     if is_framepack(model_patcher):
         return "FramePack"
     if not is_wan(model_patcher):
-        return type(model_patcher.model).__name__
+        return wan.kind_of(model_patcher.model)
     return "Helios" if makes_clips(model_patcher) else "Wan"
 
 
@@ -75,7 +75,7 @@ def why_no_history(model_patcher) -> str | None:
             f"'{WAN_CONTEXT}' between '{LOAD_WAN}' (or the last LoRA) and the guider."
         )
     return (
-        f"The model behind the guider is a {name}: this checkpoint has no packed-context weights. Expected a FramePack "
+        f"The model behind the guider is {name}: this checkpoint has no packed-context weights. Expected a FramePack "
         f"model from '{LOAD_MODEL}', or Wan 2.1 or 2.2 with '{WAN_CONTEXT}' behind its loader."
     )
 
@@ -96,9 +96,14 @@ def makes_clips(model_patcher) -> bool:
     return bool(said(model_patcher).get(CLIPS))
 
 
-def schedule_of(model_patcher) -> str:
-    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset."""
-    return said(model_patcher).get(SCHEDULE) or PRESETS[WAN_PRESET if is_wan(model_patcher) else "F1 forward"]
+def schedule_of(model_patcher, beside_memory: bool = False) -> str:
+    """The schedule that a MODEL was trained on: as its loader noted, or its family's preset.
+
+    beside_memory: the finished frames stand beside a memory of frame preservation. A Wan that was trained on none then
+    sees those that its own embedding reads.
+    """
+    wan_preset = BESIDE_MEMORY if beside_memory else WAN_PRESET
+    return said(model_patcher).get(SCHEDULE) or PRESETS[wan_preset if is_wan(model_patcher) else "F1 forward"]
 
 
 def window_of(model_patcher) -> int:

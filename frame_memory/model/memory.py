@@ -316,5 +316,3 @@ def compute_dtype(model_patcher) -> torch.dtype:
 def _build(spec: PackSpec, dtype: torch.dtype) -> SemanticPack:
     device = comfy.model_management.unet_offload_device()
     return SemanticPack(spec, dtype=dtype, device=device, operations=comfy.ops.manual_cast).requires_grad_(False)
-
-

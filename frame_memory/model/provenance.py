@@ -74,11 +74,12 @@ def without_their_lora(label: str, loras: Sequence[NamedLora], *models) -> list[
     missing = [lora.name for lora in loras if lora not in found]
     if not missing:
         return []
-    which = "LoRA" if len(missing) == 1 else "LoRAs"
+    named = ["of the same name in models/loras" if name == label else name for name in missing]
+    it, put, is_ = ("it", "that file", "it is") if len(missing) == 1 else ("them", "each of them", "they are")
     return [
-        f"{label} was trained together with the {which} {' and '.join(missing)}, and the MODEL does not carry "
-        f"{'it' if len(missing) == 1 else 'them'}: one without the other seldom works. Put '{LOAD_LORA}' with that "
-        "file and strength 1 behind the MODEL's loader, unless it is merged into the MODEL's own file."
+        f"{label} was trained together with {' and '.join(f'the LoRA {name}' for name in named)}, and the MODEL does "
+        f"not carry {it}: one without the other seldom works. Put '{LOAD_LORA}' with {put} and strength 1 behind the "
+        f"MODEL's loader, unless {is_} merged into the MODEL's own file."
     ]
 
 

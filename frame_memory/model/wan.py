@@ -39,6 +39,7 @@ import comfy.ops
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
+from comfy.model_base import WAN21
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -173,8 +174,16 @@ def check(model_patcher) -> WanModel:
     """The network of a MODEL. Raises ValueError unless core runs it by WanModel's own forward pass and its channels are
     those of a text-to-video or an image-to-video model."""
     network = getattr(model_patcher.model, "diffusion_model", None)
-    _check_network(network, type(model_patcher.model).__name__)
+    _check_network(network, kind_of(model_patcher.model))
     return network
+
+
+def kind_of(base_model) -> str:
+    """What people call a model that is not the Wan meant here: Wan Vace and the like, by core's class."""
+    name = type(base_model).__name__
+    if not isinstance(base_model, WAN21):
+        return f"another kind of model ({name})"
+    return f"Wan {name.partition('_')[2] or 'with other inputs'}"
 
 
 def conditions(
@@ -390,7 +399,7 @@ def _check_network(network, name: str) -> None:
     )
     if not plain:
         raise ValueError(
-            f"The MODEL is a {name}. Expected Wan 2.1 or 2.2, text-to-video or image-to-video (not VACE, Camera, S2V, "
+            f"The MODEL is {name}. Expected Wan 2.1 or 2.2, text-to-video or image-to-video (not VACE, Camera, S2V, "
             "HuMo, Animate, SCAIL or causal ones, which core runs by forward passes of their own). Load such a model "
             "in 'Load Diffusion Model'."
         )

@@ -12,7 +12,7 @@ needs this class to write one:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,6 +25,14 @@ SELFTESTS = {"HunyuanVideo": SELFTEST, "Wan21": SELFTEST_WAN}
 DEFAULT_FPS = 30.0
 # By family, where models were trained at another rate: Wan 2.1 and 2.2 A14B, Wan 2.2 5B, and the shipped Wan.
 FPS = {"Wan21": 16.0, "Wan22": 24.0, SELFTEST_WAN: 16.0}
+# By family, the VAE that makes its latents.
+EXPECTED_FILES = {
+    "HunyuanVideo": "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
+    "Wan21": "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
+    "Wan22": "the Wan 2.2 VAE (wan2.2_vae.safetensors)",
+    SELFTEST: "the small VAE of the self-test FramePack models (frame_memory_selftest_vae.safetensors)",
+    SELFTEST_WAN: "the small VAE of the self-test Wan model (frame_memory_selftest_wan_vae.safetensors)",
+}
 NTSC = tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -55,6 +63,11 @@ class LatentMark:
     def clip(self) -> int:
         """Latent frames of each clip of a video of clips, 0 of a running video."""
         return self.window if self.clips else 0
+
+
+def expected_files(families: Iterable[str]) -> str:
+    """The VAEs that make latents of one of some families, for a message."""
+    return " or ".join(EXPECTED_FILES.get(family, f'the VAE of "{family}"') for family in families)
 
 
 def fps_of(family: str) -> float:

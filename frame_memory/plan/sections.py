@@ -26,7 +26,7 @@ from .describe import describe_plan
 from .errors import IMAGE, PACKER, SAMPLER, PlanError, refusal
 from .frames import BLANK, END, START, pixel_frames, section_frames
 from .mark import FPS, SELFTEST_WAN
-from .schedule import PRESETS, Group, Schedule, frame_count, parse_schedule
+from .schedule import PRESETS, WAN_PRESET, Group, Schedule, frame_count, parse_schedule
 
 ORDERS = ("inverted", "forward", "both ends first")
 # A skip is never longer than this many windows: F0 never saw more (paddings are at most 3).
@@ -123,7 +123,7 @@ class LongVideoPlan:
 def clip_window(family: str = "") -> int:
     """Latent frames of a section that models of a family of latents are trained on; the shipped Wan on FramePack's."""
     published = family in FPS and family != SELFTEST_WAN
-    return parse_schedule(PRESETS["Wan, 81 frames" if published else "F1 forward"]).window
+    return parse_schedule(PRESETS[WAN_PRESET if published else "F1 forward"]).window
 
 
 def section_count(seconds: float, window: int = 9, fps: float = 30, clips: bool = False) -> int:

@@ -6,11 +6,11 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..model.families import SCHEDULE, said
+from ..model.families import schedule_of
 from ..model.framepack import is_framepack
 from ..model.memory import ATTACHED, FrameMemory
 from ..model.preserved_memory import PreservedMemory
-from ..plan import BESIDE_MEMORY, PRESETS, LongVideoPlan, PlanError, in_words
+from ..plan import LongVideoPlan, PlanError, in_words
 from ..plan.errors import PACKER, SAMPLER
 from .guards import SectionError
 
@@ -42,7 +42,7 @@ def check_forward(patcher, plan: LongVideoPlan, taught: str = "") -> None:
     """
     if plan.order == "forward":
         return
-    wanted = f"{in_words(taught or said(patcher).get(SCHEDULE) or PRESETS[BESIDE_MEMORY])} in '{PACKER}'"
+    wanted = f"{in_words(taught or schedule_of(patcher, beside_memory=True))} in '{PACKER}'"
     if is_framepack(patcher):
         wanted = f"preset 'F1 forward' in '{PACKER}', with a FramePack F1 model"
     raise PlanError(

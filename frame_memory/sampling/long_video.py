@@ -37,7 +37,7 @@ from ..plan import (
     validate_timeline,
 )
 from ..plan.errors import SAMPLER
-from ..plan.mark import DEFAULT_FPS, KEY, read_mark
+from ..plan.mark import DEFAULT_FPS, KEY, expected_files, read_mark
 from ..video.vae import check_vae
 from .attention_check import checked_attention
 from .changes import SectionChange, by_index
@@ -142,9 +142,9 @@ def check_base(patcher, latents: Mapping[str, Mapping | None], node: str = SAMPL
         base = "" if mark is None else mark.base or mark.latent_format
         if base and base not in allowed:
             raise PlanError(
-                f"'{name}' of {node} was made with a {base} VAE, the model and the other inputs work on "
-                f"{allowed[0]} latents: same shape, other meaning. Change the file in the 'Load VAE' behind '{name}' "
-                "to the VAE that belongs to the model."
+                f"'{name}' of {node} was made with {expected_files((base,))}, and the model and the other inputs work "
+                f"with other latents: same shape, other meaning. Change the file in the 'Load VAE' behind '{name}' to "
+                f"{expected_files(allowed)}."
             )
         allowed = (base,) if base else allowed
     return allowed[0]

@@ -7,7 +7,7 @@ the wrong pair makes a plausible-looking but wrong video. What core keeps after 
 - Wan 2.1: core's `WanVAE` at its published widths, 96 and LightVAE's 24, or the tiny TAEHV without a latent format;
 - Wan 2.2 5B: core's other `WanVAE`, with 48 channels at 16x16x4, or the tiny TAEHV with as many;
 - self-test: core's `WanVAE`, narrower than that (core reads the width from the file). Which of the two, FramePack's or
-  Wan's, the file's metadata says; FramePack's where it says nothing.
+  Wan's, the file's metadata says; its width where a VAE was made without them.
 
 Shape suffix: B batch, C channels, T time, H height, W width, all of the latent.
 """
@@ -24,7 +24,7 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.ldm.wan.vae2_2 import WanVAE as Wan22VAE
 from comfy.taesd.taehv import TAEHV
 
-from ..plan.mark import SELFTEST, SELFTEST_WAN, LatentMark
+from ..plan.mark import EXPECTED_FILES, SELFTEST, SELFTEST_WAN, LatentMark, expected_files
 from .decode import LatentSource
 
 HUNYUAN = "HunyuanVideo"
@@ -32,6 +32,8 @@ WAN = "Wan21"
 WAN_5B = "Wan22"
 # `WanVAE.dim` of the narrowest published file for Wan 2.1, LightX2V's lightvaew2_1.
 WAN_WIDTH = 24
+# The same of the small VAE that ships for Wan; that for FramePack has 6.
+SELFTEST_WAN_WIDTH = 8
 SPATIAL_RATIO = 8
 TEMPORAL_RATIO = 4
 CHANNELS, CHANNELS_5B = 16, 48
@@ -39,14 +41,6 @@ CHANNELS, CHANNELS_5B = 16, 48
 READABLE = ((CHANNELS, SPATIAL_RATIO), (CHANNELS_5B, 16))
 # safetensors metadata key by which a VAE file may say what it belongs to: SELFTEST or SELFTEST_WAN of ours.
 METADATA_BASE = "frame_memory.base"
-
-EXPECTED_FILES = {
-    HUNYUAN: "the HunyuanVideo VAE (hunyuan_video_vae_bf16.safetensors)",
-    WAN: "the Wan 2.1 VAE (wan_2.1_vae.safetensors)",
-    WAN_5B: "the Wan 2.2 VAE (wan2.2_vae.safetensors)",
-    SELFTEST: "the small VAE of the self-test FramePack models (frame_memory_selftest_vae.safetensors)",
-    SELFTEST_WAN: "the small VAE of the self-test Wan model (frame_memory_selftest_wan_vae.safetensors)",
-}
 
 
 class VAEError(ValueError):
@@ -84,9 +78,10 @@ def _family(vae) -> tuple[str, str]:
         said = str(_file_metadata(vae).get(METADATA_BASE, ""))
         if model.dim >= WAN_WIDTH and not said:
             return WAN, "a Wan 2.1 VAE"
-        if said in ("", SELFTEST, SELFTEST_WAN):
+        said = said or (SELFTEST_WAN if model.dim == SELFTEST_WAN_WIDTH else SELFTEST)
+        if said in (SELFTEST, SELFTEST_WAN):
             of = "Wan" if said == SELFTEST_WAN else "FramePack"
-            return said or SELFTEST, f"a self-test VAE for {of} (WanVAE of width {model.dim})"
+            return said, f"a self-test VAE for {of} (WanVAE of width {model.dim})"
         return "", f'a VAE that belongs to "{said}"'
     if isinstance(model, Wan22VAE):
         return WAN_5B, "a Wan 2.2 VAE"
@@ -159,7 +154,7 @@ def check_vae(vae, latents_BCTHW: torch.Tensor | LatentSource, mark: LatentMark 
     """
     found = identify_vae(vae)
     wanted = _wanted_family(mark)
-    expected = EXPECTED_FILES.get(wanted, f'the VAE of "{wanted}"') if wanted else "the video VAE of the model used"
+    expected = expected_files((wanted,)) if wanted else "the video VAE of the model used"
     change = f"Change the file in the node 'Load VAE' to {expected}."
     channels = latents_BCTHW.shape[1]
     _check_time(found, change)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..plan import clip_window
 from ..plan.errors import PlanError, refusal
 from ..plan.frames import pixel_frames
-from ..plan.mark import DEFAULT_FPS, KEY, as_fps, fps_of
+from ..plan.mark import DEFAULT_FPS, KEY, as_fps, expected_files, fps_of
 from .clip_cache import ClipCache, content_of, is_finite, key_of
 from .clip_folder import VIDEOS, DatasetError, caption_beside, files_in, none_left, videos_of
 from .history import bucket_size, encode_stream, latent_frames_of, read_video
@@ -70,7 +70,7 @@ class Request:
         """
         rate = as_fps(fps or fps_of(family))
         if family and rate != as_fps(fps_of(family)):
-            known = f"{fps_of(family):g} frames a second, which models of its VAE ({family}) make"
+            known = f"{fps_of(family):g} frames a second, as models for {expected_files((family,))} make"
             nearest = f"{fps_of(family):g} (or 0)"
             raise PlanError(refusal(f"'fps' of {fps:g}", known, nearest, NODE))
         window = clip_window(family)

@@ -157,6 +157,19 @@ def test_stage_two_is_of_the_patchifiers_and_the_schedule_that_it_began_with(tmp
         PreservingRun(behind(patcher), run.memory, videos(T2V), other, tmp_path, QUIET).run()
 
 
+@pytest.mark.parametrize(("stage", "taught", "learned"), [
+    (STAGE_FOLLOW, "", "td_f3k1_g20"),
+    (STAGE_FOLLOW, "td_f2k1_g20", "td_f2k1_g20"),
+    (STAGE_QUERY, "", "f1k1_td_f16k4f2k2f1k1_g20"),
+])  # fmt: skip
+def test_where_nothing_is_asked_for_stage_two_shows_new_patchifiers_full_frames_alone(tmp_path, stage, taught, learned):
+    """What was never trained at 2x and 4x has nothing to say; what was trained is asked as it was."""
+    patcher = behind(reference.load(T2V, layers=1), taught)
+    request = PreservingRequest(stage, 1, clips=2, settings=FAST)
+    run = PreservingRun(patcher, memory_for(patcher), videos(T2V, clips=10), request, tmp_path, QUIET)
+    assert run.schedule.text == learned
+
+
 def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
     patcher, larger = reference.load(T2V, layers=1), reference.load(TI2V, layers=1)
     with pytest.raises(ForcingError, match="has no patchifiers for them. Put 'Wan Frame Context' between"):

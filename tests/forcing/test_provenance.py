@@ -30,7 +30,7 @@ from .test_preserving_wan import QUIET, SCHEDULE, T2V, memory_for, videos
 from .test_train_run import FAST
 
 SHIPPED = Path(__file__).resolve().parents[2] / "selftest_models"
-TOGETHER = "{0}.safetensors was trained together with the LoRA {0}.safetensors, and the MODEL does not carry it"
+TOGETHER = "{0}.safetensors was trained together with the LoRA of the same name in models/loras, and the MODEL does not"
 
 
 def text(seed: int = 6) -> list:
@@ -125,10 +125,12 @@ def test_a_video_and_a_retrieved_frame_say_which_lora_of_the_memory_is_missing(t
     with torch.inference_mode():
         on_stage_one = reported(with_lora(looking, ask), second)
         whole = reported(with_lora(looking, follow), second)
-        frames = [asked(on, first) for on in (looking, with_lora(looking, ask))]
+        frames = [asked(on, first) for on in (looking, with_lora(looking, ask), model)]
     assert TOGETHER.format("follow") in on_stage_one and "LoRA look" not in on_stage_one
     assert "was trained together" not in whole
     assert f"Warning: {TOGETHER.format('ask')}" in frames[0] and "was trained together" not in frames[1]
+    assert "with the LoRA look.safetensors and the LoRA of the same name" in frames[2]
+    assert "not carry them" in frames[2] and "'Load Video LoRA' with each of them and strength 1" in frames[2]
 
 
 def test_what_ships_names_its_lora():

@@ -366,9 +366,9 @@ def test_fault_22_latents_of_another_vae_of_the_same_shape_are_refused(tiny_file
         latent = {"samples": torch.randn(1, 16, 19, 4, 6), **({"frame_memory": mark} if mark else {})}
         return TrainingRun(model, None, stored_videos([latent], [cond]), request(STAGE_HEAD), tmp_path)
 
-    with pytest.raises(ForcingError, match=r"video 1 of 1 \(a.mp4\) was .* Wan21 VAE, .* works on Hunyuan.*'Load VAE'"):
+    with pytest.raises(ForcingError, match=r"1 of 1 \(a.mp4\) was .* Wan 2.1 VAE .*'Load VAE'.* to the Hunyuan.* VAE"):
         run(base="Wan21", fps=30.0, source="a.mp4")
-    with pytest.raises(ForcingError, match="was encoded by a Wan21 VAE"):  # the rate is the VAE's, and no cure
+    with pytest.raises(ForcingError, match="was encoded with the Wan 2.1 VAE"):  # the rate is the VAE's, and no cure
         run(base="Wan21", fps=16.0)
     with pytest.raises(ForcingError, match=r"\(a.mp4\) has 16 frames a second, and the MODEL makes 30.*Set 'fps'"):
         run(base="HunyuanVideo", fps=16.0, source="a.mp4")

@@ -263,7 +263,9 @@ def test_image_to_video_windows_keep_the_mask_and_image_that_core_gives_them():
     assert torch.equal(seen[0][:, 20:], clone.model.process_latent_in(image["concat_latent_image"]))
 
 
-@pytest.mark.parametrize("kind,said", [("vace", "WAN21_Vace"), ("fun control", "48 channels and makes 16")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("vace", "is Wan Vace. Expected Wan 2.1"), ("fun control", "48 channels and makes 16")]
+)
 def test_other_models_are_refused_by_name(kind, said):
     sd = reference.checkpoint(T2V)
     if kind == "vace":

@@ -253,7 +253,7 @@ def test_a_model_of_another_family_is_refused_by_name(model):
     guider.model_patcher = comfy.model_patcher.ModelPatcher(
         torch.nn.Linear(1, 1), torch.device("cpu"), torch.device("cpu")
     )
-    with pytest.raises(PlanError, match="no packed-context weights.*Load FramePack Model"):
+    with pytest.raises(PlanError, match="another kind of model .Linear.: .*no packed-context weights.*Load FramePack"):
         run(model, guider=guider)
 
 

@@ -208,7 +208,7 @@ def test_a_model_without_patchifiers_is_refused_with_the_node_to_put_in():
 
 def test_latents_of_another_family_or_rate_are_refused():
     model = attached(T2V)
-    with pytest.raises(PlanError, match="HunyuanVideo VAE.*Wan21 latents"):
+    with pytest.raises(PlanError, match="was made with the HunyuanVideo VAE.*Load VAE.*to the Wan 2.1 VAE"):
         made(model, T2V, start={**start(T2V), "frame_memory": {"base": "HunyuanVideo"}})
     history = {**start(T2V, frames=5), "frame_memory": {"base": "Wan21", "fps": 30.0}}
     with pytest.raises(PlanError, match="'history'.*30 frames a second.*makes 16"):

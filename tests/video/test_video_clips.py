@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from frame_memory.plan.errors import PlanError
+from frame_memory.plan.mark import EXPECTED_FILES
 from frame_memory.video.clip_cache import ClipCache
 from frame_memory.video.clip_folder import DatasetError
 from frame_memory.video.history import read_video
@@ -111,7 +113,8 @@ def test_rate_and_section_are_those_of_the_vaes_model(family, fps, rate, window,
     ("family", "fps", "its"), [("HunyuanVideo", 16, 30), ("Wan21", 24, 16), ("selftest Wan", 30, 16)]
 )
 def test_a_rate_that_no_model_of_the_vae_makes_is_refused_before_anything_is_encoded(family, fps, its):
-    said = rf"'fps' of {fps}\. Expected: {its} frames .*VAE \({family}\).*valid: {its} \(or 0\).*Video Clips"
+    vae = re.escape(EXPECTED_FILES[family])
+    said = rf"'fps' of {fps}\. Expected: {its} frames a second, as models for {vae} make.*{its} \(or 0\).*Video Clips"
     with pytest.raises(PlanError, match=said):
         Request.of(64, 1.2, 60.0, family, fps)
 

@@ -43,6 +43,10 @@ def vaes(tiny_vae):
         keys = {"decoder.1.weight": (256, 16, 3, 3), "decoder.22.bias": (3,)}
         return comfy.sd.VAE(sd={key: torch.zeros(shape, dtype=dtype) for key, shape in keys.items()})
 
+    def bare(vae):
+        """As another loader makes it: its weights, without what the file says."""
+        return comfy.sd.VAE(sd=vae.first_stage_model.state_dict())
+
     return {
         "hunyuan": hunyuan,
         "wan": wan(96),
@@ -50,6 +54,8 @@ def vaes(tiny_vae):
         "selftest": tiny_vae,
         "shipped": shipped_vae("frame_memory_selftest_vae"),
         "shipped Wan": shipped_vae("frame_memory_selftest_wan_vae"),
+        "bare": bare(shipped_vae("frame_memory_selftest_vae")),
+        "bare Wan": bare(shipped_vae("frame_memory_selftest_wan_vae")),
         "tiny hunyuan": taehv(torch.float16),
         "tiny wan": taehv(torch.float32),
     }
@@ -60,8 +66,9 @@ def vaes(tiny_vae):
     [
         ("hunyuan", HUNYUAN), ("tiny hunyuan", HUNYUAN), ("wan", WAN), ("tiny wan", WAN), ("selftest", SELFTEST),
         ("light wan", WAN), ("shipped", SELFTEST), ("shipped Wan", SELFTEST_WAN),
+        ("bare", SELFTEST), ("bare Wan", SELFTEST_WAN),
     ],
-)
+)  # fmt: skip
 def test_families_are_told_apart(vaes, name, family):
     found = identify_vae(vaes[name])
     assert (found.family, found.channels, found.spatial, found.temporal) == (family, 16, 8, 4)
@@ -70,8 +77,8 @@ def test_families_are_told_apart(vaes, name, family):
 @pytest.mark.parametrize(
     ("mark", "good"),
     [
-        (FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest", "shipped"}),
-        (WAN_MARK, {"wan", "light wan", "tiny wan"}), (SELFTEST_WAN_MARK, {"shipped Wan"}),
+        (FRAMEPACK, {"hunyuan", "tiny hunyuan"}), (SELFTEST_MARK, {"selftest", "shipped", "bare"}),
+        (WAN_MARK, {"wan", "light wan", "tiny wan"}), (SELFTEST_WAN_MARK, {"shipped Wan", "bare Wan"}),
     ],
 )  # fmt: skip
 def test_fault_22_same_shape_is_not_enough(vaes, mark, good):
