@@ -14,10 +14,12 @@ from frame_memory.model import families, wan
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.memory import detach
 from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
+from frame_memory.model.provenance import LORAS, NamedLora
 from frame_memory.plan import BLANK, START, PlanError, parse_timeline
 from frame_memory.sampling import long_video
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.guards import SectionError
+from frame_memory.sampling.identity import model_fields
 from frame_memory.sampling.long_video import describe_needs
 from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
@@ -183,6 +185,17 @@ def test_other_patchifiers_make_other_sections(tmp_path):
         beside.proj.weight.mul_(1.01)
     done = made(model, T2V, project=project(tmp_path))
     assert "All 2 sections were made now" in done.report and "patchifiers" in done.report
+
+
+def test_which_lora_patchifiers_name_decides_no_section():
+    """It is only said; the LoRA itself counts where it lies on the MODEL. Files from before named none."""
+    found = []
+    for notes in ({}, {LORAS: ()}, {LORAS: (NamedLora("a.safetensors", "1f"),)}, {families.SCHEDULE: "td_f2k1_g2"}):
+        model = attached(T2V)
+        said = {families.PATCHIFIERS: "x.safetensors", **notes}
+        model.model_options = {**model.model_options, MODEL_OPTION: said}
+        found.append(model_fields(model))
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_a_timeline_and_an_existing_video_work():
