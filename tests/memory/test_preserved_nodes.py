@@ -10,6 +10,7 @@ import torch
 from frame_memory.model import memory_file
 from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS
 from frame_memory.model.transformer import FramePackTransformer
+from frame_memory.plan.preservation import STAGE_FOLLOW
 from frame_memory.video.fidelity import psnr, ssim
 
 from .conftest import prompt
@@ -42,7 +43,8 @@ def test_new_encoders_of_every_rate_are_offered(nodes, own, model):  # noqa: F81
 def test_a_file_is_loaded_and_attached_with_a_limit(nodes, faces, own, model, files):  # noqa: F811
     given = own.new_memory(model, "4x4x2", **SMALL)
     parts = {"frames": given.history.state_dict(), "spec": given.to_spec()}
-    memory_file.write(str(files / "mine.safetensors"), given.base, **parts, recipe={"schedule": "td_f3k1_g20"})
+    recipe = {"stage": STAGE_FOLLOW, "schedule": "td_f3k1_g20"}
+    memory_file.write(str(files / "mine.safetensors"), given.base, **parts, recipe=recipe)
     made, report = nodes.FrameMemoryLoadEncoder.execute("mine.safetensors", model).result
     assert made.trained and made.fingerprint == given.fingerprint and "Trained on this base" in report
     patched, limited, report = faces.FrameMemoryFramePreservation.execute(model, made, 5460).result
