@@ -15,7 +15,7 @@ import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
 
-from ..model import families
+from ..model import families, wan
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory, is_attached
 from ..model.preserved_memory import PreservedMemory
@@ -102,10 +102,14 @@ def check_model(guider, schedule: Schedule, memory=None) -> list[str]:
 def wan_warnings(guider, schedule: Schedule, memory=None) -> list[str]:
     """What an artist should know before Wan is run with history: warnings."""
     warnings = []
-    taught = isinstance(memory, PreservedMemory) and memory.schedule
     for which, patcher in models_of(guider).items():
-        if taught and is_attached(patcher):
-            continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
+        if isinstance(memory, PreservedMemory) and memory.patchifiers and is_attached(patcher):
+            if wan.fingerprint(patcher) == memory.patchifiers:
+                continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
+            warnings.append(
+                f"The patchifiers of the {which}MODEL are others than those that {memory.label} was trained behind. "
+                f"Choose those in '{WAN_CONTEXT}', or train the memory anew behind these."
+            )
         said = families.said(patcher)
         if not said.get(families.TRAINED, True):
             warnings.append(

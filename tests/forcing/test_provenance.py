@@ -78,6 +78,16 @@ def test_a_file_names_its_own_lora_and_those_of_what_was_given_that_lay_on_the_m
     assert loras_of(wan_file.read(str(look.checkpoint)).recipe) == ask.memory.loras[:1]
 
 
+def test_a_memory_of_stage_two_speaks_for_the_patchifiers_that_it_was_trained_behind(trained):
+    """Their own LoRA is not missed then, since that of stage 2 reads them."""
+    model, _, ask, follow = trained
+    schedule = parse_schedule(SCHEDULE)
+    for result, count in ((follow, 0), (ask, 1)):
+        read = memory_of(memory_file.read(str(result.checkpoint)), "Load Memory Encoder", model)
+        assert read.patchifiers == result.memory.patchifiers
+        assert len(check_model(guider_of(attach_preserved(model, read)), schedule, read)) == count
+
+
 @pytest.mark.parametrize("recipe", [{}, {LORAS: 5}, {LORAS: "x"}, {LORAS: [{"name": "x"}]}])
 def test_files_that_say_nothing_of_it_or_not_in_our_words_are_told_nothing(recipe):
     assert loras_of(recipe) == ()

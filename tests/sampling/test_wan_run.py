@@ -265,13 +265,16 @@ def test_what_a_loader_noted_is_said_and_counts():
     assert "untrained" not in made(attached(T2V), T2V)[1]
 
 
-def test_a_memory_that_was_trained_behind_frames_says_which_and_the_patchifiers_do_not():
+def test_a_memory_that_was_trained_behind_these_patchifiers_speaks_for_them_and_not_for_others():
     model = attached(T2V)
     said = {families.TRAINED: False, families.PATCHIFIERS: "x.safetensors", families.SCHEDULE: "td_f2k1_g2"}
     model.model_options = {**model.model_options, MODEL_OPTION: said}
     memory = with_tokens(new_memory(model, "2x2x2", channels=(4, 6, 8, 8), heads=2), 1000)
-    for schedule, warned in ((SCHEDULE, False), ("td_f3k1_g2", True)):
-        taught = replace(memory, trained=True, label="m.safetensors", schedule=schedule)
-        _, report = made(attach_preserved(model, taught), T2V, memory=taught)
-        assert "untrained" not in report and "x.safetensors" not in report
-        assert ("m.safetensors was trained on the schedule td_f3k1_g2" in report) is warned
+    its, other = wan.fingerprint(model), wan.fingerprint(reference.load(T2V, layers=1))
+    for schedule, through in ((SCHEDULE, its), ("td_f3k1_g2", its), (SCHEDULE, other), (SCHEDULE, "")):
+        taught = replace(memory, trained=True, label="m.safetensors", schedule=schedule, patchifiers=through)
+        _, report = made(attach_preserved(model, taught), T2V, memory=taught, seconds=0.5)
+        theirs = "others than those that m.safetensors was trained behind" in report
+        assert theirs is (through == other)
+        assert ("are untrained" in report and "x.safetensors was trained on" in report) is (through != its)
+        assert ("m.safetensors was trained on the schedule td_f3k1_g2" in report) is (schedule != SCHEDULE)
