@@ -124,6 +124,11 @@ class PreservingRun(TrainingRun):
         if self.follows and not self.memory.trained:
             self.faces.say(WITHOUT_STAGE_ONE.format(label=self.memory.label))
 
+    def _trained_together(self):
+        patchifiers, *memory = super()._trained_together()
+        # Stage 2 trains a LoRA in the place of the memory's.
+        return [patchifiers] if self.follows else [patchifiers, *memory]
+
     def run(self) -> Outcome:
         """As any run; says where the LoRA did nothing but wait."""
         outcome = super().run()

@@ -111,6 +111,17 @@ def test_training_on_patchifiers_without_their_lora_is_warned_of(trained, tmp_pa
         assert len(said) == count and all(text.startswith(f"Warning: {TOGETHER.format('look')}") for text in said)
 
 
+def test_training_on_with_a_memory_without_its_lora_is_warned_of_but_in_stage_two(trained, tmp_path):
+    model, look, ask, _ = trained
+    looking = with_lora(model, look)
+    for stage, on, count in ((STAGE_QUERY, looking, 1), (STAGE_QUERY, with_lora(looking, ask), 0),
+                             (STAGE_FOLLOW, looking, 0)):  # fmt: skip
+        said: list[str] = []
+        request = PreservingRequest(stage, 1, clips=3, schedule=SCHEDULE, settings=FAST)
+        PreservingRun(on, ask.memory, videos(T2V), request, tmp_path / stage[0], Faces(said.append))
+        assert [TOGETHER.format("ask") in text for text in said] == [True] * count
+
+
 def reported(model, memory) -> str:
     """The report of a video of two sections."""
     return sample_long_video(
