@@ -97,6 +97,8 @@ def test_patchifiers_without_their_lora_are_warned_of(trained):
     model, look, _, _ = trained
     schedule, said = parse_schedule(SCHEDULE), TOGETHER.format("look")
     assert check_model(guider_of(with_lora(model, look)), schedule) == []
+    beside = comfy.sd.load_bypass_lora_for_models(model, None, tensor_file.read(str(look.lora)), 1.0, 0.0)[0]
+    assert check_model(guider_of(beside), schedule) == [], "core's loader that leaves the weights alone"
     for without in (model, with_lora(model, look, 0.0)):
         (warning,) = check_model(guider_of(without), schedule)
         assert warning.startswith(said) and "'Load Video LoRA' with that file and strength 1" in warning
