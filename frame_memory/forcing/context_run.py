@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..model import wan
 from ..model.families import check_running_wan
-from ..model.provenance import fingerprint_of
 from ..model.sources import TRAIN_CONTEXT, WAN_CONTEXT
 from ..plan import PRESETS, WAN_PRESET, parse_schedule, plan_sections
 from ..plan.errors import PACKER
@@ -73,7 +72,7 @@ class ContextRun(TrainingRun):
     def identity(self) -> dict:
         """What a checkpoint must share with the run that goes on from it."""
         given = wan.accepts_context(self.original)
-        patchifiers = fingerprint_of(wan.copied_patchifiers(self.original).state_dict()) if given else None
+        patchifiers = wan.fingerprint(self.original) if given else None
         return {
             "stage": STAGE_CONTEXT,
             "schedule": self.schedule.text,

@@ -25,18 +25,16 @@ from ..model.preserved_memory import (
     new_memory,
     with_cross_attention,
 )
-from ..model.provenance import fingerprint_of
 from ..model.sources import LOAD_WAN, WAN_CONTEXT
 from ..plan import PRESETS, parse_schedule
 from ..plan.errors import PACKER, PlanError
-from ..plan.preservation import RATES, token_grid
+from ..plan.preservation import RATES, STAGE_FOLLOW, STAGE_QUERY, token_grid
 from ..plan.sections import natural_order
 from .clips import SCHEDULE, TRAIN, TRAIN_FRAMES, VIDEO_CLIPS, ForcingError, StoredVideo
 from .preserving import ALONE, DROP_TEXT, SHIFT, draw_follow, draw_query, frame_query, next_section
 from .stages import LORA, MEMORY, PACK_NAME, Trained, merged
 from .training_run import Moment, Outcome, Request, TrainingRun
 
-STAGE_QUERY, STAGE_FOLLOW = "1: frame query", "2: next section"
 STAGES = (STAGE_QUERY, STAGE_FOLLOW)
 # Told before a run that the paper has only to compare: its stage 1 is what makes a memory worth reading.
 WITHOUT_STAGE_ONE = (
@@ -127,6 +125,11 @@ class PreservingRun(TrainingRun):
         if self.follows and not self.memory.trained:
             self.faces.say(WITHOUT_STAGE_ONE.format(label=self.memory.label))
 
+    def _trained_together(self):
+        patchifiers, *memory = super()._trained_together()
+        # Stage 2 trains a LoRA in the place of the memory's.
+        return [patchifiers] if self.follows else [patchifiers, *memory]
+
     def run(self) -> Outcome:
         """As any run; says where the LoRA did nothing but wait."""
         outcome = super().run()
@@ -167,7 +170,7 @@ class PreservingRun(TrainingRun):
             "rates": list(self.memory.rates),
             "encoder": "frozen" if MEMORY not in request.parts else "trained",
             "schedule": None if schedule == PRESETS[SCHEDULE] else schedule,
-            "patchifiers": fingerprint_of(wan.copied_patchifiers(self.original).state_dict()) if shown else None,
+            "patchifiers": wan.fingerprint(self.original) if shown else None,
             "rank": request.rank,
             "optimiser": request.settings.optimiser,
             "seed": request.settings.seed,

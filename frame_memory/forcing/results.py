@@ -65,11 +65,9 @@ def write_result(
         made = {"label": path.name, "base": outcome.base, "dtype": given.encoder.model.dtype}
         made["load_device"] = given.encoder.load_device
         if isinstance(given, PreservedMemory):
-            made |= {"cross": given.cross, "schedule": recipe.get("schedule", "")}
-            memory = memory_from_tensors(pack, given.specs, **made)
+            memory = memory_from_tensors(pack, given.specs, cross=given.cross, recipe=recipe, **made)
         else:
-            memory = encoder_from_tensors(pack, given.spec, **made)
-        memory = replace(memory, loras=named)
+            memory = replace(encoder_from_tensors(pack, given.spec, **made), loras=named)
     return Result(path, lora, tensors, memory)
 
 

@@ -28,7 +28,7 @@ from ..model.head import HEADS
 from ..model.memory import FrameMemory, check_fits, check_model, new_encoder, of_kind
 from ..model.memory_file import HEAD, LOAD_DIRECT_FORCING, LOAD_MEMORY, SEMANTIC_PACK
 from ..model.preserved_memory import PreservedMemory
-from ..model.provenance import LORAS, without_their_lora
+from ..model.provenance import LORAS, NamedLora, without_their_lora
 from ..model.semantic_pack import SemanticPack, open_gate
 from ..plan import clip_window, pixel_frames
 from ..plan.frames import section_frames
@@ -203,14 +203,20 @@ class TrainingRun:
 
     def _warn(self) -> None:
         """Say what may be meant, and seldom is."""
-        noted = said(self.original)
-        for text in without_their_lora(noted.get(PATCHIFIERS, ""), noted.get(LORAS, ()), self.original):
-            self.faces.say(f"Warning: {text}")
+        for label, loras in self._trained_together():
+            for text in without_their_lora(label, loras, self.original):
+                self.faces.say(f"Warning: {text}")
         if self.patcher.patches.keys() != self.original.patches.keys():
             self.faces.say(
                 "The MODEL has a LoRA or a head on its output layer already. Training goes on from there, and its "
                 f"result holds it: do not put it on once more beside '{LOAD_DIRECT_FORCING}' with that result."
             )
+
+    def _trained_together(self) -> list[tuple[str, tuple[NamedLora, ...]]]:
+        """Of all that is gone on from, its name and the LoRAs that belong to it."""
+        noted = said(self.original)
+        memory = [] if self.memory is None else [(self.memory.label, self.memory.loras)]
+        return [(noted.get(PATCHIFIERS, ""), noted.get(LORAS, ())), *memory]
 
     def how(self) -> str:
         """How it learns, in the report's words."""

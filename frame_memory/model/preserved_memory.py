@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..plan.cross_attention import CrossAttentionSpec
-from ..plan.preservation import PRESERVATION, THIN, Budget
+from ..plan.preservation import PRESERVATION, STAGE_FOLLOW, THIN, Budget
 from . import cross_attention, wan
 from .base_signature import Base
 from .families import check_running_wan
@@ -48,8 +48,9 @@ class PreservedMemory:
 
     encoder: ModelPatcher around a PreservedHistory. label: where it is from, for people. trained: False for fresh
     weights. base: what it was made or trained for, None where nobody says. tokens: how many a run keeps at most; None
-    until 'Frame Preservation Encoder' says it. loras: that it was trained with. schedule: of the clean frames that the
-    MODEL saw beside it in stage 2 of its training; empty where nobody says.
+    until 'Frame Preservation Encoder' says it. loras: that it was trained with. Of the clean frames that the MODEL saw
+    beside it in stage 2 of its training, schedule: in text, patchifiers: the fingerprint (`wan.fingerprint`) of those
+    that they were seen through; empty where nobody says.
     """
 
     kind: ClassVar[str] = FRAME_PRESERVATION
@@ -61,6 +62,7 @@ class PreservedMemory:
     tokens: int | None = None
     loras: tuple[NamedLora, ...] = ()
     schedule: str = ""
+    patchifiers: str = ""
 
     @property
     def history(self) -> PreservedHistory:
@@ -130,17 +132,18 @@ def new_memory(model_patcher, *rates: str, seed: int = 0, **options) -> Preserve
 def memory_from_tensors(
     tensors: Mapping[str, Tensor], specs: tuple[PreservationSpec, ...], *, label: str, trained: bool = True,
     base: Base | None = None, dtype: torch.dtype | None = None, load_device=None,
-    cross: CrossAttentionSpec | None = None, schedule: str = "",
+    cross: CrossAttentionSpec | None = None, recipe: Mapping | None = None,
 ) -> PreservedMemory:  # fmt: skip
     """A memory from PreservedHistory's state dict. dtype: None for that of the tensors that are not the base's. cross:
-    as PreservedHistory's. schedule: as PreservedMemory's.
+    as PreservedHistory's. recipe: how it was trained, plain data.
 
     Raises MemoryMismatch where names or shapes are not those of `specs`.
     """
     own = {name: value for name, value in tensors.items() if ".embed." not in name}
     history = _build(specs, dtype or dtype_of(own), cross)
     load_weights(history, tensors, label)
-    return PreservedMemory(patcher_of(history, load_device), specs, label, trained, base, schedule=schedule)
+    made = PreservedMemory(patcher_of(history, load_device), specs, label, trained, base)
+    return replace(made, loras=loras_of(recipe or {}), **_seen_beside(recipe or {}))
 
 
 def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | PreservedMemory:
@@ -156,8 +159,7 @@ def memory_of(file: MemoryFile, node: str, model_patcher=None) -> FrameMemory | 
         read = file.spec.get("cross_attention")
         cross = None if read is None else from_plain(CrossAttentionSpec, read)
         made = {"label": file.name, "base": file.base, "cross": cross, **place_of(model_patcher)}
-        made["schedule"] = str(file.recipe.get("schedule") or "")
-        return replace(memory_from_tensors(file.frames, specs, **made), loras=loras_of(file.recipe))
+        return memory_from_tensors(file.frames, specs, recipe=file.recipe, **made)
     except MemoryMismatch:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -222,6 +224,15 @@ def attach_preserved(model_patcher, memory: PreservedMemory):
     clone = attach(model_patcher, memory)
     clone.model_options.setdefault("transformer_options", {}).update(memory.history.options)
     return clone if is_framepack(clone) or wan.is_attached(clone) else wan.attach(clone)
+
+
+def _seen_beside(recipe: Mapping) -> dict[str, str]:
+    """What a recipe says of the clean frames. In stage 1 there are none; files from before name a schedule still."""
+    if recipe.get("stage") != STAGE_FOLLOW:
+        return {}
+    identity = recipe.get("identity")
+    through = identity.get("patchifiers") if isinstance(identity, Mapping) else None
+    return {"schedule": str(recipe.get("schedule") or ""), "patchifiers": str(through or "")}
 
 
 def _patch_embedding(model_patcher) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ a file given to the training named. A LoRA is found on a MODEL by its numbers, w
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from .sources import LOAD_LORA
 
 # In a recipe, and in what a loader notes on a MODEL.
 LORAS = "loras"
+# In a MODEL's injections, by core's bypass loader.
+BYPASS = "bypass_lora"
 SHOWN = 8
 _NUMBERS = 64
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -63,9 +67,20 @@ def present(loras: Sequence[NamedLora], *models) -> tuple[NamedLora, ...]:
     if not loras:
         return ()
     entries = [entry for model in models for patches in model.patches.values() for entry in patches]
+    entries += [entry for model in models for entry in _bypassing(model)]
     adapters = [patch for strength, patch, *_ in entries if strength and getattr(patch, "name", "") == "lora"]
     there = {_pair(*adapter.weights[:2]) for adapter in adapters}
     return tuple(lora for lora in loras if lora.fingerprint in there)
+
+
+def _bypassing(model) -> list[tuple[float, Any]]:
+    """(strength, adapter) of the LoRAs that core's 'Load LoRA (Bypass)' lets act beside the weights.
+
+    Only the functions that it hands to the MODEL know them.
+    """
+    known = [inspect.getclosurevars(given.inject).nonlocals for given in model.injections.get(BYPASS, ())]
+    hooks = [hook for names in known for hook in getattr(names.get("self"), "hooks", ())]
+    return [(hook.multiplier, hook.adapter) for hook in hooks]
 
 
 def without_their_lora(label: str, loras: Sequence[NamedLora], *models) -> list[str]:

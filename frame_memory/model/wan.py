@@ -47,6 +47,7 @@ from .cross_attention import with_features
 from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, ONCE, AloneConstant, token_conditions
 from .once import Once, every_time
 from .packing import KERNEL_OF_RATE, CleanEmbedder, ContextLayout, packed_rope
+from .provenance import fingerprint_of
 from .stored_weights import original
 
 # Of the wrappers and of the additional model.
@@ -168,6 +169,12 @@ def copied_patchifiers(model_patcher) -> Patchifiers:
     if accepts_context(model_patcher):
         made.load_state_dict(model_patcher.get_additional_models_with_key(KEY)[0].model.state_dict())
     return made
+
+
+def fingerprint(model_patcher) -> str:
+    """A few hex digits that change with a MODEL's patchifiers; those of fresh ones where it has none. Raises ValueError
+    as `check` does."""
+    return fingerprint_of(copied_patchifiers(model_patcher).state_dict())
 
 
 def check(model_patcher) -> WanModel:

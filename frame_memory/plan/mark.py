@@ -105,9 +105,11 @@ def read_mark(samples: Mapping) -> LatentMark | None:
     if not isinstance(window, int) or window < 1:
         raise MarkError(f"The LATENT says its window is {window!r}, expected a whole number from 1; usually 9.")
     fps = raw.get("fps")
+    latent_format, base = (str(raw.get(key) or "") for key in ("latent_format", "base"))
     return LatentMark(
-        latent_format=str(raw.get("latent_format") or ""),
-        base=str(raw.get("base") or ""),
+        latent_format=latent_format,
+        # Before the two had names of their own, Wan's was called SELFTEST as well.
+        base=SELFTESTS.get(latent_format, base) if base == SELFTEST else base,
         order=str(raw.get("order") or "forward"),
         window=window,
         fps=None if fps is None else as_fps(fps),

@@ -32,6 +32,8 @@ from .memory import FARTHEST_DISTANCE, given_clips
 from .sections import Section
 
 PRESERVATION = "Frame Preservation Encoder"
+# The stages of its training.
+STAGE_QUERY, STAGE_FOLLOW = "1: frame query", "2: next section"
 # Rows and columns of a patch of the DiT; of time a patch holds one latent frame.
 PATCH = 2
 # What the budget may do with the oldest chunks, and the rate that it thins them to.

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
+from ..model.framepack import MODEL_OPTION
+from ..model.provenance import LORAS
 from ..plan import Section
 
 SAMPLES = 64
@@ -31,6 +33,7 @@ _IGNORED = {
         "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids", "wrappers_cache", MEASURE
     },
     "model_options": {"callbacks"},
+    MODEL_OPTION: {LORAS},
     "prompt": {"uuid"},
 }  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)

@@ -15,7 +15,7 @@ import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
 
-from ..model import families
+from ..model import families, wan
 from ..model.framepack import is_framepack, latent_families
 from ..model.memory import FrameMemory, is_attached
 from ..model.preserved_memory import PreservedMemory
@@ -54,6 +54,8 @@ from .section_loop import Inputs, Moment, SectionSampler
 from .stored import keep_front
 
 ORDER_AUTO = "from frame context"
+# Among what a run holds: an existing video.
+HISTORY = "history"
 
 
 def latent_of(name: str, latent: Mapping | None, node: str = SAMPLER) -> Tensor | None:
@@ -102,10 +104,14 @@ def check_model(guider, schedule: Schedule, memory=None) -> list[str]:
 def wan_warnings(guider, schedule: Schedule, memory=None) -> list[str]:
     """What an artist should know before Wan is run with history: warnings."""
     warnings = []
-    taught = isinstance(memory, PreservedMemory) and memory.schedule
     for which, patcher in models_of(guider).items():
-        if taught and is_attached(patcher):
-            continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
+        if isinstance(memory, PreservedMemory) and memory.patchifiers and is_attached(patcher):
+            if wan.fingerprint(patcher) == memory.patchifiers:
+                continue  # the LoRA of the memory has learned to read these frames, on a schedule that the memory names
+            warnings.append(
+                f"The patchifiers of the {which}MODEL are others than those that {memory.label} was trained behind. "
+                f"Choose those in '{WAN_CONTEXT}', or train the memory anew behind these."
+            )
         said = families.said(patcher)
         if not said.get(families.TRAINED, True):
             warnings.append(
@@ -231,18 +237,22 @@ def check_timeline(timeline: EncodedTimeline | None, guider, plan: LongVideoPlan
 def memory_needs(
     plan: LongVideoPlan, latent_shape: tuple[int, ...], weights: int, pixels_a_latent: int = 8, on_disk: bool = False
 ) -> dict[str, int]:
-    """Bytes of system RAM a run will hold: weights, latents, one decode window pair, the writer.
+    """Bytes of system RAM a run will hold: weights, latents, an existing video, one decode window pair, the writer.
 
     latent_shape: `[B, C, T, H, W]` of the start latent. on_disk: a project keeps the latents, and a few sections of
-    them are at hand; else all are held, and once more as the one video that they become. The decode holds three windows
-    of pixels at most, whatever the length; the writer holds frames of one of them as bytes.
+    them are at hand, beside the whole of an existing video; else all are held, and once more as the one video that they
+    become. The decode holds three windows of pixels at most, whatever the length; the writer holds frames of one of
+    them as bytes.
     """
     batch, channels, _, height, width = latent_shape
-    held = min(AT_HAND * plan.schedule.window, plan.total_frames) if on_disk else 2 * plan.total_frames
+    made = plan.total_frames - plan.given_frames
+    held = min(AT_HAND * plan.schedule.window, made) if on_disk else 2 * plan.total_frames
     pixels = batch * pixel_frames(2 * plan.schedule.window) * height * width * pixels_a_latent**2 * 3
+    given = batch * latent_bytes(plan.given_frames, height, width, channels)
     return {
         "weights": weights,
         "latents": batch * latent_bytes(held, height, width, channels),
+        **({HISTORY: given} if on_disk and given else {}),
         "decode": 3 * 4 * pixels,
         "writer": pixels,
     }
@@ -263,13 +273,13 @@ def describe_needs(
 ) -> tuple[str, str | None]:
     """A line with the bytes of each part, and a warning where they are more than is free (fault 46).
 
-    to_come: of the weights, bytes that are not in memory yet; what is there is not free any more. loader: display name
-    of the node that loads them.
+    to_come: of the weights, bytes that are not in memory yet; what is there is not free any more, as an existing video.
+    loader: display name of the node that loads them.
     """
-    notes = {"weights": " (in memory already)"} if to_come == 0 else {}
+    notes = {HISTORY: " (there already)", **({"weights": " (in memory already)"} if to_come == 0 else {})}
     line = "RAM: " + ", ".join(f"{name} {size / 2**30:.2f} GiB{notes.get(name, '')}" for name, size in needs.items())
     line += f"; {free / 2**30:.2f} GiB free. Decode and file are streamed, whatever the length."
-    missing = sum(needs.values()) - needs["weights"] + to_come - free
+    missing = sum(needs.values()) - needs["weights"] - needs.get(HISTORY, 0) + to_come - free
     if missing <= 0:
         return line, None
     return line, (

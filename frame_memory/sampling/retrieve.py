@@ -96,7 +96,7 @@ def retrieve_frame(
         *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",
-        _beside(pair[0], near, *_without_the_moment(vae, video, place, shown)),
+        _beside(pair[0], (near, like), *_without_the_moment(vae, video, place, shown), held and memory.trained),
         f"Left the frame itself, right what the memory holds of it: {remembered.tokens.shape[1]} tokens for "
         f"{video.shape[2]} latent frames.",
         f"{memory.describe()}. {fits}",
@@ -127,16 +127,22 @@ def _without_the_moment(vae, video: Tensor, place: int, shown: int) -> tuple[int
     return len(others), _picture(vae, video, place, shown, mean.to(video))
 
 
-def _beside(truth: Tensor, near: float, count: int, mean: Tensor | None) -> str:
-    """What the mean of other frames would be worth as an answer. near: PSNR of the memory's, in dB."""
+def _beside(truth: Tensor, answer: tuple[float, float], count: int, mean: Tensor | None, speaks: bool) -> str:
+    """What the mean of other frames would be worth as an answer. answer: PSNR in dB and SSIM of the memory's. speaks:
+    whether it could be of the memory at all."""
     if mean is None:
         return "The video has no other frame to compare with."
-    worth = psnr(truth, mean)
-    told = f"To compare, the mean of {count} other frames of the video in its place: PSNR {worth:.2f} dB, "
-    told += f"SSIM {ssim(truth, mean):.3f}. "
-    if near > worth:
-        return told + f"The memory is {near - worth:.2f} dB nearer: so much it knows of this moment."
-    return told + "The memory is no nearer: it knows nothing of this moment, or nothing moves here."
+    worth = psnr(truth, mean), ssim(truth, mean)
+    told = f"To compare, the mean of {count} other frames of the video in its place: PSNR {worth[0]:.2f} dB, "
+    told += f"SSIM {worth[1]:.3f}. "
+    nearer, alike = (mine > its for mine, its in zip(answer, worth, strict=True))
+    told += f"The memory is {answer[0] - worth[0]:.2f} dB nearer" if nearer else "The memory is no nearer"
+    told += " than the mean."
+    if not speaks or nearer != alike:
+        return told
+    if nearer:
+        return told + " Its SSIM is higher too: it knows of this moment."
+    return told + " Its SSIM is no higher either: it knows nothing of this moment, or nothing moves here."
 
 
 def _forgotten(place: int, frames: int) -> str:

@@ -78,6 +78,16 @@ def test_a_file_names_its_own_lora_and_those_of_what_was_given_that_lay_on_the_m
     assert loras_of(wan_file.read(str(look.checkpoint)).recipe) == ask.memory.loras[:1]
 
 
+def test_a_memory_of_stage_two_speaks_for_the_patchifiers_that_it_was_trained_behind(trained):
+    """Their own LoRA is not missed then, since that of stage 2 reads them."""
+    model, _, ask, follow = trained
+    schedule = parse_schedule(SCHEDULE)
+    for result, count in ((follow, 0), (ask, 1)):
+        read = memory_of(memory_file.read(str(result.checkpoint)), "Load Memory Encoder", model)
+        assert read.patchifiers == result.memory.patchifiers
+        assert len(check_model(guider_of(attach_preserved(model, read)), schedule, read)) == count
+
+
 @pytest.mark.parametrize("recipe", [{}, {LORAS: 5}, {LORAS: "x"}, {LORAS: [{"name": "x"}]}])
 def test_files_that_say_nothing_of_it_or_not_in_our_words_are_told_nothing(recipe):
     assert loras_of(recipe) == ()
@@ -87,6 +97,8 @@ def test_patchifiers_without_their_lora_are_warned_of(trained):
     model, look, _, _ = trained
     schedule, said = parse_schedule(SCHEDULE), TOGETHER.format("look")
     assert check_model(guider_of(with_lora(model, look)), schedule) == []
+    beside = comfy.sd.load_bypass_lora_for_models(model, None, tensor_file.read(str(look.lora)), 1.0, 0.0)[0]
+    assert check_model(guider_of(beside), schedule) == [], "core's loader that leaves the weights alone"
     for without in (model, with_lora(model, look, 0.0)):
         (warning,) = check_model(guider_of(without), schedule)
         assert warning.startswith(said) and "'Load Video LoRA' with that file and strength 1" in warning
@@ -99,6 +111,17 @@ def test_training_on_patchifiers_without_their_lora_is_warned_of(trained, tmp_pa
         said: list[str] = []
         PreservingRun(on, ask.memory, videos(T2V), request, tmp_path, Faces(said.append))
         assert len(said) == count and all(text.startswith(f"Warning: {TOGETHER.format('look')}") for text in said)
+
+
+def test_training_on_with_a_memory_without_its_lora_is_warned_of_but_in_stage_two(trained, tmp_path):
+    model, look, ask, _ = trained
+    looking = with_lora(model, look)
+    for stage, on, count in ((STAGE_QUERY, looking, 1), (STAGE_QUERY, with_lora(looking, ask), 0),
+                             (STAGE_FOLLOW, looking, 0)):  # fmt: skip
+        said: list[str] = []
+        request = PreservingRequest(stage, 1, clips=3, schedule=SCHEDULE, settings=FAST)
+        PreservingRun(on, ask.memory, videos(T2V), request, tmp_path / stage[0], Faces(said.append))
+        assert [TOGETHER.format("ask") in text for text in said] == [True] * count
 
 
 def reported(model, memory) -> str:

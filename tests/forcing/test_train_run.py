@@ -122,6 +122,10 @@ def test_stage_one_trains_a_memory_and_a_lora_that_core_loads(tiny_file, tmp_pat
     ours = lora.apply_lora(model, checkpoint.tensor_file.read(str(result.lora)))[0]
     assert present(result.memory.loras, ours) == present(result.memory.loras, patched) == result.memory.loras
     assert not present(result.memory.loras, model)
+    for on, count in ((model, 1), (patched, 0)):
+        said: list[str] = []
+        TrainingRun(on, result.memory, videos(), request(STAGE_HEAD), tmp_path / "head", Faces(said.append))
+        assert ["both.safetensors was trained together" in text for text in said] == [True] * count
 
 
 def losses_of(tiny_file, folder: Path, stage: str, steps: int, interrupt=lambda: None) -> list[float]:

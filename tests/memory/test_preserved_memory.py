@@ -92,6 +92,17 @@ def test_tokens_of_two_encoders_stand_beside_each_other_over_the_same_frames(mem
     assert made.places[0] == (1, 2, 2) and made.places[16] == (4, 1, 1) and made.places[-1] == (12, 3, 7)
 
 
+@pytest.mark.parametrize(("recipe", "seen"), [
+    ({"stage": "1: frame query", "schedule": "td_f3k1_g9"}, ("", "")),  # as written before it was stage 2's alone
+    ({"stage": "2: next section", "schedule": "td_f3k1_g9", "identity": {"patchifiers": "1f"}}, ("td_f3k1_g9", "1f")),
+    ({"stage": "2: next section", "schedule": None, "identity": {"patchifiers": None}}, ("", "")),
+    ({"stage": "2: next section", "identity": "x"}, ("", "")),
+])  # fmt: skip
+def test_only_stage_two_says_which_frames_were_seen_beside_the_memory(memory, tmp_path, recipe, seen):
+    back = memory_of(memory_file.read(write(tmp_path / "mine.safetensors", memory, recipe=recipe)), NODE)
+    assert (back.schedule, back.patchifiers) == seen
+
+
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_comes_back_as_it_was(model, memory, tmp_path, dtype, cross):

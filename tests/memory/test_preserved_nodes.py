@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from frame_memory.model import memory_file
 from frame_memory.model.framepack import FRAME_POSITIONS, FRAME_TOKENS
 from frame_memory.model.transformer import FramePackTransformer
+from frame_memory.plan.preservation import STAGE_FOLLOW
 from frame_memory.video.fidelity import psnr, ssim
 
 from .conftest import prompt
@@ -42,7 +44,8 @@ def test_new_encoders_of_every_rate_are_offered(nodes, own, model):  # noqa: F81
 def test_a_file_is_loaded_and_attached_with_a_limit(nodes, faces, own, model, files):  # noqa: F811
     given = own.new_memory(model, "4x4x2", **SMALL)
     parts = {"frames": given.history.state_dict(), "spec": given.to_spec()}
-    memory_file.write(str(files / "mine.safetensors"), given.base, **parts, recipe={"schedule": "td_f3k1_g20"})
+    recipe = {"stage": STAGE_FOLLOW, "schedule": "td_f3k1_g20"}
+    memory_file.write(str(files / "mine.safetensors"), given.base, **parts, recipe=recipe)
     made, report = nodes.FrameMemoryLoadEncoder.execute("mine.safetensors", model).result
     assert made.trained and made.fingerprint == given.fingerprint and "Trained on this base" in report
     patched, limited, report = faces.FrameMemoryFramePreservation.execute(model, made, 5460).result
@@ -123,18 +126,31 @@ def test_the_number_stands_beside_that_of_the_mean_of_other_frames(faces, own, m
     assert f"mean of 8 other frames of the video in its place: PSNR {worth[0]:.2f} dB, SSIM {worth[1]:.3f}" in report
 
 
-@pytest.mark.parametrize(("others", "frames", "said"), [
-    (8.0, 13, "dB nearer: so much it knows of this moment"),
-    (0.0, 5, "of 4 other frames of the video in its place: PSNR inf dB, SSIM 1.000. The memory is no nearer"),
-    (0.0, 1, "has no other frame"),
-], ids=["another scene", "a still scene", "one frame"])  # fmt: skip
-def test_the_memory_is_judged_by_it(faces, own, model, others, frames, said):
-    """Other frames are brighter than the one that is asked for, or the same."""
-    video = start_latent(1, 1, 3)["samples"].repeat(1, 1, frames, 1, 1)
-    video[:, :, 1:] += others
-    memory = own.with_tokens(filled(own.new_memory(model, "2x2x1", **SMALL)), 1000)
+NEARER, NO_NEARER = "dB nearer than the mean.", "The memory is no nearer than the mean."
+KNOWS, KNOWS_NOT = " Its SSIM is higher too: it knows of this moment.", " Its SSIM is no higher either"
+
+
+@pytest.mark.parametrize(("others", "trained", "tokens", "said"), [
+    ((-3, 0), True, 1000, NEARER + KNOWS),
+    ((-3, 0), False, 1000, NEARER + "\n"),
+    ((-3, 0), True, 20, NEARER + "\n"),
+    ((1, 8), True, 1000, NEARER + "\n"),
+    ((1, 0), True, 1000, f"PSNR inf dB, SSIM 1.000. {NO_NEARER}{KNOWS_NOT}"),
+    ((1, 0), False, 1000, f"PSNR inf dB, SSIM 1.000. {NO_NEARER}\n"),
+], ids=["knows", "untrained", "forgotten", "more alike in structure", "still", "still, untrained"])  # fmt: skip
+def test_what_the_memory_knows_is_said_where_all_speaks_for_it(faces, own, model, others, trained, tokens, said):
+    """others: what makes other frames out of the one that is asked for, factor and summand."""
+    video = start_latent(1, 1, 3)["samples"].repeat(1, 1, 13, 1, 1)
+    video[:, :, 1:] = others[0] * video[:, :, 1:] + others[1]
+    memory = own.with_tokens(filled(own.new_memory(model, "2x2x1", **SMALL)), tokens)
+    memory = replace(memory, trained=trained)
     report = ask(faces, own, model, 0.0, samples={"samples": video}, memory=memory, attached=memory)[3]
-    assert said in report
+    assert said in report and ("holds no token of latent frame 0" in report) is (tokens == 20)
+
+
+def test_one_frame_has_no_other_to_compare_with(faces, own, model):
+    memory = own.with_tokens(filled(own.new_memory(model, "2x2x1", **SMALL)), 1000)
+    assert "has no other frame" in ask(faces, own, model, 0.0, frames=1, memory=memory, attached=memory)[3]
 
 
 def test_frames_that_are_not_remembered_are_warned_of(faces, own, model):

@@ -144,6 +144,19 @@ def test_fault_46_weights_in_memory_are_shown_but_not_missing(model):
     assert re.search(r"weights \d+\.\d\d GiB \(in memory already\)", report)
 
 
+def test_an_existing_video_is_held_whole_beside_what_a_project_keeps():
+    """It came in as it is: told, and not missing from what is free."""
+    plan = plan_sections(PRESETS["F1 forward"], sections=2, history_frames=200)
+    frame = 2 * 4 * 16 * 76 * 80
+    needs = memory_needs(plan, (2, 16, 1, 76, 80), 0, 8, on_disk=True)
+    assert needs["history"] == 200 * frame and needs["latents"] == 18 * frame
+    assert needs["decode"] == memory_needs(plan, (2, 16, 1, 76, 80), 0)["decode"]
+    line, shortage = describe_needs(needs, free=sum(needs.values()) - needs["history"], to_come=0)
+    assert f"history {200 * frame / 2**30:.2f} GiB (there already)" in line and shortage is None
+    without = memory_needs(plan_sections(PRESETS["F1 forward"], sections=2), (2, 16, 1, 76, 80), 0, 8, on_disk=True)
+    assert "history" not in without and "history" not in describe_needs(without, 0, 0)[0]
+
+
 def test_latents_that_a_project_keeps_are_not_counted_whole(model, tmp_path):
     frame = 4 * 16 * 76 * 80
     for sections, here, kept in ((2, 19, 19), (300, 2701, 36)):

@@ -14,10 +14,12 @@ from frame_memory.model import families, wan
 from frame_memory.model.framepack import MODEL_OPTION
 from frame_memory.model.memory import detach
 from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
+from frame_memory.model.provenance import LORAS, NamedLora
 from frame_memory.plan import BLANK, START, PlanError, parse_timeline
 from frame_memory.sampling import long_video
 from frame_memory.sampling.changes import SectionChange
 from frame_memory.sampling.guards import SectionError
+from frame_memory.sampling.identity import model_fields
 from frame_memory.sampling.long_video import describe_needs
 from frame_memory.sampling.project_run import ProjectRequest
 from frame_memory.sampling.prompts import EncodedTimeline
@@ -185,6 +187,17 @@ def test_other_patchifiers_make_other_sections(tmp_path):
     assert "All 2 sections were made now" in done.report and "patchifiers" in done.report
 
 
+def test_which_lora_patchifiers_name_decides_no_section():
+    """It is only said; the LoRA itself counts where it lies on the MODEL. Files from before named none."""
+    found = []
+    for notes in ({}, {LORAS: ()}, {LORAS: (NamedLora("a.safetensors", "1f"),)}, {families.SCHEDULE: "td_f2k1_g2"}):
+        model = attached(T2V)
+        said = {families.PATCHIFIERS: "x.safetensors", **notes}
+        model.model_options = {**model.model_options, MODEL_OPTION: said}
+        found.append(model_fields(model))
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_a_timeline_and_an_existing_video_work():
     timeline = parse_timeline("0-1.8: a\n1.8-: b", 0)  # the sections begin at 1.3 and 1.8 s
     encoded = EncodedTimeline(timeline, (prompt(3), prompt(9, tokens=7)))
@@ -252,13 +265,16 @@ def test_what_a_loader_noted_is_said_and_counts():
     assert "untrained" not in made(attached(T2V), T2V)[1]
 
 
-def test_a_memory_that_was_trained_behind_frames_says_which_and_the_patchifiers_do_not():
+def test_a_memory_that_was_trained_behind_these_patchifiers_speaks_for_them_and_not_for_others():
     model = attached(T2V)
     said = {families.TRAINED: False, families.PATCHIFIERS: "x.safetensors", families.SCHEDULE: "td_f2k1_g2"}
     model.model_options = {**model.model_options, MODEL_OPTION: said}
     memory = with_tokens(new_memory(model, "2x2x2", channels=(4, 6, 8, 8), heads=2), 1000)
-    for schedule, warned in ((SCHEDULE, False), ("td_f3k1_g2", True)):
-        taught = replace(memory, trained=True, label="m.safetensors", schedule=schedule)
-        _, report = made(attach_preserved(model, taught), T2V, memory=taught)
-        assert "untrained" not in report and "x.safetensors" not in report
-        assert ("m.safetensors was trained on the schedule td_f3k1_g2" in report) is warned
+    its, other = wan.fingerprint(model), wan.fingerprint(reference.load(T2V, layers=1))
+    for schedule, through in ((SCHEDULE, its), ("td_f3k1_g2", its), (SCHEDULE, other), (SCHEDULE, "")):
+        taught = replace(memory, trained=True, label="m.safetensors", schedule=schedule, patchifiers=through)
+        _, report = made(attach_preserved(model, taught), T2V, memory=taught, seconds=0.5)
+        theirs = "others than those that m.safetensors was trained behind" in report
+        assert theirs is (through == other)
+        assert ("are untrained" in report and "x.safetensors was trained on" in report) is (through != its)
+        assert ("m.safetensors was trained on the schedule td_f3k1_g2" in report) is (schedule != SCHEDULE)

@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from safetensors.torch import save_file
 
-from frame_memory.plan.mark import LatentMark
+from frame_memory.plan.mark import LatentMark, read_mark
 from frame_memory.video.vae import HUNYUAN, SELFTEST, SELFTEST_WAN, WAN, VAEError, check_vae, identify_vae
 
 from .reference import shipped_vae, wan_state_dict
@@ -93,6 +93,14 @@ def test_fault_22_same_shape_is_not_enough(vaes, mark, good):
         with pytest.raises(VAEError) as error:
             check_vae(vae, LATENT, mark)
         assert "'Load VAE'" in str(error.value) and expected in str(error.value)
+
+
+def test_a_video_of_the_small_wan_from_before_the_two_had_names_is_its_own_vaes(vaes):
+    before = {"latent_format": "Wan21", "base": "selftest", "order": "forward", "window": 2, "fps": 16.0, "given": 1}
+    mark = read_mark({"frame_memory": before})
+    assert check_vae(vaes["shipped Wan"], LATENT, mark).family == SELFTEST_WAN
+    with pytest.raises(VAEError, match="frame_memory_selftest_wan_vae.safetensors"):
+        check_vae(vaes["shipped"], LATENT, mark)
 
 
 def test_fault_22_a_latent_without_a_mark_is_checked_by_shape(vaes):
