@@ -34,6 +34,8 @@ from .identity import MEASURE
 
 # In transformer_options: the drift that is allowed, who counts, and core's node.
 KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
+# In model_options: core's functions that see an evaluation's parts.
+AFTER_CFG = "sampler_post_cfg_function"
 NODE = "Section Step Cache"
 DRIFT = 0.2
 # Evaluations that a line and its curvature need.
@@ -89,7 +91,8 @@ class StepCache:
         sigma = float(timestep.flatten()[0])
         self.asked += 1
         self._begin_anew_where_it_must(sigma, executor.class_obj)
-        d_BCTHW = None if _is_last(sigma, model_options) else self._drawn_on(sigma)
+        needed = _is_last(sigma, model_options) or _is_listened_to(executor.class_obj, model_options)
+        d_BCTHW = None if needed else self._drawn_on(sigma)
         if d_BCTHW is not None:
             return x_BCTHW - sigma * d_BCTHW
         made_BCTHW = executor(x_BCTHW, timestep, model_options, seed)
@@ -127,6 +130,11 @@ def _is_last(sigma: float, model_options: dict) -> bool:
     """Whether a noise level is that of the last step, or nobody says which one that is."""
     sigmas = model_options.get("transformer_options", {}).get("sample_sigmas")
     return sigmas is None or len(sigmas) < 2 or sigma <= float(sigmas[-2])
+
+
+def _is_listened_to(guider, model_options: dict) -> bool:
+    """Whether a sampler takes more of an evaluation than its output: CFG++ reads the prompts one by one."""
+    return model_options.get(AFTER_CFG, []) != guider.model_options.get(AFTER_CFG, [])
 
 
 def _shown_at(sigma: float, guider) -> list | None:
