@@ -30,6 +30,7 @@ from torch import Tensor
 from ..video.decode import decode_window
 from ..video.fidelity import psnr
 from .experts import low_noise_of, models_of
+from .guards import SectionError, broken_share
 from .identity import MEASURE
 
 # In transformer_options: the drift that is allowed, who counts, and core's node.
@@ -166,12 +167,20 @@ class CacheReport:
         self.made, self.asked = self.made + made, self.asked + asked
 
     def measure(self, number: int, made_BCTHW: Tensor, guider, sample: Callable[[Any], Tensor]) -> list[str]:
-        """Compare a section with what `sample` makes of the same GUIDER without skipping; warnings. Of a run only the
-        first section is measured."""
+        """Compare a section with what `sample` makes of the GUIDER that made it, without skipping; warnings. Of a run
+        only the first section is measured. A comparison that fails does not cost the video, and is a warning too."""
         if not self.to_measure:
             return []
         self.to_measure = False
-        exact_BCTHW = sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted}))
+        try:
+            return self._compare(number, made_BCTHW, sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted})))
+        except Exception as error:
+            logging.warning("%s: section %d cannot be measured", NODE, number, exc_info=True)
+            return [f"{NODE} could not measure section {number}: {error} The video is not affected."]
+
+    def _compare(self, number: int, made_BCTHW: Tensor, exact_BCTHW: Tensor) -> list[str]:
+        if broken_share(exact_BCTHW):
+            raise SectionError("made without it, it holds NaN or infinite values.")
         self.measured = f"Section {number} made with and without it: "
         if made_BCTHW.equal(exact_BCTHW):
             self.measured += "the same"

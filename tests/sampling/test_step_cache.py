@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import comfy.samplers
 import pytest
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
 
 from frame_memory.sampling import step_cache
+from frame_memory.sampling.attention_check import TOKENS
 from frame_memory.sampling.experts import WanExpertGuider
-from frame_memory.sampling.step_cache import StepCache, with_step_cache
+from frame_memory.sampling.step_cache import CacheReport, StepCache, with_step_cache
 from frame_memory.sampling.unipc import framepack_unipc
 
 from .conftest import conditioning, guider_for, of_kind, run, start_latent
@@ -134,6 +137,50 @@ def test_an_artist_is_told_where_the_picture_changes(model, monkeypatch):
     _, report = cached_run(model, measure=True)
     near = report.split("PSNR ")[1].split(" dB")[0]
     assert f"Warning: Section Step Cache changes the picture: {near} dB in section 1, expected 99 or more." in report
+
+
+def test_a_section_that_was_made_again_is_measured_as_it_was_made(model):
+    """An attention that breaks, but not in the test before a run: with plain attention both are made."""
+
+    def breaks(func, q, *args, **kwargs):
+        out = func(q, *args, **kwargs)
+        return out if TOKENS in q.shape else out * float("nan")
+
+    network = with_step_cache(of_kind(model, "F1"), DRIFT, measure=True)
+    network.model_options["transformer_options"]["optimized_attention_override"] = breaks
+    _, report = run(network, kind=None, seconds=1.2, sigmas=SIGMAS)
+    assert "it was made again with plain PyTorch attention" in report
+    assert "PSNR nan" not in report and "changes the picture" not in report
+    assert re.search(r"Section 1 made with and without it: PSNR \d+\.\d dB", report)
+
+
+def test_what_is_broken_without_a_cache_gives_no_advice(model):
+    guider = guider_for(with_step_cache(of_kind(model, "F1"), DRIFT, measure=True))
+    made = torch.zeros(1, 16, 9, 6, 10)
+    (said,) = CacheReport(guider).measure(1, made, guider, lambda _: made * float("nan"))
+    assert "made without it, it holds NaN or infinite values" in said and "Halve" not in said
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_what_fails_in_measuring_costs_no_video_but_cancel_is_heard(model, stop):
+    expected, _ = cached_run(model)
+    trouble = InterruptProcessingException() if stop else RuntimeError("too little memory.")
+    network, calls = with_step_cache(of_kind(model, "F1"), DRIFT, measure=True), []
+
+    def watch(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise trouble
+        return executor(*args, **kwargs)
+
+    network.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "test", watch)
+    if stop:
+        with pytest.raises(InterruptProcessingException):
+            run(network, kind=None, sigmas=SIGMAS)
+        return
+    latent, report = run(network, kind=None, sigmas=SIGMAS)
+    assert torch.equal(latent["samples"], expected["samples"])
+    assert "Step Cache could not measure section 1: too little memory. The video is not affected." in report
 
 
 def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another_video(model, tmp_path):
