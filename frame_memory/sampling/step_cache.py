@@ -31,10 +31,10 @@ from ..video.decode import decode_window
 from ..video.fidelity import psnr
 from .experts import low_noise_of, models_of
 from .guards import SectionError, broken_share
-from .identity import MEASURE
+from .identity import MEASURE, STEP_CACHE
 
-# In transformer_options: the drift that is allowed, who counts, and core's node.
-KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
+# In transformer_options: who counts, and core's node.
+COUNTER, EASYCACHE = "frame_memory_count_cache", "easycache"
 # In model_options: core's functions that see an evaluation's parts.
 AFTER_CFG = "sampler_post_cfg_function"
 NODE = "Section Step Cache"
@@ -48,17 +48,20 @@ NEAR = 26.0
 def with_step_cache(model_patcher, drift: float = DRIFT, measure: bool = False):
     """A clone of a MODEL that skips steps; the MODEL stays as it is.
 
-    drift: largest estimated error of a skipped step's output, RMS as a share of the output's; 0 skips nothing.
+    drift: largest estimated error of a skipped step's output, RMS as a share of the output's; 0 takes a cache away.
     measure: the Anti-Drift Sampler also makes its first section without, and says how far the two are apart.
     """
     clone = model_patcher.clone()
     options = clone.model_options["transformer_options"]
-    options[KEY] = drift
-    options.pop(MEASURE, None)
+    for name in (STEP_CACHE, MEASURE):
+        options.pop(name, None)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, STEP_CACHE)
+    if not drift:
+        return clone
+    options[STEP_CACHE] = drift
     if measure:
         options[MEASURE] = True
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_run)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, STEP_CACHE, _one_run)
     return clone
 
 
@@ -67,9 +70,9 @@ def _one_run(executor, *args, **kwargs):
     guider = executor.class_obj
     before = guider.model_options
     options = before["transformer_options"]
-    cache = StepCache(options[KEY])
+    cache = StepCache(options[STEP_CACHE])
     guider.model_options = comfy.model_patcher.create_model_options_clone(before)
-    add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, cache, guider.model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.PREDICT_NOISE, STEP_CACHE, cache, guider.model_options, is_model_options=True)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -154,7 +157,7 @@ class CacheReport:
 
     def __init__(self, guider, vae=None):
         every = [patcher.model_options["transformer_options"] for patcher in models_of(guider).values()]
-        self.on = any(KEY in options for options in every)
+        self.on = any(STEP_CACHE in options for options in every)
         self.to_measure = self.on and any(options.get(MEASURE) for options in every)
         self.vae, self.measured = vae, ""
         self.made = self.asked = 0
@@ -173,7 +176,8 @@ class CacheReport:
             return []
         self.to_measure = False
         try:
-            return self._compare(number, made_BCTHW, sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted})))
+            exact_BCTHW = sample(_with_options(guider, {STEP_CACHE: 0.0, COUNTER: _not_counted}))
+            return self._compare(number, made_BCTHW, exact_BCTHW)
         except Exception as error:
             logging.warning("%s: section %d cannot be measured", NODE, number, exc_info=True)
             return [f"{NODE} could not measure section {number}: {error} The video is not affected."]

@@ -14,8 +14,10 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
 
 from frame_memory.sampling import step_cache
+from frame_memory.sampling.attention_backend import AttentionBackend
 from frame_memory.sampling.attention_check import TOKENS
 from frame_memory.sampling.experts import WanExpertGuider
+from frame_memory.sampling.identity import model_fields
 from frame_memory.sampling.step_cache import CacheReport, StepCache, with_step_cache
 from frame_memory.sampling.unipc import framepack_unipc
 
@@ -121,7 +123,11 @@ def cached_run(model, drift=DRIFT, measure=False, **more):
 def test_nothing_allowed_changes_nothing_and_measuring_changes_nothing(model):
     exact, plain_report = run(of_kind(model, "F1"), kind=None, sigmas=SIGMAS)
     none, report = cached_run(model, 0.0)
-    assert torch.equal(none["samples"], exact["samples"]) and f"{2 * STEPS} of {2 * STEPS} evaluations" in report
+    assert torch.equal(none["samples"], exact["samples"]) and "Step Cache" not in report
+    taken_away = with_step_cache(with_step_cache(of_kind(model, "F1"), DRIFT, measure=True), 0.0)
+    assert not taken_away.wrappers.get(WrappersMP.OUTER_SAMPLE)
+    without, with_it = (model_fields(found)["model options"] for found in (of_kind(model, "F1"), taken_away))
+    assert without == with_it, "the same video, so sections of either are found by the other"
     latent, _ = cached_run(model)
     measured, report = cached_run(model, measure=True)
     assert torch.equal(latent["samples"], measured["samples"])
@@ -193,7 +199,15 @@ def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another
     _, count = made_with(with_step_cache(network, DRIFT, measure=True), tmp_path, **more)
     assert count == 0, "measuring is no other video"
     other, count = made_with(with_step_cache(network, 0.0), tmp_path, **more)
-    assert count == 3 and not torch.equal(other.latent["samples"], expected["samples"])
+    assert "model options: was 'step cache 0.1 (" in other.report and count == 3
+    assert not torch.equal(other.latent["samples"], expected["samples"])
+
+
+def test_a_project_says_in_words_what_makes_it_fast(model):
+    network = with_step_cache(of_kind(model, "F1"), DRIFT)
+    override = AttentionBackend("xformers", "xformers", 128, torch.float32, "cpu")
+    network.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert model_fields(network)["model options"].startswith("step cache 0.1, attention xformers (")
 
 
 def test_nothing_is_held_after_a_run(model):
