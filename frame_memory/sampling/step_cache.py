@@ -156,9 +156,11 @@ class CacheReport:
     """
 
     def __init__(self, guider, vae=None):
-        every = [patcher.model_options["transformer_options"] for patcher in models_of(guider).values()]
-        self.on = any(STEP_CACHE in options for options in every)
-        self.to_measure = self.on and any(options.get(MEASURE) for options in every)
+        every = {name: patcher.model_options["transformer_options"] for name, patcher in models_of(guider).items()}
+        cached = [name for name, options in every.items() if STEP_CACHE in options]
+        self.on = bool(cached)
+        self.whose = f" of the {cached[0] or 'high noise '}expert" if len(cached) < len(every) and cached else ""
+        self.to_measure = self.on and any(options.get(MEASURE) for options in every.values())
         self.vae, self.measured = vae, ""
         self.made = self.asked = 0
 
@@ -207,7 +209,8 @@ class CacheReport:
         """For the sampler's report; empty without a cache, and where every section was there already."""
         if not self.asked:
             return []
-        count = f"{NODE}: {self.made} of {self.asked} evaluations were made, {self.asked / self.made:.2f} times fewer."
+        fewer = f"{self.asked / self.made:.2f} times fewer"
+        count = f"{NODE}: {self.made} of {self.asked} evaluations{self.whose} were made, {fewer}."
         return [count, *([f"{self.measured}."] if self.measured else [])]
 
 

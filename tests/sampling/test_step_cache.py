@@ -264,6 +264,23 @@ def test_each_of_two_experts_has_its_own():
     assert all(all(found[:3]) and found[-1] and not all(found) for found in asked)
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_of_one_expert_with_a_cache_the_report_says_which(low):
+    experts = [attached(A14B, seed=seed) for seed in (0, 1)]
+    experts[low] = with_step_cache(experts[low], 0.2)
+    guider = WanExpertGuider(*experts, 2.0, 3.0, 0.997)
+    guider.set_conds(prompt(3), prompt(4))
+    noise, report = reference.drawn(1, 16, 1, 4, 6), CacheReport(guider)
+    euler = comfy.samplers.sampler_object("euler")
+    sigmas = falling(4)
+    with torch.inference_mode():
+        report.counting(guider).sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=0)
+    count = int(((sigmas[:-1] < 0.997) if low else (sigmas[:-1] >= 0.997)).sum())
+    whose = "low" if low else "high"
+    (line,) = report.lines()
+    assert f": {count} of {count} evaluations of the {whose} noise expert were made" in line and 0 < count < 4
+
+
 def test_cores_easycache_keeps_to_its_section(model, tmp_path):
     """Its own formula, the last output less its input, in fp32 too; sections made anew one by one are the same."""
     network, log = recorded(of_kind(model, "F1"))
