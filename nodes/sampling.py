@@ -249,8 +249,8 @@ class FrameMemoryStepCache(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Error allowed in a skipped step, as a share of the model's output, 0 to 1. At 0.2 the "
-                        "self-test models skip three of five of 25 steps. 0 skips none and changes nothing."
+                        "Estimated error allowed in a skipped step, as a share of the model's output, 0 to 1. At 0.2 "
+                        "the self-test models skip three of five of 25 steps. 0 skips none and changes nothing."
                     ),
                 ),
                 io.Boolean.Input(

@@ -24,8 +24,8 @@ from ..plan import Section
 SAMPLES = 64
 SHOWN = 8
 DEPTH = 6
-# In transformer_options: that a step cache's drift is measured.
-MEASURE = "frame_memory_measure_cache"
+# In transformer_options: the drift that a step cache allows, that it is measured, and another attention.
+STEP_CACHE, MEASURE, ATTENTION = "frame_memory_step_cache", "frame_memory_measure_cache", "optimized_attention_override"
 # By the mapping that they stand in, what is drawn anew at every queue, is left there by a run, or only watches one: not
 # what is sampled. Anywhere else the same words may be a setting.
 _IGNORED = {
@@ -119,8 +119,18 @@ def model_fields(patcher) -> dict[str, str]:
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
         "LoRA and patches": patches_of(patcher) or "none",
-        "model options": short([outline(options, where="model_options"), outline(patcher.object_patches)]),
+        "model options": _in_words(
+            left, short([outline(options, where="model_options"), outline(patcher.object_patches)])
+        ),
     }
+
+
+def _in_words(options: Mapping, digest: str) -> str:
+    """A fingerprint of options, behind the names of those that this pack's nodes have set."""
+    named = [f"step cache {options[STEP_CACHE]:g}"] if STEP_CACHE in options else []
+    label = getattr(options.get(ATTENTION), "label", None)
+    named += [f"attention {label}"] if label else []
+    return f"{', '.join(named)} ({digest})" if named else digest
 
 
 def patches_of(patcher) -> str:

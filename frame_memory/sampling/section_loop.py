@@ -233,7 +233,7 @@ class SectionSampler:
 
         began, number = time.monotonic(), number_in_time(plan, section)
         try:
-            window, note = self._sample(guider, number, noise, begin, callback, seed, broken)
+            window, note, guider = self._sample(guider, number, noise, begin, callback, seed, broken)
         except Exception as error:
             if not comfy.model_management.is_oom(error):
                 raise
@@ -255,14 +255,14 @@ class SectionSampler:
                 self.keeper.keep(made)
         return made
 
-    def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep) -> tuple[Tensor, str]:
-        """A section's window, fp32 on the CPU, and what is to be known of it."""
+    def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep):
+        """A section's window, fp32 on the CPU, what is to be known of it, and the GUIDER that made it."""
         made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
         note = ""
         if broken_share(made):
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
-            made, note = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
-        return made.float().cpu(), note
+            made, note, guider = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
+        return made.float().cpu(), note, guider
 
     def _measure(self, number: int, window: Tensor, guider, noise, begin, seed: int) -> None:
         """How far a step cache has led a section astray, where the artist asked for that."""
@@ -295,7 +295,7 @@ class SectionSampler:
                 f"(weights: {dtype}). What was finished before it {kept}. Try weight_dtype "
                 f"'default' in '{loader_of(guider.model_patcher)}', or take out the last LoRA."
             )
-        return made, note
+        return made, note, guider
 
     def _noise_of(self, section: Section, shape: tuple[int, ...]) -> tuple[Tensor, int, tuple | None]:
         """Noise and seed of a section, and what says the noise where that is shorter.

@@ -30,10 +30,13 @@ from torch import Tensor
 from ..video.decode import decode_window
 from ..video.fidelity import psnr
 from .experts import low_noise_of, models_of
-from .identity import MEASURE
+from .guards import SectionError, broken_share
+from .identity import MEASURE, STEP_CACHE
 
-# In transformer_options: the drift that is allowed, who counts, and core's node.
-KEY, COUNTER, EASYCACHE = "frame_memory_step_cache", "frame_memory_count_cache", "easycache"
+# In transformer_options: who counts, and core's node.
+COUNTER, EASYCACHE = "frame_memory_count_cache", "easycache"
+# In model_options: core's functions that see an evaluation's parts.
+AFTER_CFG = "sampler_post_cfg_function"
 NODE = "Section Step Cache"
 DRIFT = 0.2
 # Evaluations that a line and its curvature need.
@@ -45,17 +48,20 @@ NEAR = 26.0
 def with_step_cache(model_patcher, drift: float = DRIFT, measure: bool = False):
     """A clone of a MODEL that skips steps; the MODEL stays as it is.
 
-    drift: largest estimated error of a skipped step's output, RMS as a share of the output's; 0 skips nothing.
+    drift: largest estimated error of a skipped step's output, RMS as a share of the output's; 0 takes a cache away.
     measure: the Anti-Drift Sampler also makes its first section without, and says how far the two are apart.
     """
     clone = model_patcher.clone()
     options = clone.model_options["transformer_options"]
-    options[KEY] = drift
-    options.pop(MEASURE, None)
+    for name in (STEP_CACHE, MEASURE):
+        options.pop(name, None)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, STEP_CACHE)
+    if not drift:
+        return clone
+    options[STEP_CACHE] = drift
     if measure:
         options[MEASURE] = True
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_run)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, STEP_CACHE, _one_run)
     return clone
 
 
@@ -64,9 +70,9 @@ def _one_run(executor, *args, **kwargs):
     guider = executor.class_obj
     before = guider.model_options
     options = before["transformer_options"]
-    cache = StepCache(options[KEY])
+    cache = StepCache(options[STEP_CACHE])
     guider.model_options = comfy.model_patcher.create_model_options_clone(before)
-    add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, cache, guider.model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.PREDICT_NOISE, STEP_CACHE, cache, guider.model_options, is_model_options=True)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -89,7 +95,8 @@ class StepCache:
         sigma = float(timestep.flatten()[0])
         self.asked += 1
         self._begin_anew_where_it_must(sigma, executor.class_obj)
-        d_BCTHW = None if _is_last(sigma, model_options) else self._drawn_on(sigma)
+        needed = _is_last(sigma, model_options) or _is_listened_to(executor.class_obj, model_options)
+        d_BCTHW = None if needed else self._drawn_on(sigma)
         if d_BCTHW is not None:
             return x_BCTHW - sigma * d_BCTHW
         made_BCTHW = executor(x_BCTHW, timestep, model_options, seed)
@@ -129,6 +136,11 @@ def _is_last(sigma: float, model_options: dict) -> bool:
     return sigmas is None or len(sigmas) < 2 or sigma <= float(sigmas[-2])
 
 
+def _is_listened_to(guider, model_options: dict) -> bool:
+    """Whether a sampler takes more of an evaluation than its output: CFG++ reads the prompts one by one."""
+    return model_options.get(AFTER_CFG, []) != guider.model_options.get(AFTER_CFG, [])
+
+
 def _shown_at(sigma: float, guider) -> list | None:
     """What says which prompts count at a noise level; None where what they do may change from step to step."""
     entries = [entry for conds in getattr(guider, "conds", {}).values() for entry in conds or ()]
@@ -144,9 +156,11 @@ class CacheReport:
     """
 
     def __init__(self, guider, vae=None):
-        every = [patcher.model_options["transformer_options"] for patcher in models_of(guider).values()]
-        self.on = any(KEY in options for options in every)
-        self.to_measure = self.on and any(options.get(MEASURE) for options in every)
+        every = {name: patcher.model_options["transformer_options"] for name, patcher in models_of(guider).items()}
+        cached = [name for name, options in every.items() if STEP_CACHE in options]
+        self.on = bool(cached)
+        self.whose = f" of the {cached[0] or 'high noise '}expert" if len(cached) < len(every) and cached else ""
+        self.to_measure = self.on and any(options.get(MEASURE) for options in every.values())
         self.vae, self.measured = vae, ""
         self.made = self.asked = 0
 
@@ -158,12 +172,21 @@ class CacheReport:
         self.made, self.asked = self.made + made, self.asked + asked
 
     def measure(self, number: int, made_BCTHW: Tensor, guider, sample: Callable[[Any], Tensor]) -> list[str]:
-        """Compare a section with what `sample` makes of the same GUIDER without skipping; warnings. Of a run only the
-        first section is measured."""
+        """Compare a section with what `sample` makes of the GUIDER that made it, without skipping; warnings. Of a run
+        only the first section is measured. A comparison that fails does not cost the video, and is a warning too."""
         if not self.to_measure:
             return []
         self.to_measure = False
-        exact_BCTHW = sample(_with_options(guider, {KEY: 0.0, COUNTER: _not_counted}))
+        try:
+            exact_BCTHW = sample(_with_options(guider, {STEP_CACHE: 0.0, COUNTER: _not_counted}))
+            return self._compare(number, made_BCTHW, exact_BCTHW)
+        except Exception as error:
+            logging.warning("%s: section %d cannot be measured", NODE, number, exc_info=True)
+            return [f"{NODE} could not measure section {number}: {error} The video is not affected."]
+
+    def _compare(self, number: int, made_BCTHW: Tensor, exact_BCTHW: Tensor) -> list[str]:
+        if broken_share(exact_BCTHW):
+            raise SectionError("made without it, it holds NaN or infinite values.")
         self.measured = f"Section {number} made with and without it: "
         if made_BCTHW.equal(exact_BCTHW):
             self.measured += "the same"
@@ -186,7 +209,8 @@ class CacheReport:
         """For the sampler's report; empty without a cache, and where every section was there already."""
         if not self.asked:
             return []
-        count = f"{NODE}: {self.made} of {self.asked} evaluations were made, {self.asked / self.made:.2f} times fewer."
+        fewer = f"{self.asked / self.made:.2f} times fewer"
+        count = f"{NODE}: {self.made} of {self.asked} evaluations{self.whose} were made, {fewer}."
         return [count, *([f"{self.measured}."] if self.measured else [])]
 
 

@@ -65,8 +65,15 @@ def test_int8_parts_become_one_matrix_without_loss(tmp_path, reference):
 def test_int8_that_is_turned_keeps_its_turn_and_is_not_mixed(tmp_path, reference):
     turn = {"convrot": True, "convrot_groupsize": 64}
     sd = int8_parts(reference, turn)
-    stored, _ = checkpoint.open_state_dict(cf.write_file(tmp_path / "a.safetensors", sd))
-    assert quantised.layer_settings(stored, {}, "")["single_blocks.0.linear1"] == {"format": INT8, **turn}
+    network = checkpoint.load_framepack(cf.write_file(tmp_path / "a.safetensors", sd)).model.diffusion_model
+    # Turned numbers are joined row by row, as they lie in the file.
+    stored = key_map.convert_diffusers({k: v for k, v in sd.items() if not key_map.is_quant_key(k)})
+    meaning = key_map.convert_diffusers(cf.dequantised(sd))
+    for layer in ("single_blocks.0.linear1", "double_blocks.0.txt_attn.qkv"):
+        weight, key = network.get_submodule(layer).weight, f"{layer}.weight"
+        assert (weight._params.convrot, weight._params.convrot_groupsize) == (True, 64), layer
+        assert weight._qdata.dtype == torch.int8 and torch.equal(weight._qdata, stored[key]), layer
+        assert torch.equal(weight._qdata * weight._params.scale, meaning[key]), layer
     for settings in ({"format": INT8}, {"format": FP8}):
         layer = "transformer_blocks.0.attn.to_k"
         mixed = {**sd, f"{layer}.comfy_quant": quantised.mark(settings)}
