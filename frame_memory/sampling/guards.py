@@ -11,6 +11,8 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..model.families import loader_of
@@ -63,10 +65,15 @@ def with_safe_attention(model_options: dict) -> dict:
 def made_safe(guider) -> tuple[Any, str]:
     """A copy of a GUIDER with plain attention and numbers that reach further, and what is other in these, in words.
 
-    Of two experts both are made so.
+    It is not compiled: a graph holds the attention that it was captured with. Of two experts both are made so.
     """
     safe = copy.copy(guider)
-    safe.model_patcher, words = with_safe_numbers(guider.model_patcher)
+    patcher, words = with_safe_numbers(guider.model_patcher)
+    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        patcher = patcher.clone()
+        patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        words = " and ".join(filter(None, [words, "without torch.compile"]))
+    safe.model_patcher = patcher
     safe.model_options = with_safe_attention(guider.model_options)
     low = low_noise_of(guider)
     if low is not None:
