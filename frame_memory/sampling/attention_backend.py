@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.attention import CANDIDATES, Candidate, fast_attention
 from ..kernels.op import Call
 from .attention_check import TOKENS, Place, known_problem, one_call, override_of
-from .guards import attention_name, with_attention
+from .guards import attention_name, with_attention, without_attention
 
 NODE = "Attention Backend"
 AUTOMATIC, HOST = "automatic", "ComfyUI's own"
@@ -136,7 +136,7 @@ def _is_pytorchs(backend: AttentionBackend, place: Place) -> bool:
 
 def _without_override(patcher):
     clone = patcher.clone()
-    del clone.model_options["transformer_options"]["optimized_attention_override"]
+    clone.model_options = without_attention(patcher.model_options)
     return clone
 
 

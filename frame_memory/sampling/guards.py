@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
@@ -17,6 +19,10 @@ from torch import Tensor
 
 from ..model.families import loader_of
 from .experts import low_noise_of
+
+
+# Key of our wrapper in a MODEL's options.
+TOLD = "frame_memory attention"
 
 
 class SectionError(RuntimeError):
@@ -51,10 +57,33 @@ def _plain_attention(func, *args, **kwargs):
 def with_attention(model_options: dict, override: Callable) -> dict:
     """A copy of `model_options` with another attention, as ComfyUI calls it; every other option is kept."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    transformer = dict(options.get("transformer_options", {}))
+    transformer = options.setdefault("transformer_options", {})
     transformer["optimized_attention_override"] = override
-    options["transformer_options"] = transformer
+    if not comfy.patcher_extension.get_wrappers_with_key(WrappersMP.APPLY_MODEL, TOLD, transformer):
+        comfy.patcher_extension.add_wrapper_with_key(WrappersMP.APPLY_MODEL, TOLD, _tell_the_graph, transformer)
     return options
+
+
+def without_attention(model_options: dict) -> dict:
+    """A copy of `model_options` without what `with_attention` has put there."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    del options["transformer_options"]["optimized_attention_override"]
+    del options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL][TOLD]
+    return options
+
+
+def _tell_the_graph(executor, x, t, concat=None, cross=None, control=None, transformer_options=None, **kwargs):
+    """Call a compiled network with a keyword that names its attention.
+
+    Core's TorchCompileModel drops every guard on `transformer_options`, so that a graph would serve all attentions
+    that come after the one it was captured with. A keyword of another name is a graph of its own.
+    """
+    options = transformer_options or {}
+    network = executor.class_obj.diffusion_model
+    takes = inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values()
+    if COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}) and any(p.kind is p.VAR_KEYWORD for p in takes):
+        kwargs[f"attention: {attention_name(options.get('optimized_attention_override'))}"] = True
+    return executor(x, t, concat, cross, control, options, **kwargs)
 
 
 def with_safe_attention(model_options: dict) -> dict:
