@@ -20,7 +20,6 @@ from torch import Tensor
 from ..model.families import loader_of
 from .experts import low_noise_of
 
-
 # Key of our wrapper in a MODEL's options.
 TOLD = "frame_memory attention"
 
@@ -81,7 +80,8 @@ def _tell_the_graph(executor, x, t, concat=None, cross=None, control=None, trans
     options = transformer_options or {}
     network = executor.class_obj.diffusion_model
     takes = inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values()
-    if COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}) and any(p.kind is p.VAR_KEYWORD for p in takes):
+    compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if compiled and any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         kwargs[f"attention: {attention_name(options.get('optimized_attention_override'))}"] = True
     return executor(x, t, concat, cross, control, options, **kwargs)
 
