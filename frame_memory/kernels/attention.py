@@ -44,7 +44,7 @@ def fast_attention(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
 
     fp32 may be computed in bf16. One op for torch.compile.
     """
-    made_BHLD = ATTENTION.choose(Call.of(q_BHLD)).run(q_BHLD, k_BHMD, v_BHMD)
+    made_BHLD = ATTENTION.choose(Call.of(q_BHLD, k_BHMD, v_BHMD)).run(q_BHLD, k_BHMD, v_BHMD)
     return made_BHLD.transpose(1, 2).flatten(2).contiguous()
 
 
