@@ -1,4 +1,4 @@
-"""The attention of one MODEL: the fastest backend that computes the right numbers on its device.
+"""The attention of one MODEL: the backend taken to be fastest of those that compute the right numbers on its device.
 
 It takes the place of the host's through ComfyUI's own hook, in the options of a copy of the MODEL and nowhere else.
 What ComfyUI was started with, and another pack's override, go before an automatic choice.

@@ -71,7 +71,9 @@ def without_attention(model_options: dict) -> dict:
     return options
 
 
-def _tell_the_graph(executor, x, t, concat=None, cross=None, control=None, transformer_options=None, **kwargs):
+def _tell_the_graph(
+    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+):  # fmt: skip
     """Call a compiled network with a keyword that names its attention.
 
     Core's TorchCompileModel drops every guard on `transformer_options`, so that a graph would serve all attentions
@@ -83,7 +85,7 @@ def _tell_the_graph(executor, x, t, concat=None, cross=None, control=None, trans
     compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if compiled and any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         kwargs[f"attention: {attention_name(options.get('optimized_attention_override'))}"] = True
-    return executor(x, t, concat, cross, control, options, **kwargs)
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def with_safe_attention(model_options: dict) -> dict:
