@@ -461,7 +461,8 @@ class FrameMemoryAttentionBackend(io.ComfyNode):
             display_name="Attention Backend",
             category="model/patch",
             description=(
-                "Gives a MODEL the fastest attention that is installed and computes the right numbers on its device. "
+                "Gives a MODEL the attention that is taken to be fastest of those that are installed and compute the "
+                "right numbers on its device. "
                 "Attention is half of a long video's time. Every sampler uses it; other models keep ComfyUI's own."
             ),
             search_aliases=["sage attention", "flash attention", "faster", "speed", "xformers"],
@@ -475,9 +476,9 @@ class FrameMemoryAttentionBackend(io.ComfyNode):
                     options=list(CHOICES),
                     default=AUTOMATIC,
                     tooltip=(
-                        "'automatic' takes the fastest that is installed and agrees with PyTorch's within 10 % in a "
-                        "short test; what ComfyUI was started with (--use-sage-attention and so on) stays. A named "
-                        "one goes before that, and is refused where it is missing or wrong."
+                        "'automatic' takes what is taken to be fastest of those that are installed and agree with "
+                        "PyTorch's within 10 % in a short test; what ComfyUI was started with (--use-sage-attention "
+                        "and so on) stays. A named one goes before that, and is refused where it is missing or wrong."
                     ),
                 ),
             ],

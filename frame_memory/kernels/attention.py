@@ -44,7 +44,7 @@ def fast_attention(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
 
     fp32 may be computed in bf16. One op for torch.compile.
     """
-    made_BHLD = ATTENTION.choose(Call.of(q_BHLD)).run(q_BHLD, k_BHMD, v_BHMD)
+    made_BHLD = ATTENTION.choose(Call.of(q_BHLD, k_BHMD, v_BHMD)).run(q_BHLD, k_BHMD, v_BHMD)
     return made_BHLD.transpose(1, 2).flatten(2).contiguous()
 
 
@@ -59,7 +59,7 @@ class Candidate:
     """A backend of whole attention calls that may take the place of the host's choice.
 
     label: for people. host: the name that the host registers it under; "" for `fast_attention`. needs: of the device.
-    pays: where it is known to be the fastest of those behind it in the list; elsewhere it is taken on demand only.
+    pays: where it is taken to be faster than those behind it in the list; elsewhere it is taken on demand only.
     """
 
     label: str
@@ -68,9 +68,10 @@ class Candidate:
     pays: Needs = field(default_factory=Needs)
 
 
-# The fastest first, by what is published. SageAttention 2 multiplies in 8 bits on every GPU since Ampere, 2.7 to 3.9
-# times as fast as FlashAttention 2; the first version was tuned for Ampere and Ada. FlashAttention 2 is what PyTorch's
-# own is at best there; on Hopper PyTorch's (cuDNN) is faster. xformers is for GPUs older than both.
+# The fastest first, by what is published; none was timed here on a GPU. SageAttention 2 multiplies in 8 bits on every
+# GPU since Ampere, 2.7 to 3.9 times as fast as FlashAttention 2; the first version was tuned for Ampere and Ada.
+# FlashAttention 2 is what PyTorch's own is at best there; on Hopper PyTorch's (cuDNN) is faster. xformers is for GPUs
+# older than both.
 CANDIDATES = (
     Candidate(
         "SageAttention 2",

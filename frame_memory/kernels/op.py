@@ -32,9 +32,10 @@ class Call:
     gradient: bool = False
 
     @classmethod
-    def of(cls, x: Tensor) -> Call:
-        """The call on a tensor `[..., rows, width]`."""
-        return cls(x.device, x.dtype, x.shape[-1], x.shape[-2], x.requires_grad and torch.is_grad_enabled())
+    def of(cls, x: Tensor, *others: Tensor) -> Call:
+        """The call on a tensor `[..., rows, width]`. others: inputs that a gradient may be wanted of as well."""
+        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others))
+        return cls(x.device, x.dtype, x.shape[-1], x.shape[-2], gradient)
 
 
 @dataclass(frozen=True)

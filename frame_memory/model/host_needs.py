@@ -167,10 +167,13 @@ SECTIONS = _needs("""
     comfy.model_patcher.ModelPatcher.get_model_object name
     comfy.model_patcher.ModelPatcher.set_model_compute_dtype dtype
     comfy.model_patcher.create_model_options_clone
+    comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
     comfy.patcher_extension.WrappersMP.PREDICT_NOISE
     comfy.patcher_extension.add_wrapper_with_key wrapper_type key wrapper transformer_options is_model_options
+    comfy.patcher_extension.get_wrappers_with_key wrapper_type key transformer_options
+    comfy_api.torch_helpers.torch_compile.COMPILE_KEY
     comfy.ops.fp8_ops.Linear
     comfy.sd.VAE sd device dtype
     comfy.utils.ProgressBar.update_absolute value total preview

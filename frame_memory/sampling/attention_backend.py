@@ -1,4 +1,4 @@
-"""The attention of one MODEL: the fastest backend that computes the right numbers on its device.
+"""The attention of one MODEL: the backend taken to be fastest of those that compute the right numbers on its device.
 
 It takes the place of the host's through ComfyUI's own hook, in the options of a copy of the MODEL and nowhere else.
 What ComfyUI was started with, and another pack's override, go before an automatic choice.
@@ -21,9 +21,12 @@ from torch import Tensor
 from ..kernels.attention import CANDIDATES, Candidate, fast_attention
 from ..kernels.op import Call
 from .attention_check import TOKENS, Place, known_problem, one_call, override_of
-from .guards import attention_name, with_attention
+from .guards import attention_name, with_attention, without_attention
 
 NODE = "Attention Backend"
+# The host's wrappers catch what a library raises, log it, and call PyTorch at every step. A kernel may also be
+# PyTorch's own: its FlashAttention is of the same source.
+SAME = "it gives PyTorch's very numbers: it is the same there, or ComfyUI falls back to PyTorch (see the log)"
 AUTOMATIC, HOST = "automatic", "ComfyUI's own"
 CHOICES = (AUTOMATIC, HOST, *(c.label for c in CANDIDATES))
 
@@ -46,7 +49,8 @@ class AttentionBackend:
         head = q.shape[-1] // (1 if kwargs.get("skip_reshape") else heads)
         same = head == self.head and q.dtype == self.dtype and q.device.type == self.device
         plain = mask is None and not more and "scale" not in kwargs and not kwargs.get("enable_gqa")
-        exact = not kwargs.get("low_precision_attention", True) or (torch.is_grad_enabled() and q.requires_grad)
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        exact = gradient or not kwargs.get("low_precision_attention", True)
         if not same or not plain or exact:
             return func(q, k, v, heads, mask, *more, **kwargs)
         if self.host:
@@ -84,13 +88,17 @@ def choose_attention(patcher, wish: str, candidates: Sequence[Candidate] = CANDI
         return patcher, f"Attention: ComfyUI's own ({attention_name()}){why}."
     place = Place.of(patcher)
     found, against = first_right(place, wish, candidates)
+    lines = [f"Not {label}: {problem}." for label, problem in against.items()]
     if found is None:
+        if wish == AUTOMATIC:
+            raise ValueError(f"No attention works on {place}. {' '.join(lines)} Set 'backend' in '{NODE}' to {HOST}.")
         raise ValueError(
             f"'{wish}' cannot be used on {place}: {against[wish]}. Set 'backend' in '{NODE}' to {AUTOMATIC}."
         )
-    lines = [f"Not {label}: {problem}." for label, problem in against.items()]
     if found.host and get_attention_function(found.host) is get_attention_function("optimized"):
         return patcher, "\n".join([f"Attention: {found.label}, as ComfyUI chose itself.", *lines])
+    if wish != AUTOMATIC and _is_pytorchs(found, place):
+        lines.append(f"Note: {SAME}.")
     chosen = patcher.clone()
     chosen.model_options = with_attention(patcher.model_options, found)
     report = "\n".join([f"Attention: {found.label}, on {place}.", *lines])
@@ -123,20 +131,22 @@ def _against(candidate: Candidate, backend: AttentionBackend, place: Place, auto
     if candidate.host and get_attention_function(candidate.host, None) is None:
         return f"ComfyUI has no '{candidate.host}' attention here"
     problem = known_problem(candidate.label, backend, place)
-    if problem is None and candidate.host not in ("", "pytorch") and _is_pytorchs(backend, place):
-        # The host's wrappers catch what a library raises, log it, and call PyTorch at every step.
-        return "it gives PyTorch's very numbers: ComfyUI falls back to PyTorch (see the log)"
+    if automatic and problem is None and _is_pytorchs(backend, place):
+        return SAME
     return problem
 
 
 def _is_pytorchs(backend: AttentionBackend, place: Place) -> bool:
+    """Whether it gives PyTorch's very numbers, of a backend that is another one."""
+    if backend.host in ("", "pytorch"):
+        return False
     parts, call = one_call(backend, place)
     return torch.equal(call(), attention_pytorch(*parts, heads=2, skip_reshape=True))
 
 
 def _without_override(patcher):
     clone = patcher.clone()
-    del clone.model_options["transformer_options"]["optimized_attention_override"]
+    clone.model_options = without_attention(patcher.model_options)
     return clone
 
 

@@ -27,6 +27,7 @@ from .guards import attention_name, with_safe_attention
 TOKENS = 333
 # SageAttention's 8-bit keys and values are off by 1 to 4 % here, bf16 by 0.4 %; what is broken is off by 30 % or more.
 ALLOWED = 0.1
+NO_ROOM = "there is no room in memory for the test just now"
 
 # What was found, by backend, head size, number format and device: words only, never tensors.
 _found: dict[tuple, str | None] = {}
@@ -79,11 +80,17 @@ def override_of(model_options: dict) -> Callable | None:
 
 
 def known_problem(name: str, override: Callable | None, place: Place) -> str | None:
-    """`attention_problem`, looked for once for a name, head size, number format and kind of device."""
+    """`attention_problem`, looked for once for a name, head size, number format and kind of device.
+
+    Out of memory is no property of these: it is looked for again.
+    """
     key = (name, place.head, place.dtype, comfy.model_management.get_torch_device_name(place.device))
-    if key not in _found:
-        _found[key] = attention_problem(override, place)
-    return _found[key]
+    if key in _found:
+        return _found[key]
+    problem = attention_problem(override, place)
+    if problem != NO_ROOM:
+        _found[key] = problem
+    return problem
 
 
 def _checked(guider) -> tuple[Any, list[str]]:
@@ -123,6 +130,8 @@ def attention_problem(override: Callable | None, place: Place) -> str | None:
         finite = bool(torch.isfinite(made_BLD).all())
     except Exception as error:  # whatever a backend raises here, it would raise in the middle of a run
         logging.debug("attention check", exc_info=True)
+        if comfy.model_management.is_oom(error):
+            return NO_ROOM
         return f"it fails ({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})"
     if made_BLD.shape != expected_BLD.shape:
         return f"it gives the shape {list(made_BLD.shape)}, expected {list(expected_BLD.shape)}"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..model.families import loader_of
 from .experts import low_noise_of
+
+# Key of our wrapper in a MODEL's options.
+TOLD = "frame_memory attention"
 
 
 class SectionError(RuntimeError):
@@ -49,10 +56,36 @@ def _plain_attention(func, *args, **kwargs):
 def with_attention(model_options: dict, override: Callable) -> dict:
     """A copy of `model_options` with another attention, as ComfyUI calls it; every other option is kept."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    transformer = dict(options.get("transformer_options", {}))
+    transformer = options.setdefault("transformer_options", {})
     transformer["optimized_attention_override"] = override
-    options["transformer_options"] = transformer
+    if not comfy.patcher_extension.get_wrappers_with_key(WrappersMP.APPLY_MODEL, TOLD, transformer):
+        comfy.patcher_extension.add_wrapper_with_key(WrappersMP.APPLY_MODEL, TOLD, _tell_the_graph, transformer)
     return options
+
+
+def without_attention(model_options: dict) -> dict:
+    """A copy of `model_options` without what `with_attention` has put there."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    del options["transformer_options"]["optimized_attention_override"]
+    del options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL][TOLD]
+    return options
+
+
+def _tell_the_graph(
+    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+):  # fmt: skip
+    """Call a compiled network with a keyword that names its attention.
+
+    Core's TorchCompileModel drops every guard on `transformer_options`, so that a graph would serve all attentions
+    that come after the one it was captured with. A keyword of another name is a graph of its own.
+    """
+    options = transformer_options or {}
+    network = executor.class_obj.diffusion_model
+    takes = inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values()
+    compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if compiled and any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        kwargs[f"attention: {attention_name(options.get('optimized_attention_override'))}"] = True
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def with_safe_attention(model_options: dict) -> dict:
@@ -63,10 +96,15 @@ def with_safe_attention(model_options: dict) -> dict:
 def made_safe(guider) -> tuple[Any, str]:
     """A copy of a GUIDER with plain attention and numbers that reach further, and what is other in these, in words.
 
-    Of two experts both are made so.
+    It is not compiled: a graph holds the attention that it was captured with. Of two experts both are made so.
     """
     safe = copy.copy(guider)
-    safe.model_patcher, words = with_safe_numbers(guider.model_patcher)
+    patcher, words = with_safe_numbers(guider.model_patcher)
+    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        patcher = patcher.clone()
+        patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        words = " and ".join(filter(None, [words, "without torch.compile"]))
+    safe.model_patcher = patcher
     safe.model_options = with_safe_attention(guider.model_options)
     low = low_noise_of(guider)
     if low is not None:

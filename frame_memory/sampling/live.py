@@ -202,6 +202,8 @@ class LiveVideo:
         self.beside.wait()
         if self.decoder is None:
             self._begin()
+        if self.unread:  # it looks at pieces on this thread, and what `_begin` has given looks at its own
+            self.beside.wait()
         self._read_again()
         self._decode()
 

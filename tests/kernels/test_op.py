@@ -50,6 +50,7 @@ def test_the_first_capable_backend_is_chosen_and_else_the_twin():
     assert op.choose(Call.of(x.requires_grad_())).run is op.twin
     with torch.no_grad():
         assert op.choose(Call.of(x)).name == "a"
+    assert op.choose(Call.of(x.detach(), x)).run is op.twin
 
 
 def test_the_processor_is_asked_by_torchs_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import comfy.model_management
 import pytest
 import torch
 from comfy.cli_args import args
@@ -73,8 +74,36 @@ def test_a_wrong_backend_is_rejected_and_the_next_is_taken(model, wrong, monkeyp
     chosen, report = choose_attention(model, AUTOMATIC, candidates)
     assert override_of(chosen.model_options).label == "plain" and override_of(model.model_options) is None
     assert WRONG[wrong] in report and f"Not {name}:" in report and "ComfyUI has no 'absent'" in report
+    if wrong is fell_back:  # a kernel may be PyTorch's own: nothing is wrong with it
+        named, report = choose_attention(model, name, candidates)
+        assert override_of(named.model_options).label == name and "Note: it gives PyTorch's very" in report
+        return
     with pytest.raises(ValueError, match=f"'{name}' cannot be used on cpu .*{WRONG[wrong]}"):
         choose_attention(model, name, candidates)
+
+
+def test_where_nothing_is_right_all_that_speaks_against_is_said(model, monkeypatch):
+    for wrong in (black, nan):
+        monkeypatch.setitem(attention.REGISTERED_ATTENTION_FUNCTIONS, f"only {wrong.__name__}", wrong)
+    candidates = [Candidate(name, name, Needs()) for name in ("only black", "only nan")]
+    with pytest.raises(ValueError, match="No attention works on cpu .*off by 100%.*NaN.*ComfyUI's own"):
+        choose_attention(model, AUTOMATIC, candidates)
+
+
+def test_no_room_for_the_test_is_not_remembered(model, monkeypatch):
+    calls = []
+
+    def crowded(q, k, v, heads, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        return attention.attention_basic(q, k, v, heads, **kwargs)
+
+    monkeypatch.setitem(attention.REGISTERED_ATTENTION_FUNCTIONS, "crowded", crowded)
+    candidates = [Candidate("crowded", "crowded", Needs())]
+    with pytest.raises(ValueError, match="no room in memory"):
+        choose_attention(model, "crowded", candidates)
+    assert override_of(choose_attention(model, "crowded", candidates)[0].model_options).label == "crowded"
 
 
 def test_a_run_uses_it_and_agrees(model):
@@ -84,16 +113,20 @@ def test_a_run_uses_it_and_agrees(model):
     amx = cpu_features().get("amx_bf16")
     assert override.label == ("bf16 on the CPU" if amx else "PyTorch")
     assert "Not SageAttention 2: it runs on cuda, not on cpu." in report
-    calls = []
+    calls, handed_back = [], []
 
     def counted(func, *call, **kwargs):
-        calls.append(func)
-        return override(func, *call, **kwargs)
+        def host(*call, **kwargs):
+            handed_back.append(1)
+            return func(*call, **kwargs)
+
+        calls.append(1)
+        return override(host, *call, **kwargs)
 
     plain, _ = run(model, seconds=1.2)
     made, said = run(model, guider=guider_for(with_attention(model, counted)), seconds=1.2)
     off = float((made["samples"] - plain["samples"]).norm() / plain["samples"].norm())
-    assert calls and off < 2e-2 and "attention backend" not in said
+    assert len(handed_back) < len(calls) and off < 2e-2 and "attention backend" not in said
     assert override_of(of_kind(chosen, "F1").model_options) == override
 
 
@@ -112,6 +145,9 @@ def test_odd_calls_stay_the_hosts(odd):
     assert backend(host, q, q, q, 2, **odd)
     for other in (q[..., :8], q.bfloat16(), q.clone().requires_grad_()):
         assert backend(lambda *_: "host", other, other, other, 2) == "host"
+    wanted = q.clone().requires_grad_()
+    for k, v in ((wanted, q), (q, wanted)):
+        assert backend(lambda *_: "host", q, k, v, 2) == "host"
     with pytest.raises(KeyError, match="no such"):
         backend(host, q, q, q, 2)
 

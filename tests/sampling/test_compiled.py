@@ -8,12 +8,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
+from comfy.ldm.modules import attention
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from torch._dynamo.utils import counters
 
+from frame_memory.sampling.attention_backend import AttentionBackend
+from frame_memory.sampling.attention_check import TOKENS, Place
+from frame_memory.sampling.guards import with_attention as options_with_attention
+
 from . import wan_runs
 from .conftest import guider_for, of_kind, run
+from .test_guards import with_attention
 
 T2V = "2.1 T2V"
 
@@ -53,3 +61,44 @@ def test_one_section_compiles_for_all(family, graphs, model):
     assert counters["stats"]["unique_graphs"] == graphs
     assert torch.equal(family(made, 3), family(plain, 3))
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_a_section_with_nan_is_made_again_without_the_graph_that_made_it(model):
+    """The graph holds the attention it was captured with; core drops the guards that would tell the two apart."""
+
+    def broken(func, q, *args, **kwargs):
+        return func(q, *args, **kwargs) * (1.0 if q.shape[-2] == TOKENS else float("nan"))
+
+    guider = guider_for(compiled(with_attention(model, broken)))
+    latent, report = run(model, guider=guider, seconds=1.2, steps=2)
+    plain, _ = run(model, guider=guider_for(with_attention(model, broken)), seconds=1.2, steps=2)
+    assert torch.isfinite(latent["samples"]).all() and torch.equal(latent["samples"], plain["samples"])
+    assert "plain PyTorch attention, without torch.compile" in report
+    assert guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+
+
+def test_a_graph_is_of_one_attention(model, monkeypatch):
+    """Zeros, none of ours, ones: each compiled run gives what its plain run gives, in whatever order they come."""
+    model = of_kind(model, "F1")
+
+    def backend(value: float):
+        monkeypatch.setitem(
+            attention.REGISTERED_ATTENTION_FUNCTIONS, f"all {value}",
+            lambda *args, **kwargs: torch.full_like(attention.attention_basic(*args, **kwargs), value),
+        )  # fmt: skip
+        return AttentionBackend(f"all {value}", f"all {value}", Place.of(model).head, torch.float32, "cpu")
+
+    def made(patcher, override, then=lambda patcher: patcher):
+        chosen = patcher.clone()
+        if override is not None:
+            chosen.model_options = options_with_attention(patcher.model_options, override)
+        return run(model, guider=guider_for(then(chosen)), seconds=1.2, steps=2, kind=None)[0]["samples"]
+
+    monkeypatch.setattr("frame_memory.sampling.long_video.checked_attention", lambda guider: (guider, []))
+    zeros, ones = backend(0.0), backend(1.0)
+    plain = {o: made(model, o) for o in (None, zeros, ones)}
+    assert not torch.equal(plain[zeros], plain[ones]) and not torch.equal(plain[zeros], plain[None])
+    behind = compiled(model)
+    for override in (None, zeros, ones, None, zeros):
+        assert torch.equal(made(model, override, compiled), plain[override])
+        assert torch.equal(made(behind, override), plain[override])

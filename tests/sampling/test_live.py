@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -292,3 +293,25 @@ def test_fault_12_a_project_whose_mp4_is_refused_ends_as_mkv(model, vae, tmp_pat
     done, _ = made_with(model, tmp_path, seconds=1.2, live=Live(vae), **small())
     assert done.video.suffix == ".mkv" and len(pictures(done.video)) == 37
     assert "mp4 is not available" in done.report and done.video.name in done.report
+
+
+def test_pieces_are_looked_at_one_after_the_other(model, vae, tmp_path, monkeypatch):
+    """Those that are written again, on the thread beside, before those that an earlier run has left."""
+    history = {**start_latent(frames=37, height=2, width=2, seed=9), "frame_memory": {"base": "selftest"}}
+    settings = {**small(), "history": history, "project": project(tmp_path), "live": Live(vae)}
+    run(model, seconds=1.2, **settings)
+    folder = tmp_path / "frame_memory" / "p"
+    min((folder / "segments").iterdir()).unlink()
+    busy, together = [], []
+    real = live.LiveVideo._look_at
+
+    def look(watched, first, frames):
+        together.append(len(busy))
+        busy.append(first)
+        time.sleep(0.05)
+        real(watched, first, frames)
+        busy.remove(first)
+
+    monkeypatch.setattr(live.LiveVideo, "_look_at", look)
+    run(model, seconds=2.4, **settings)
+    assert len(together) > 1 and not any(together)
