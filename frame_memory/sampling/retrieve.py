@@ -43,6 +43,10 @@ BEFORE = 2
 SHIFT = 5.0
 # So many other frames, evenly over the video, make the mean.
 OTHERS = 8
+OF_STAGE_TWO = (
+    "Warning: this memory is of training's stage 2, which makes videos and was never asked for single frames. Load the "
+    "memory of stage 1, with its LoRA on the MODEL."
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def retrieve_frame(
     held = any(chunk.start <= place < chunk.stop and chunk.tokens for chunk in run.chunks)
     lines = [
         *([] if held else [_forgotten(place, video.shape[2])]),
+        *([OF_STAGE_TWO] if memory.schedule else []),
         *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
         f"Frame at {picture / fps:.2f} s (picture {picture}, latent frame {place}): PSNR {near:.2f} dB, "
         f"SSIM {like:.3f}.",

@@ -153,6 +153,13 @@ def test_one_frame_has_no_other_to_compare_with(faces, own, model):
     assert "has no other frame" in ask(faces, own, model, 0.0, frames=1, memory=memory, attached=memory)[3]
 
 
+def test_a_memory_of_stage_two_is_told_from_one_that_answers_questions(faces, own, model):
+    memory = own.with_tokens(filled(own.new_memory(model, "2x2x2", **SMALL)), 1000)
+    told = ask(faces, own, model, memory=replace(memory, schedule="f1k1_x_g9"), attached=memory)[3]
+    assert "Warning: this memory is of training's stage 2" in told
+    assert "stage 2" not in ask(faces, own, model, memory=memory, attached=memory)[3]
+
+
 def test_frames_that_are_not_remembered_are_warned_of(faces, own, model):
     assert "holds no token of latent frame 12: its block is not full yet" in ask(faces, own, model, 1.6)[3]
     assert "no token of latent frame 0: the budget of tokens has let it go" in ask(faces, own, model, 0.0, tokens=8)[3]
