@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .framepack import MODEL_OPTION
 from .key_map import is_quant_key
+from .provenance import MODEL_OPTION
 
 MODEL_PREFIX = "diffusion_model."
 HEAD_MODULE = "final_layer."

@@ -15,6 +15,7 @@ from comfy import model_base
 from ..plan.mark import SELFTESTS
 from .once import Once
 from .packing import ContextLayout
+from .provenance import MODEL_OPTION
 from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
 
 DEFAULT_GUIDANCE = 10.0
@@ -29,9 +30,7 @@ FRAME_FEATURES = "frame_memory_features"
 _PATCH = 4
 # What the network gets of a prompt to keep what no step of the section changes.
 ONCE = "once"
-# In model_options: what 'Load FramePack Model' knows of a MODEL, {"kind": "F0" or "F1", "base": family of latents}.
-MODEL_OPTION = "frame_memory"
-# There, only where the file says another kind than the one that was chosen: who says which, as words.
+# Under MODEL_OPTION, only where the file says another kind than the one that was chosen: who says which, as words.
 CONTRADICTED = "kind_contradicted"
 
 

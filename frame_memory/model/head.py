@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .base_signature import MODEL_PREFIX
-from .framepack import MODEL_OPTION
 from .memory_file import DIFFERENCE, LOAD_DIRECT_FORCING, LOAD_MEMORY, MemoryFile, MemoryFileError
+from .provenance import MODEL_OPTION
 from .sources import LOAD_MODEL
 
 # In model_options[MODEL_OPTION]: the heads that are on a MODEL, (fingerprint, strength) each.

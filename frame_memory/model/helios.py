@@ -27,8 +27,8 @@ from ..plan import PRESETS
 from . import checkpoint, wan
 from .checkpoint import CheckpointError
 from .families import CLIPS, FPS_SAID, LOADER, PATCHIFIERS, SCHEDULE
-from .framepack import MODEL_OPTION
 from .key_map import BOTH, WEIGHT, KeyMapError, compare
+from .provenance import MODEL_OPTION
 from .sources import LOAD_MEMORY_MODEL, choose
 from .tensor_file import StoredTensor
 

@@ -118,6 +118,7 @@ WAN = _needs("""
     comfy.ldm.wan.model.WanModel.forward_orig x t context clip_fea freqs transformer_options
     comfy.ldm.wan.model.WanT2VCrossAttention.forward = x context transformer_options
     comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
+    comfy.model_base.WAN21
     comfy.model_detection.count_blocks state_dict_keys prefix_string
     comfy.model_management.get_torch_device
     comfy.model_management.unet_offload_device
@@ -273,6 +274,7 @@ WAN_NODES = _needs("""
     comfy.ldm.common_dit.pad_to_patch_size img patch_size
     comfy.ldm.wan.model.WanModel
     comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
+    comfy.model_base.WAN21
     comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
     comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas denoise_mask callback disable_pbar seed

@@ -18,6 +18,8 @@ from .sources import LOAD_LORA
 
 # In a recipe, and in what a loader notes on a MODEL.
 LORAS = "loras"
+# In model_options: what its loader knows of a MODEL, of FramePack {"kind": "F0" or "F1", "base": family of latents}.
+MODEL_OPTION = "frame_memory"
 # In a MODEL's injections, by core's bypass loader.
 BYPASS = "bypass_lora"
 SHOWN = 8

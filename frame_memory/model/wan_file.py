@@ -21,7 +21,6 @@ from ..plan.errors import PACKER
 from . import tensor_file, wan
 from .base_signature import Base
 from .families import PATCHIFIERS, SCHEDULE, TRAINED, check_running_wan, said
-from .framepack import MODEL_OPTION
 from .memory_file import (
     FORMAT,
     OURS,
@@ -33,7 +32,7 @@ from .memory_file import (
     plain_data,
     shown,
 )
-from .provenance import LORAS, loras_of
+from .provenance import LORAS, MODEL_OPTION, loras_of
 from .sources import LOAD_WAN, TRAIN_CONTEXT, WAN_CONTEXT
 
 KIND = "wan_frame_context"

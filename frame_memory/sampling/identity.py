@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
-from ..model.framepack import MODEL_OPTION
-from ..model.provenance import LORAS
+from ..model.provenance import LORAS, MODEL_OPTION
 from ..plan import Section
 
 SAMPLES = 64

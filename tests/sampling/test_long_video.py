@@ -67,10 +67,10 @@ def test_fault_22_every_latent_of_another_family_is_refused_by_socket(model, soc
     frames = {"start": 1, "end": 1, "history": 9, "initial": 28}[socket]
     given_latents = {"start": start_latent(), socket: of_family(start_latent(frames=frames), "Wan21")}
     guider = guider_for(of_kind(model, "F0", base=base))
-    with pytest.raises(PlanError, match=rf"'{socket}' .*Wan21.*Load VAE"):
+    with pytest.raises(PlanError, match=rf"'{socket}' .*Wan 2.1 VAE.*Load VAE"):
         run(model, preset="F0 inverted", guider=guider, **given_latents)
     given_latents[socket] = of_family(given_latents[socket], "selftest Wan")
-    with pytest.raises(PlanError, match=rf"'{socket}' .* with a selftest Wan VAE"):
+    with pytest.raises(PlanError, match=rf"'{socket}' .* with the small VAE of the self-test Wan model"):
         run(model, preset="F0 inverted", guider=guider, **given_latents)
 
 
