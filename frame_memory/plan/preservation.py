@@ -247,6 +247,10 @@ def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tup
         for rates in ((budget.rate, *budget.beside), (THIN,))
     )
     fine, thin = ([counts[n] for n in lengths] for counts in each)
+    need = max((sum(fine[max(count - budget.recent, 0) : count]) for count in range(1, len(fine) + 1)), default=0)
+    if need > budget.tokens:
+        given, expected = f"a budget of {budget.tokens} tokens", f"room for the newest frames at {budget.rate}"
+        raise PlanError(refusal(given, expected, str(need), PRESERVATION))
     # Chunks are added one by one, as in a run: what a long recent one has pushed out would else return behind it.
     total, thinned, dropped = 0, 0, 0
     for count, tokens in enumerate(fine, 1):
@@ -257,10 +261,6 @@ def kept(lengths: Sequence[int], budget: Budget, height: int, width: int) -> tup
         while total > budget.tokens and dropped < old:
             total -= thin[dropped] if dropped < thinned else fine[dropped]
             dropped += 1
-        if total > budget.tokens:
-            given = f"a budget of {budget.tokens} tokens"
-            expected = f"room for {count - old} new chunks at {budget.rate}"
-            raise PlanError(refusal(given, expected, str(total), PRESERVATION))
     thin_left = max(thinned - dropped, 0)
     return (None,) * dropped + (THIN,) * thin_left + (budget.rate,) * (len(lengths) - dropped - thin_left)
 

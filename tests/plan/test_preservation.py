@@ -1,5 +1,6 @@
 """Tokens, positions, chunks and budget of frame preservation, against the paper's figures and a walk over blocks."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -208,8 +209,12 @@ def test_of_all_choices_the_best_that_fits_and_a_chunk_never_gets_better(budget,
         worse = (c for c in written if all(better.index(a) >= better.index(b) for a, b in zip(before, c)))
         fitting = [c for c in worse if spent(lengths, c) <= budget.tokens]
         if not fitting:
-            with pytest.raises(PlanError, match="new chunks"):
-                kept(lengths[:count], budget, 17, 24)
+            with pytest.raises(PlanError, match="newest frames.*Nearest valid") as refused:
+                kept(lengths, budget, 17, 24)
+            enough = int(str(refused.value).split("Nearest valid: ")[1].split(".")[0])
+            assert kept(lengths, replace(budget, tokens=enough), 17, 24)
+            with pytest.raises(PlanError, match=f"Nearest valid: {enough}"):
+                kept(lengths, replace(budget, tokens=enough - 1), 17, 24)
             return
         before = kept(lengths[:count], budget, 17, 24)
         assert list(before) == fitting[0]
