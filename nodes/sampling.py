@@ -462,8 +462,8 @@ class FrameMemoryAttentionBackend(io.ComfyNode):
             category="model/patch",
             description=(
                 "Gives a MODEL the attention that is taken to be fastest of those that are installed and compute the "
-                "right numbers on its device. "
-                "Attention is half of a long video's time. Every sampler uses it; other models keep ComfyUI's own."
+                "right numbers on its device. Attention is half of a long video's time. Every sampler uses it; other "
+                "models keep ComfyUI's own."
             ),
             search_aliases=["sage attention", "flash attention", "faster", "speed", "xformers"],
             inputs=[

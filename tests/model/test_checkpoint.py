@@ -21,16 +21,6 @@ from . import checkpoint_files as cf
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return cf.tiny_reference()
-
-
-@pytest.fixture(scope="module")
-def native(reference):
-    return key_map.convert_diffusers(reference)
-
-
 def run(patcher):
     """The loaded network's velocity in the dtype it computes in."""
     network = patcher.model.diffusion_model

@@ -11,11 +11,6 @@ from . import checkpoint_files as cf
 from . import gguf_operations as gguf
 
 
-@pytest.fixture(scope="module")
-def native():
-    return key_map.convert_diffusers(cf.tiny_reference())
-
-
 def in_blocks(key, value):
     return cf.in_block(key) and key.endswith(".weight") and value.ndim == 2
 

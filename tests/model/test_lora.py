@@ -20,16 +20,6 @@ KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return cf.tiny_reference()
-
-
-@pytest.fixture(scope="module")
-def native(reference):
-    return key_map.convert_diffusers(reference)
-
-
-@pytest.fixture(scope="module")
 def patcher(native):
     framepack.register()
     return comfy.sd.load_diffusion_model_state_dict(dict(native))

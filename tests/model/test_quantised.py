@@ -26,16 +26,6 @@ LOSS = {(FP8, False): 0.05, (FP8, True): 0.06, (INT8, True): 0.025}
 F1 = cf.REPO / "selftest_models" / "diffusion_models" / "frame_memory_selftest_F1.safetensors"
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return cf.tiny_reference()
-
-
-@pytest.fixture(scope="module")
-def native(reference):
-    return key_map.convert_diffusers(reference)
-
-
 def int8_parts(sd: dict, settings: dict | None = None) -> dict[str, torch.Tensor]:
     """diffusers' names with the blocks' matrices in int8; odd layers have one scale a row, the others one."""
     out = {}
