@@ -29,7 +29,7 @@ FRAMES = 36 * SECTIONS + 1
 @pytest.fixture(scope="module")
 def prompt(server, api):
     made = workflow.set_inputs(api(GRAPH), SAMPLER, {"seconds": SECTIONS * 36 / FPS})
-    demo.upload_pictures(server, made)
+    demo.give_what_ships(server.base / "input", made)
     return made
 
 
