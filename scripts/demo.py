@@ -247,7 +247,8 @@ def kept(entry: dict, base: Path) -> Path:
 def described(path: Path, title: str) -> str:
     """A file for people: what it is, where, how large, and the title of the node that made it."""
     what = {**dict.fromkeys(FILMS, "Video"), **dict.fromkeys(PICTURES, "Picture")}.get(path.suffix.lower(), "File")
-    return f"{what}: {path}  ({path.stat().st_size / 1e6:.1f} MB, {title})"
+    size = path.stat().st_size
+    return f"{what}: {path}  ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {title})"
 
 
 def stay_or_leave(server: Server, asked: argparse.Namespace) -> None:
