@@ -298,9 +298,8 @@ def _run_inputs() -> list[io.Input]:
             step=0.1,  # the editor shows and keeps as many decimals as the step has
             tooltip=(
                 "Length in seconds, in whole sections: of 1.2 s (36 frames at 30 fps) with FramePack, of 5 s (80 "
-                "frames at 16 fps) with Wan's presets, 2.25 s (36) with 'F1 forward' on the small Wan; the video has "
-                "one frame more: the start picture. With Helios 1.375 s (33 frames at 24 fps). The exact length is "
-                "shown before the first step."
+                "frames at 16 fps) with Wan's presets, of 1.375 s (33 frames at 24 fps) with Helios. The video has one "
+                "frame more, the start picture. The exact length is shown before the first step."
             ),
         ),
         io.String.Input(
