@@ -151,7 +151,7 @@ def test_a_coarser_format_is_noticed(monkeypatch, capsys):
     monkeypatch.setitem(precision.CASES, "random", partial(precision.random_case, heads=1))
     assert precision.main(["--cases", "random", "--seeds", "1"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
-    assert [line.split(" | ")[1] for line in failed] == list(precision.BOUNDS)[2:5]
+    assert [line.split(" | ")[1] for line in failed] == list(precision.BOUNDS)[3:6]
 
 
 def test_what_the_losses_are_measured_from_is_what_the_file_means(reference):
