@@ -169,8 +169,8 @@ def figures_of(shape: Shape, one: Took, pytorch: float, rate: float) -> dict[str
 def main(arguments: list[str] | None = None) -> int:
     """Run it; the exit code."""
     args = parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = "cuda" if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
+    device = torch.device(args.device)
+    where = f"cpu, threads: {torch.get_num_threads()}" if args.device == "cpu" else args.device
     rows, missed = [], []
     for kind in args.dtypes:
         for width in dict.fromkeys(shape.width for shape in args.shapes):
@@ -215,6 +215,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         metavar="HxLxD", help="heads, tokens and numbers a head, as 24x18349x128")  # fmt: skip
     dtypes = ["bf16", "fp16"] if gpu else ["fp32", "bf16"]
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     return parser.parse_args(arguments)

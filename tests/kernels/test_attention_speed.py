@@ -12,7 +12,7 @@ from frame_memory.kernels.attention import CANDIDATES, Candidate
 from frame_memory.kernels.op import Needs, cpu_features
 from frame_memory.sampling.attention_check import TOKENS
 
-SMALL = ["--shapes", "2x130x24", "3x65x24", "--dtypes", "fp32", "--repeats", "3"]
+SMALL = ["--shapes", "2x130x24", "3x65x24", "--dtypes", "fp32", "--repeats", "3", "--device", "cpu"]
 
 
 def wrong_at_length(q, k, v, heads, **kwargs):
@@ -79,7 +79,8 @@ def test_the_order_is_judged_by_the_margin_on_both_sides():
 
 @pytest.mark.skipif(not cpu_features().get("amx_bf16"), reason="this processor does no bf16 by itself")
 def test_bf16_is_measured_below_the_length_from_which_it_is_taken_and_its_own_error_is_told(capsys):
-    benchmark.main(["--shapes", "2x16x128", "2x300x128", "--dtypes", "fp32", "--repeats", "1"])
+    shapes = ["--shapes", "2x16x128", "2x300x128"]
+    benchmark.main([*shapes, "--dtypes", "fp32", "--repeats", "1", "--device", "cpu"])
     rows = rows_of("bf16 on the CPU", capsys.readouterr().out)
     assert ["16 tokens" in cells[8] for cells in rows] == [True, False]
     assert all(1e-3 < float(cells[7]) < 1e-2 for cells in rows)
