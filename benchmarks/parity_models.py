@@ -6,6 +6,7 @@ C latent channels, T latent frames, H W latent height and width, L text tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import comfy.model_detection
@@ -57,10 +58,20 @@ def make_ours(
     state_dict: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, device="cpu"
 ) -> FramePackTransformer:
     """Our network with diffusers' numbers, as core's detection would configure it, in one plain dtype."""
-    native = convert_diffusers(state_dict)
+    return _made(convert_diffusers(state_dict), dtype, device, comfy.ops.disable_weight_init)
+
+
+def make_quantised(
+    native: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, device="cpu", disabled: Iterable[str] = ()
+) -> FramePackTransformer:
+    """Our network as core builds it for tensors with marks. disabled: formats that a device does not multiply in."""
+    return _made(native, dtype, device, comfy.ops.mixed_precision_ops({}, dtype, disabled=tuple(disabled)))
+
+
+def _made(native: dict[str, torch.Tensor], dtype: torch.dtype, device, operations) -> FramePackTransformer:
     config = comfy.model_detection.detect_unet_config(native, "")
-    ours = FramePackTransformer(dtype=dtype, device=device, operations=comfy.ops.disable_weight_init, **config).eval()
-    ours.load_state_dict(native, strict=True)
+    ours = FramePackTransformer(dtype=dtype, device=device, operations=operations, **config).eval()
+    ours.load_state_dict(native)
     return ours
 
 

@@ -35,9 +35,7 @@ from comfy.cli_args import args as host_args
 
 host_args.use_pytorch_cross_attention = True  # the host's choice on a GPU; its choice on a CPU looks at free memory
 
-import comfy.model_detection
 import comfy.model_patcher
-import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 from torch import Tensor, nn
@@ -145,12 +143,8 @@ def our_network(sd: dict[str, Tensor], kind: str, place: str, device: str) -> Fr
     if kind not in ROUND_TO:
         return pm.make_ours(sd, DTYPES[kind], place)
     rounded = quantised.rounded(convert_diffusers(sd), ROUND_TO[kind], device)
-    able = multiplies(kind, device)
-    operations = comfy.ops.mixed_precision_ops({}, DTYPES[kind], disabled=() if able else (ROUND_TO[kind],))
-    config = comfy.model_detection.detect_unet_config(rounded, "")
-    made = FramePackTransformer(dtype=DTYPES[kind], device=place, operations=operations, **config).eval()
-    made.load_state_dict(rounded)
-    return made
+    disabled = () if multiplies(kind, device) else (ROUND_TO[kind],)
+    return pm.make_quantised(rounded, DTYPES[kind], place, disabled)
 
 
 def multiplies(kind: str, device: str) -> bool:
@@ -173,12 +167,11 @@ def _on(device: str, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def product(size: Size, dtype: torch.dtype, device: str) -> tuple[Callable[[], object], float]:
-    """The largest matrix product of a block at this size, alone, and its operations."""
-    hidden, window = size.heads * HEAD, 9 * size.height * size.width // 4
-    a = torch.randn(window, hidden, device=device, dtype=dtype)
+def product(tokens: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[Callable[[], object], float]:
+    """The largest matrix product of a block, alone, and its operations. hidden: numbers a token."""
+    a = torch.randn(tokens, hidden, device=device, dtype=dtype)
     b = nn.Linear(hidden, 7 * hidden, device=device, dtype=dtype).requires_grad_(False)
-    return lambda: b(a), 2.0 * window * hidden * 7 * hidden
+    return lambda: b(a), 2.0 * tokens * hidden * 7 * hidden
 
 
 def measure(
@@ -188,7 +181,7 @@ def measure(
     made = sides(size, kind, device, published, offloaded)
     truth = made[DIFFUSERS]()
     errors = {name: pm.relative_rms(step().cpu(), truth.cpu()) for name, step in made.items()}
-    multiply, work = product(size, DTYPES[kind], device)
+    multiply, work = product(9 * size.height * size.width // 4, size.heads * HEAD, DTYPES[kind], device)
     actions = {**made, "": multiply}
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
     for number in range(WARM + repeats):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks import speed
+import torch
+
+from benchmarks import speed, step_profile
 from frame_memory.kernels.op import cpu_features
 
 TOY = speed.Size(1, 1, 1, 4, 6, goal=None)
@@ -56,3 +58,21 @@ def test_rounded_and_offloaded_sides_run_and_say_what_a_cpu_lacks(monkeypatch, c
         assert [row[0] for row in rows] == ["| diffusers", "| ours", "| ours with weights in RAM"]
         first, second = (float(row[7].rstrip(" |")) for row in rows[1:])
         assert 1e-3 < first == second < speed.BOUNDS[kind]
+
+
+def test_a_profile_knows_each_part_by_its_ops_and_tells_both_sides(monkeypatch, capsys):
+    x = torch.randn(1, 2, 256, 256, generator=torch.Generator().manual_seed(0))
+    steps = {
+        "attention": lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        "matrix products": lambda: torch.nn.functional.linear(x, x[0, 0], x[0, 0, 0]),
+        "GELU": lambda: torch.nn.functional.gelu(x, approximate="tanh"),
+        "joining tensors": lambda: torch.cat([x] * 9),
+        step_profile.REST: lambda: x * x,
+    }
+    found = step_profile.shares(steps, "cpu", 3)
+    assert all(max(parts, key=parts.__getitem__) == name for name, parts in found.items())
+    monkeypatch.setitem(speed.SIZES, "tiny", TOY)
+    step_profile.main(["--size", "tiny", "--dtype", "fp32", "--device", "cpu", "--repeats", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == [*step_profile.PARTS, step_profile.REST]
+    assert all(98 <= sum(float(row[side]) for row in rows) <= 102 for side in (1, 2))
