@@ -15,7 +15,7 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
 from frame_memory.model.key_map import convert_diffusers
-from frame_memory.model.once import every_time
+from frame_memory.model.once import Once
 from frame_memory.model.packing import ContextLayout
 from frame_memory.model.transformer import FramePackTransformer
 
@@ -164,21 +164,25 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def run_ours(
-    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time, **more
+    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once: Once | None = None, **more
 ) -> torch.Tensor:
-    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
-    return model(
-        inputs.window_BCTHW.to(dtype),
-        inputs.timestep_B,
-        inputs.text_BLD.to(dtype),
-        y=inputs.pooled_BD.to(dtype),
-        clip_fea=inputs.image_BND.to(dtype),
-        guidance=torch.full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
-        attention_mask=inputs.mask_BL(),
-        context_latents=[c.to(dtype) for c in inputs.context],
-        context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
-        once=once,
+    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask. once: of a section's prompt."""
+    window, text = inputs.window_BCTHW.to(dtype), inputs.text_BLD.to(dtype)
+    given = {
+        "clip_fea": inputs.image_BND.to(dtype),
+        "attention_mask": inputs.mask_BL(),
+        "context_latents": [c.to(dtype) for c in inputs.context],
+        "context_layout": ContextLayout(positions=inputs.positions, groups=inputs.groups),
         **more,
+    }
+    return model(
+        window,
+        inputs.timestep_B,
+        text,
+        y=inputs.pooled_BD.to(dtype),
+        guidance=torch.full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
+        packed=None if once is None else model.pack_once(once, window, text, **given),
+        **given,
     )
 
 

@@ -83,16 +83,16 @@ def ask(faces, own, model, seconds=0.5, tokens=1000, frames=13, attached=None, *
 
 def test_a_frame_is_asked_at_its_own_time_behind_the_whole_memory(faces, own, model, monkeypatch):
     transformer = importlib.import_module(f"{PACK}.frame_memory.model.transformer").FramePackTransformer
-    calls, real = [], FramePackTransformer._forward
+    calls, real = [], FramePackTransformer.pack
 
     def seen(self, x, *args, **kwargs):
         calls.append((x.shape, kwargs))
         return real(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(FramePackTransformer, "_forward", seen)
-    monkeypatch.setattr(transformer, "_forward", seen)
+    monkeypatch.setattr(FramePackTransformer, "pack", seen)
+    monkeypatch.setattr(transformer, "pack", seen)
     pair, near, like, report = ask(faces, own, model)  # picture 15, latent frame 4
-    assert len(calls) == 2 and calls[0][0] == (1, 16, 1, 6, 10)
+    assert len(calls) == 1 and calls[0][0] == (1, 16, 1, 6, 10)
     given = calls[0][1]
     assert given["context_layout"].positions == (4,) and given["context_latents"] == []
     assert given[FRAME_TOKENS].shape[1] == 12
