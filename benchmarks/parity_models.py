@@ -6,7 +6,7 @@ C latent channels, T latent frames, H W latent height and width, L text tokens, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import comfy.model_detection
 import comfy.ops
@@ -85,7 +85,9 @@ class Inputs:
 
     def mask_BL(self) -> torch.Tensor:
         """True on valid text tokens."""
-        return torch.arange(self.text_BLD.shape[1])[None] < torch.tensor(self.text_lengths)[:, None]
+        place = self.text_BLD.device
+        lengths = torch.tensor(self.text_lengths, device=place)
+        return torch.arange(self.text_BLD.shape[1], device=place)[None] < lengths[:, None]
 
     def merged(self) -> dict[int, tuple[tuple[int, ...], torch.Tensor]]:
         """Positions and latents by rate: groups of one rate side by side, as diffusers takes them."""
@@ -122,6 +124,17 @@ def make_inputs(
     )
 
 
+def moved(inputs: Inputs, device) -> Inputs:
+    """The same inputs on a device."""
+
+    def there(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return tuple(there(v) for v in value) if isinstance(value, tuple) else value
+
+    return replace(inputs, **{field.name: there(getattr(inputs, field.name)) for field in fields(inputs)})
+
+
 def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Time and guidance as the checkpoint sees them: rounded to the network's dtype (reference/framepack.md 1)."""
     return value.to(dtype).float()
@@ -155,15 +168,16 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 def run_ours(
     model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time, **more
 ) -> torch.Tensor:
-    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
+    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask where something is masked."""
+    padded = min(inputs.text_lengths) < inputs.text_BLD.shape[1]
     return model(
         inputs.window_BCTHW.to(dtype),
         inputs.timestep_B,
         inputs.text_BLD.to(dtype),
         y=inputs.pooled_BD.to(dtype),
         clip_fea=inputs.image_BND.to(dtype),
-        guidance=torch.full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
-        attention_mask=inputs.mask_BL(),
+        guidance=inputs.window_BCTHW.new_full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
+        attention_mask=inputs.mask_BL() if padded else None,
         context_latents=[c.to(dtype) for c in inputs.context],
         context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
         once=once,
