@@ -177,7 +177,8 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     args.out.mkdir(parents=True, exist_ok=True)
     results, log = args.out / "results.csv", args.out / "log.txt"
     # Unbuffered, so that a part which is stopped has said what it knew.
-    more = {record.ELSEWHERE: str(results.resolve()), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    more = {record.ELSEWHERE: str(results.resolve()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
     tiny = args.tiny or not torch.cuda.is_available()
     if not torch.cuda.is_available():
         print("There is no GPU here: every part runs at the smallest shapes, which measures nothing.", flush=True)
