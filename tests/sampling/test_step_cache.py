@@ -341,7 +341,7 @@ def test_cores_easycache_keeps_to_its_section_on_wan(family, tmp_path):
             assert torch.allclose(v, x + kept, atol=1e-3, rtol=1e-3)
     assert skipped
     off = (cached["samples"] - exact["samples"]).norm() / exact["samples"].norm()
-    assert 0 < off < 1e-3  # 3e-3 and more where its input is written into
+    assert 0 < off < 1e-3  # at least 2.7e-3 where T2V's or TI2V's input is written into
     folder = {"project": project(tmp_path), "sigmas": SIGMAS}
     made(network, family, seconds=section, **folder)
     alone = made(network, family, seconds=2 * section, **folder)
