@@ -34,9 +34,9 @@ from pathlib import Path
 import torch
 
 from . import record
-from .decode import SECONDS as DECODE
-from .speed import OURS, STEPS
 
+# As `benchmarks.decode` and `benchmarks.speed` have them, whose imports would cost this process seconds.
+DECODE, STEP, OURS, STEPS = "seconds of a decode", "seconds a step", "ours", 25
 # The reply of a lent machine holds the last 12,000 characters of all that is said.
 TAIL = 900
 LEAST = 10.0  # seconds that a part is begun with at all
@@ -120,7 +120,7 @@ def run(part: Part, command: Sequence[str], limit: float, log: Path, more: dict[
         out.flush()
         start = out.tell()
         child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=os.name == "posix",
+            command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp if os.name == "posix" else None,
             env={**os.environ, **(more or {})},
         )  # fmt: skip
         try:
@@ -140,7 +140,7 @@ def run(part: Part, command: Sequence[str], limit: float, log: Path, more: dict[
 
 
 def _end(child: subprocess.Popen) -> None:
-    """A process and what it started, of its own session."""
+    """A process and what it started, which is its group; a session of its own would outlive a call that is cut off."""
     if os.name == "posix":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -166,7 +166,7 @@ def shares(results: Path) -> list[str]:
     with results.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     decodes = [float(row["value"]) for row in rows if row["measure"] == DECODE]
-    steps = [row for row in rows if row["measure"] == "seconds a step" and row["case"].endswith(f", {OURS}")]
+    steps = [row for row in rows if row["measure"] == STEP and row["case"].endswith(f", {OURS}")]
     return [
         f"A section's decode: {decode / (STEPS * float(row['value'])):.1%} of its {STEPS} steps ({row['case']})."
         for decode in decodes for row in steps

@@ -138,7 +138,7 @@ def products_of(network, inputs: pm.Inputs, kind: str, device: str) -> tuple[Ten
     logger.addHandler(handler)
     step = speed.on(device, partial(pm.run_ours, network, inputs, torch.bfloat16))
     try:
-        with torch.profiler.profile(acc_events=True) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             out = step()
     finally:
         logger.removeHandler(handler)

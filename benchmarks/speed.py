@@ -15,7 +15,7 @@ can see are told: they ask for step caching or a whole video as well.
 
 Beside the seconds: the share of the roof, which is the rate of the network's own largest matrix product measured alone
 between the runs; bytes of tensors at the peak, without weights; and seconds of a video's frame at 25 steps a section.
-Operations are those of matrices, convolutions and attention, counted in a pass of ours.
+Operations are those of matrices, convolutions and attention, counted in a pass.
 
 Sizes "tiny" and "mid" are for a CPU; "full" is the published topology, 13 B, for a GPU that holds one network a side.
 "fp8" and "int8" are our blocks rounded as 'weight_dtype' of 'Load FramePack Model' rounds them, beside the others in
@@ -229,7 +229,13 @@ def measure(
                 took[name].append(times)
     medians = {n: tuple(statistics.median(p) for p in zip(*pairs, strict=True)) for n, pairs in took.items()}
     found = {n: Took(*medians[n], peak_of(step, device), errors[n]) for n, step in made.items()}
-    return Measured(found, operations(made[OURS]), work / clock(Took(*medians[""], 0, 0), device), device)
+    return Measured(found, counted(made, kind, device), work / clock(Took(*medians[""], 0, 0), device), device)
+
+
+def counted(made: dict[str, Callable[[], Tensor]], kind: str, device: str) -> int:
+    """Operations of a step: of ours, but of diffusers' where ours multiplies by kernels that torch's counter does not
+    know."""
+    return operations(made[DIFFUSERS if kind in ROUND_TO and device == "cuda" else OURS])
 
 
 def peak_of(step: Callable[[], object], device: str) -> float:

@@ -30,13 +30,14 @@ PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2014", "2010")
 LIMIT, SPARE = 64 * 2**20, 2 * 2**20  # bytes that travel with a call, and what is left of them
 LEFT_OUT = ("tests", "tests-unit", "blueprints", "models", "custom_nodes", "input", "output", "temp")
 LARGEST = 128 * 1024  # of a file that is no code
+PUBLISHED = "diffusers_helper"  # the published code's package
 FOLDER = host.REPO / "benchmarks" / "out" / "carry"
 START = (
     "cat /var/tmp/host/host.* | tar x -C /var/tmp/host && "
     "for w in /var/tmp/host/*.whl; do python3 -m zipfile -e $w /var/tmp/host/site; done && "
     "COMFYUI_PATH=/var/tmp/host/comfyui FRAME_MEMORY_PYTHON=$(python3 -c 'import sys; print(sys.executable)') "
     "PYTHONPATH=/var/tmp/host/site FRAME_MEMORY_COMMIT={commit} "
-    "python3 scripts/run.py -m benchmarks.gpu --out $OUT --minutes {minutes:g}"
+    "python3 scripts/run.py -m benchmarks.gpu --out $OUT {options}"
 )
 
 
@@ -95,17 +96,18 @@ def cut(packed: Path, folder: Path, size: int) -> list[Path]:
     return pieces
 
 
-def calls(pieces: list[Path], commit: str, minutes: float) -> Iterator[tuple[str, str]]:
-    """(what is carried, the command) of each call."""
+def calls(pieces: list[Path], commit: str, options: str) -> Iterator[tuple[str, str]]:
+    """(what is carried, the command) of each call. options: of benchmarks.gpu."""
     for piece in pieces:
         path = piece.relative_to(host.REPO).as_posix()
         lay = f"mkdir -p /var/tmp/host && cp {path} /var/tmp/host/"
-        yield path, lay if piece != pieces[-1] else f"{lay} && {START.format(commit=commit, minutes=minutes)}"
+        yield path, lay if piece != pieces[-1] else f"{lay} && {START.format(commit=commit, options=options)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="3.12", help="of that machine")
+    parser.add_argument("--published", metavar="PATH", type=Path, help="a checkout of the published FramePack code")
     parser.add_argument("--minutes", type=float, default=9.0, help="of benchmarks.gpu; a call ends after ten")
     args = parser.parse_args(arguments)
     found, size = host.ensure_host(), LIMIT - SPARE - checkout_bytes()
@@ -121,12 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
             tar.add(path, path.name)
         for path in code_of(found.comfyui):
             tar.add(path, f"comfyui/{path.relative_to(found.comfyui).as_posix()}")
+        if args.published:
+            tar.add(args.published / PUBLISHED, f"published/{PUBLISHED}")
     pieces = cut(packed, FOLDER, size)
     packed.unlink()
     shutil.rmtree(wheels)
     describe = ["git", "-C", str(host.REPO), "describe", "--always", "--dirty=+"]
     commit = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
-    for number, (path, command) in enumerate(calls(pieces, commit, args.minutes), start=1):
+    options = f"--minutes {args.minutes:g}" + (" --published /var/tmp/host/published" if args.published else "")
+    for number, (path, command) in enumerate(calls(pieces, commit, options), start=1):
         print(f"\nCall {number} of {len(pieces)}, which carries {path}:\n{command}")
     return 0
 

@@ -55,7 +55,7 @@ def test_pieces_are_the_whole_and_the_last_call_unpacks_them(tmp_path, running_h
     assert len(pieces) > 3 and max(piece.stat().st_size for piece in pieces) == 10_000
     monkeypatch.setattr(host, "REPO", root)
     said = ""
-    for path, command in carry.calls(pieces, "abc", 9.0):
+    for path, command in carry.calls(pieces, "abc", "--minutes 9"):
         assert (root / path).is_file() and len(command) < 2000
         here = command.replace("/var/tmp/host", str(tmp_path / "there")).replace("python3", sys.executable)
         line = ["bash", "-c", f"OUT=out; {here}"]

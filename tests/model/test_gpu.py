@@ -73,6 +73,9 @@ def test_every_part_is_a_command_that_its_benchmark_understands():
 
 
 def test_the_share_of_the_decode_is_of_the_steps_of_the_same_call(tmp_path):
+    assert (gpu.DECODE, gpu.OURS, gpu.STEPS) == (decode.SECONDS, speed.OURS, speed.STEPS)
+    told = speed.figures_of(speed.Measured({speed.DIFFUSERS: speed.Took(1, 1, 1, 0)}, 1, 1, "cpu"))
+    assert gpu.STEP in [measure for _, measure, _ in told]
     case, start = "full, bf16, cuda", "d,c,m,x,"
     rows = [f'{start}"{case}, ours",seconds a step,0.8', f'{start}"{case}, diffusers",seconds a step,8',
             f"{start}a decode,{decode.SECONDS},1"]  # fmt: skip

@@ -38,6 +38,13 @@ def test_operations_are_those_of_the_network_by_hand():
     assert blocks + refiner < speed.operations(step) < 1.02 * (blocks + refiner)
 
 
+@pytest.mark.parametrize(("kind", "device", "expected"), [("bf16", "cuda", 2), ("fp8", "cuda", 16), ("fp8", "cpu", 2)])
+def test_operations_of_kernels_that_nobody_counts_are_those_of_the_peer(kind, device, expected):
+    small, large = torch.eye(1), torch.eye(2)
+    made = {speed.OURS: lambda: small @ small, speed.DIFFUSERS: lambda: large @ large}
+    assert speed.counted(made, kind, device) == expected
+
+
 def test_a_side_that_computes_something_else_fails(monkeypatch, capsys):
     plain = speed.sides
 
