@@ -7,7 +7,7 @@ C latent channels, T latent frames, H W latent height and width, L text tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import comfy.model_detection
 import comfy.ops
@@ -96,7 +96,9 @@ class Inputs:
 
     def mask_BL(self) -> torch.Tensor:
         """True on valid text tokens."""
-        return torch.arange(self.text_BLD.shape[1])[None] < torch.tensor(self.text_lengths)[:, None]
+        place = self.text_BLD.device
+        lengths = torch.tensor(self.text_lengths, device=place)
+        return torch.arange(self.text_BLD.shape[1], device=place)[None] < lengths[:, None]
 
     def merged(self) -> dict[int, tuple[tuple[int, ...], torch.Tensor]]:
         """Positions and latents by rate: groups of one rate side by side, as diffusers takes them."""
@@ -133,6 +135,17 @@ def make_inputs(
     )
 
 
+def moved(inputs: Inputs, device) -> Inputs:
+    """The same inputs on a device."""
+
+    def there(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return tuple(there(v) for v in value) if isinstance(value, tuple) else value
+
+    return replace(inputs, **{field.name: there(getattr(inputs, field.name)) for field in fields(inputs)})
+
+
 def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Time and guidance as the checkpoint sees them: rounded to the network's dtype (reference/framepack.md 1)."""
     return value.to(dtype).float()
@@ -166,11 +179,15 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 def run_ours(
     model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once: Once | None = None, **more
 ) -> torch.Tensor:
-    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask. once: of a section's prompt."""
+    """Velocity `[B, C, T, H, W]` by our network: core's call, with a mask where text is padded.
+
+    once: of a section's prompt.
+    """
+    padded = min(inputs.text_lengths) < inputs.text_BLD.shape[1]
     window, text = inputs.window_BCTHW.to(dtype), inputs.text_BLD.to(dtype)
     given = {
         "clip_fea": inputs.image_BND.to(dtype),
-        "attention_mask": inputs.mask_BL(),
+        "attention_mask": inputs.mask_BL() if padded else None,
         "context_latents": [c.to(dtype) for c in inputs.context],
         "context_layout": ContextLayout(positions=inputs.positions, groups=inputs.groups),
         **more,
@@ -180,7 +197,7 @@ def run_ours(
         inputs.timestep_B,
         text,
         y=inputs.pooled_BD.to(dtype),
-        guidance=torch.full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
+        guidance=window.new_full((window.shape[0],), inputs.guidance),
         packed=None if once is None else model.pack_once(once, window, text, **given),
         **given,
     )
