@@ -42,6 +42,7 @@ def load(kind: str, *, trained: bool = True):
     """MODEL and VAE of the shipped self-test files; untrained: the same network with the trainer's fresh weights."""
     framepack.register()
     model = checkpoint.load_framepack(str(MODELS / "diffusion_models" / FILES[kind]))
+    model.model_options = {**model.model_options, framepack.MODEL_OPTION: {"kind": kind}}
     if not trained:
         from .train_selftest import build
 

@@ -24,7 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from safetensors.torch import save_file
 
-from frame_memory.model import checkpoint
+from frame_memory.model import checkpoint, framepack
 from frame_memory.plan import PRESETS, flow_shift, parse_schedule, sigma_schedule
 from frame_memory.sampling.long_video import sample_long_video
 from frame_memory.sampling.project_run import ProjectRequest
@@ -61,6 +61,7 @@ def tiny_model(folder: Path):
     tensors = parity_models.make_reference(seed=0, heads=1, double=1, single=2, text_features=TEXT).state_dict()
     save_file({k: v.contiguous() for k, v in tensors.items()}, str(path))
     model = checkpoint.load_framepack(str(path))
+    model.model_options = {**model.model_options, framepack.MODEL_OPTION: {"kind": "F1"}}
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "probe", Probe.call)
     comfy.model_management.load_models_gpu([model])
     return model

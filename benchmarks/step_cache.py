@@ -149,7 +149,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["F1", "F0"], choices=["F1", "F0"])
     parser.add_argument("--steps", nargs="+", type=int, default=[25, 12])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.4)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     return parser.parse_args(arguments)

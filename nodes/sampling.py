@@ -14,7 +14,7 @@ from ..frame_memory.sampling.attention_backend import AUTOMATIC, CHOICES, choose
 from ..frame_memory.sampling.handed_out import HandedOut
 from ..frame_memory.sampling.long_video import ORDER_AUTO, Live, latent_of, sample_long_video
 from ..frame_memory.sampling.project_run import ProjectRequest
-from ..frame_memory.sampling.step_cache import DRIFT, NODE, with_step_cache
+from ..frame_memory.sampling.step_cache import DRIFT, NODE, choose_step_cache
 from ..frame_memory.sampling.unipc import framepack_unipc
 from ..frame_memory.video.images import BACKGROUNDS
 from ..frame_memory.video.start_image import prepare
@@ -260,16 +260,20 @@ class FrameMemoryStepCache(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "On: the first section that Anti-Drift Sampler makes is made once more without this node, and "
-                        "its report says how far they are apart, in dB (26 and more is near). Changes no picture."
+                        "its report says how far they are apart, in dB (26 and more is near). Changes no picture. "
+                        "Sections that are reused are not measured: take another seed."
                     ),
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL that skips steps, for the guider.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, drift, measure=False) -> io.NodeOutput:
-        return io.NodeOutput(with_step_cache(model, drift, measure))
+        chosen, report = choose_step_cache(model, drift, measure)
+        show(cls, report)
+        return io.NodeOutput(chosen, ui=ui.PreviewText(report))
 
 
 def _run_inputs() -> list[io.Input]:

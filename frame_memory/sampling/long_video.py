@@ -51,6 +51,7 @@ from .preview import GrowingPreview
 from .project_run import ProjectRequest, attach, on_disk, open_project
 from .prompts import EncodedTimeline, too_long
 from .section_loop import Inputs, Moment, SectionSampler
+from .step_cache import two_caches
 from .stored import keep_front
 
 ORDER_AUTO = "from frame context"
@@ -388,7 +389,7 @@ def sample_long_video(
     """
     warnings = check_model(guider, schedule, memory)
     guider, wrong = checked_attention(guider)
-    warnings += wrong
+    warnings += [*wrong, *two_caches(guider)]
     base = check_base(guider.model_patcher, {"start": start, "end": end, "history": history, "initial": initial})
     clips = families.makes_clips(guider.model_patcher)
     if clips:
@@ -468,14 +469,15 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
         say(_stopped(project, writer))
         raise
     latent = {"samples": on_disk(project, frames), KEY: {**mark, "project": project.name}}
-    lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", keeper.summary(plan), project.status()]
+    lines = [f"Finished: {plan.pixel_frames} frames = {plan.seconds:.2f} s.", *runner.cache.lines()]
+    lines += [keeper.summary(plan), project.status()]
     lines += [f"Video: {path.name} · contact sheet: {writer.sheet.name}"] if writer and path else [NOT_JUDGED]
     if writer is not None:
         keeper.forget_segments_but(segment.name for segment in writer.segments.values())
     judged = keeper.findings()
     if writer and writer.judged and not judged:
         lines.append(NOTHING_FOUND.format(len(writer.judged)))
-    lines += [*runner.cache.lines(), *project.notes]
+    lines += project.notes
     report = _say_all(say, "\n".join(lines), list(dict.fromkeys([*warnings, *runner.notes, *announced, *judged])))
     return Finished(latent, f"{described}\n{report}", project.name, path, writer.sheet if writer else None)
 

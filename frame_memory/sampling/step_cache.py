@@ -65,6 +65,20 @@ def with_step_cache(model_patcher, drift: float = DRIFT, measure: bool = False):
     return clone
 
 
+def choose_step_cache(model_patcher, drift: float, measure: bool = False) -> tuple[Any, str]:
+    """What `with_step_cache` gives, and in words what it does; also where another cache stood there before."""
+    had = model_patcher.model_options["transformer_options"].get(STEP_CACHE)
+    said = f"Steps are skipped, at drift {drift:g}." if drift else "No step is skipped: 'drift' is 0."
+    if had is not None:
+        note = (
+            f"another '{NODE}' before this one had given the MODEL drift {had:g}. Of two the last one counts"
+            f"{'' if drift else ', and its drift of 0 switches the first off'}: take one of them out"
+        )
+        logging.warning("%s: %s.", NODE, note)
+        said += f"\nNote: {note}."
+    return with_step_cache(model_patcher, drift, measure), said
+
+
 def _one_run(executor, *args, **kwargs):
     """Core's `OUTER_SAMPLE` wrapper: a cache for one call of `sample`."""
     guider = executor.class_obj
@@ -79,15 +93,16 @@ def _one_run(executor, *args, **kwargs):
         guider.model_options = before
         logging.info("%s: %d of %d evaluations were made.", NODE, cache.made, cache.asked)
         if COUNTER in options:
-            options[COUNTER](cache.made, cache.asked)
+            options[COUNTER](cache.made, cache.asked, cache.judged)
 
 
 class StepCache:
-    """Core's `PREDICT_NOISE` wrapper of one run. asked: evaluations a sampler wanted; made: those the network did."""
+    """Core's `PREDICT_NOISE` wrapper of one run. asked: evaluations a sampler wanted; made: those the network did;
+    judged: those whose error could be estimated."""
 
     def __init__(self, drift: float):
         self.drift = drift
-        self.asked = self.made = 0
+        self.asked = self.made = self.judged = 0
         self._points: deque[tuple[float, Tensor]] = deque(maxlen=POINTS)  # sigma, d; sigma falls
         self._shown: list | None = None
 
@@ -118,6 +133,7 @@ class StepCache:
         """d at `sigma` on the line through the last two evaluations; None where it may miss by more than is allowed."""
         if len(self._points) < POINTS:
             return None
+        self.judged += 1
         (s3, d3), (s2, d2), (s1, d1) = self._points
         slope, older = (d1 - d2) / (s1 - s2), (d2 - d3) / (s2 - s3)
         bend = (slope - older) / (s1 - s3)
@@ -149,37 +165,55 @@ def _shown_at(sigma: float, guider) -> list | None:
     return [e.get("timestep_start", sigma) >= sigma >= e.get("timestep_end", sigma) for e in entries]
 
 
+def two_caches(guider) -> list[str]:
+    """Warnings of MODELs that core's EasyCache or LazyCache is on as well."""
+    return [
+        f"{name} is on the {which}MODEL beside {NODE}. Both skip steps, and what they lose adds up: take the node "
+        f"'{name}' out."
+        for which, name in _cores_caches(guider).items()
+        if STEP_CACHE in models_of(guider)[which].model_options["transformer_options"]
+    ]
+
+
+def _cores_caches(guider) -> dict[str, str]:
+    """The names of core's cache nodes by the MODELs of a GUIDER that they are on; both leave one mark."""
+    every = {which: patcher.model_options["transformer_options"] for which, patcher in models_of(guider).items()}
+    return {which: options[EASYCACHE].name for which, options in every.items() if EASYCACHE in options}
+
+
 class CacheReport:
-    """Of one run of the section loop: the evaluations that were made, and how far its first section is from the truth.
+    """Of one run of the section loop: the evaluations that were made, and how far a section is from the truth.
 
     vae: without one only latents are compared.
     """
 
     def __init__(self, guider, vae=None):
         every = {name: patcher.model_options["transformer_options"] for name, patcher in models_of(guider).items()}
-        cached = [name for name, options in every.items() if STEP_CACHE in options]
+        cached = {name: options[STEP_CACHE] for name, options in every.items() if STEP_CACHE in options}
         self.on = bool(cached)
-        self.whose = f" of the {cached[0] or 'high noise '}expert" if len(cached) < len(every) and cached else ""
+        self.drift = " and ".join(dict.fromkeys(f"{drift:g}" for drift in cached.values()))
+        self.whose = f" of the {next(iter(cached)) or 'high noise '}expert" if 0 < len(cached) < len(every) else ""
         self.to_measure = self.on and any(options.get(MEASURE) for options in every.values())
+        self.left_out = " and ".join(dict.fromkeys([NODE, *_cores_caches(guider).values()]))
         self.vae, self.measured = vae, ""
-        self.made = self.asked = 0
+        self.made = self.asked = self.judged = 0
 
     def counting(self, guider):
         """A copy of a GUIDER whose runs are counted here; of two experts both."""
         return _with_options(guider, {COUNTER: self._count}) if self.on else guider
 
-    def _count(self, made: int, asked: int) -> None:
-        self.made, self.asked = self.made + made, self.asked + asked
+    def _count(self, made: int, asked: int, judged: int) -> None:
+        self.made, self.asked, self.judged = self.made + made, self.asked + asked, self.judged + judged
 
     def measure(self, number: int, made_BCTHW: Tensor, guider, sample: Callable[[Any], Tensor]) -> list[str]:
         """Compare a section with what `sample` makes of the GUIDER that made it, without skipping; warnings. Of a run
-        only the first section is measured. A comparison that fails does not cost the video, and is a warning too."""
-        if not self.to_measure:
+        only the first section is measured in which anything may have been skipped: up to there the two are the same.
+        A comparison that fails does not cost the video, and is a warning too."""
+        if not self.to_measure or (0 < self.made == self.asked and self.left_out == NODE):
             return []
         self.to_measure = False
         try:
-            exact_BCTHW = sample(_with_options(guider, {STEP_CACHE: 0.0, COUNTER: _not_counted}))
-            return self._compare(number, made_BCTHW, exact_BCTHW)
+            return self._compare(number, made_BCTHW, sample(_all_steps(guider)))
         except Exception as error:
             logging.warning("%s: section %d cannot be measured", NODE, number, exc_info=True)
             return [f"{NODE} could not measure section {number}: {error} The video is not affected."]
@@ -187,7 +221,7 @@ class CacheReport:
     def _compare(self, number: int, made_BCTHW: Tensor, exact_BCTHW: Tensor) -> list[str]:
         if broken_share(exact_BCTHW):
             raise SectionError("made without it, it holds NaN or infinite values.")
-        self.measured = f"Section {number} made with and without it: "
+        self.measured = f"Section {number} with and without {self.left_out}: "
         if made_BCTHW.equal(exact_BCTHW):
             self.measured += "the same"
             return []
@@ -201,20 +235,46 @@ class CacheReport:
         if near >= NEAR:
             return []
         return [
-            f"{NODE} changes the picture: {near:.1f} dB in section {number}, expected {NEAR:g} or more. Halve 'drift' "
-            "there and queue again."
+            f"{self.left_out} change{'s' if self.left_out == NODE else ''} the picture: {near:.1f} dB in section "
+            f"{number}, expected {NEAR:g} or more. Halve 'drift' there and queue again."
         ]
 
     def lines(self) -> list[str]:
-        """For the sampler's report; empty without a cache, and where every section was there already."""
+        """For the sampler's report, what was measured first; empty without a cache, and where every section was there
+        already and none was to be measured."""
         if not self.asked:
-            return []
-        fewer = f"{self.asked / self.made:.2f} times fewer"
-        count = f"{NODE}: {self.made} of {self.asked} evaluations{self.whose} were made, {fewer}."
-        return [count, *([f"{self.measured}."] if self.measured else [])]
+            missed = f"{NODE}: not measured, all sections were there. Take another seed for that."
+            return [missed] if self.to_measure else []
+        count = f"{self.made} of {self.asked} evaluations{self.whose} were made, {self._less}"
+        return [*([f"{self.measured}."] if self.measured else []), f"{NODE}, drift {self.drift}: {count}."]
+
+    @property
+    def _less(self) -> str:
+        if self.made < self.asked:
+            return f"{self.asked / self.made:.2f} times fewer"
+        if self.judged:
+            return (
+                "none was skipped: too few steps, a sampler that adds noise (euler_ancestral, dpmpp_sde, lcm), or too "
+                "low a drift"
+            )
+        return (
+            "none was skipped: too few steps, or a sampler whose name ends in _cfg_pp, a ControlNet, or a LoRA that "
+            "changes over time"
+        )
 
 
-def _not_counted(made: int, asked: int) -> None:
+def _all_steps(guider):
+    """A copy of a GUIDER that counts for nothing and skips nothing: no estimate is small enough for any cache."""
+    changed = _with_options(guider, {STEP_CACHE: 0.0, COUNTER: _not_counted})
+    for each in filter(None, (changed, low_noise_of(changed))):
+        options = each.model_options["transformer_options"]
+        if EASYCACHE in options:
+            options[EASYCACHE] = copy.copy(options[EASYCACHE])
+            options[EASYCACHE].reuse_threshold = 0.0
+    return changed
+
+
+def _not_counted(*_) -> None:
     """What is made to be compared with counts for nothing."""
 
 
@@ -224,7 +284,7 @@ def with_own_input(guider):
     EasyCache adds what it keeps to its input in place. In fp32 that is the very tensor from which core subtracts the
     output afterwards, so each skipped step would come out wrong.
     """
-    if not any(EASYCACHE in patcher.model_options["transformer_options"] for patcher in models_of(guider).values()):
+    if not _cores_caches(guider):
         return guider
     return _with_options(guider, {}, (WrappersMP.DIFFUSION_MODEL, EASYCACHE + "_input", _copied))
 

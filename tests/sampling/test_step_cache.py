@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import re
 import weakref
@@ -11,15 +12,18 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
+from benchmarks import quality, record, resume
 from benchmarks import step_cache as benchmark
+from frame_memory.plan import PRESETS, parse_schedule
 from frame_memory.sampling import step_cache
 from frame_memory.sampling.attention_backend import AttentionBackend
 from frame_memory.sampling.attention_check import TOKENS
 from frame_memory.sampling.experts import WanExpertGuider
 from frame_memory.sampling.identity import model_fields
-from frame_memory.sampling.step_cache import CacheReport, StepCache, with_step_cache
+from frame_memory.sampling.long_video import check_model
+from frame_memory.sampling.step_cache import CacheReport, StepCache, choose_step_cache, two_caches, with_step_cache
 from frame_memory.sampling.unipc import framepack_unipc
 
 from .conftest import conditioning, guider_for, of_kind, run, start_latent
@@ -114,7 +118,9 @@ def test_a_step_is_skipped_where_a_parabola_stays_near_the_line(model, sampler, 
         assert all(asked[:3]) and asked[-1]
     made = sum(called for *_, called in log)
     assert made < len(log) or plus or sampler == "euler_ancestral", "nothing was skipped"
-    assert f"{made} of {len(log)} evaluations were made" in report
+    less = f"{len(log) / made:.2f} times fewer" if made < len(log) else "none was skipped: too few steps,"
+    assert f"Section Step Cache, drift 0.1: {made} of {len(log)} evaluations were made, {less}" in report
+    assert ("a sampler whose name ends in _cfg_pp" in report) == plus
 
 
 def cached_run(model, drift=DRIFT, measure=False, **more):
@@ -133,10 +139,73 @@ def test_nothing_allowed_changes_nothing_and_measuring_changes_nothing(model):
     measured, report = cached_run(model, measure=True)
     assert torch.equal(latent["samples"], measured["samples"])
     assert not torch.equal(latent["samples"], exact["samples"])
-    a, b = (found["samples"][:, :, 1:10].double() for found in (latent, exact))  # of the first section
-    near = 10 * torch.log10((b.max() - b.min()) ** 2 / (a - b).square().mean())
-    assert f"Section 1 made with and without it: PSNR {float(near):.1f} dB of its latents." in report
+    near = distance(latent, exact)
+    assert f"Section 1 with and without Section Step Cache: PSNR {near:.1f} dB of its latents." in report
     assert "Step Cache" not in plain_report and "Warning: Section Step Cache" not in report
+
+
+def distance(latent, exact) -> float:
+    """PSNR of the first section, dB; the peak is the range of the exact one's numbers."""
+    a, b = (found["samples"][:, :, 1:10].double() for found in (latent, exact))
+    return float(10 * torch.log10((b.max() - b.min()) ** 2 / (a - b).square().mean()))
+
+
+@pytest.mark.parametrize(("node", "drift"), [(EasyCacheNode, DRIFT), (LazyCacheNode, DRIFT), (LazyCacheNode, 1e-9)])
+def test_two_caches_are_told_and_measured_against_none(model, node, drift):
+    """Also where the second one has left nothing to skip for the first."""
+    exact, _ = run(of_kind(model, "F1"), kind=None, sigmas=SIGMAS)
+    network = node.execute(of_kind(model, "F1"), 0.3, 0.0, 1.0, False).result[0]
+    other, alone = run(network, kind=None, sigmas=SIGMAS)
+    assert not torch.equal(other["samples"], exact["samples"]) and "Warning" not in alone
+    both = with_step_cache(network, drift, measure=True)
+    latent, report = run(both, kind=None, sigmas=SIGMAS)
+    name = node.define_schema().display_name
+    said = f"Section 1 with and without Section Step Cache and {name}: PSNR {distance(latent, exact):.1f} dB"
+    assert said in report
+    assert report.count(f"Warning: {name} is on the MODEL beside Section Step Cache.") == 1
+    assert f"take the node '{name}' out" in report
+    unmeasured, _ = run(with_step_cache(network, drift), kind=None, sigmas=SIGMAS)
+    assert torch.equal(latent["samples"], unmeasured["samples"])
+
+
+def test_of_two_experts_the_one_with_two_caches_is_named():
+    plain, lazy = (attached(A14B, seed=seed) for seed in (0, 1))
+    lazy = LazyCacheNode.execute(lazy, 0.3, 0.0, 1.0, False).result[0]
+    (said,) = two_caches(WanExpertGuider(plain, with_step_cache(lazy, DRIFT), 2.0, 3.0, 0.997))
+    assert said.startswith("LazyCache is on the low noise MODEL beside Section Step Cache.")
+    assert not two_caches(WanExpertGuider(with_step_cache(plain, DRIFT), lazy, 2.0, 3.0, 0.997))
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.1, 0.3), (0.1, 0.1), (0.1, 0.0), (0.0, 0.3)])
+def test_of_two_in_a_row_the_last_one_says_that_it_counts(model, first, then):
+    before, plain = choose_step_cache(of_kind(model, "F1"), first)
+    assert "another" not in plain
+    after, said = choose_step_cache(before, then)
+    assert ("another 'Section Step Cache' before this one had given the MODEL drift 0.1." in said) == bool(first)
+    assert ("its drift of 0 switches the first off" in said) == (not then)
+    _, report = run(after, kind=None, seconds=1.2, sigmas=SIGMAS)
+    assert (f"Section Step Cache, drift {then:g}: " in report) == bool(then)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 4), ("lcm", 8)])
+def test_what_skips_nothing_says_so_and_is_not_made_twice(model, tmp_path, sampler, steps):
+    network, log = recorded(of_kind(model, "F1"))
+    network = with_step_cache(network, DRIFT, measure=True)
+    chosen = comfy.samplers.sampler_object(sampler)
+    _, report = run(network, kind=None, sampler=chosen, sigmas=falling(steps))
+    assert len(log) == 2 * steps
+    lines = [line for line in report.splitlines() if "Step Cache" in line]
+    assert len(lines) == 1 and f"{2 * steps} of {2 * steps} evaluations were made, none was skipped: " in lines[0]
+    assert "too few steps" in lines[0] and ("a sampler that adds noise" in lines[0]) == (sampler == "lcm")
+
+
+def test_the_first_section_with_anything_skipped_is_measured(model):
+    report = CacheReport(guider := guider_for(with_step_cache(of_kind(model, "F1"), DRIFT, measure=True)))
+    made, asked = torch.rand(1, 16, 9, 6, 10), []
+    for number, evaluations in enumerate((5, 4, 3), start=1):
+        report._count(evaluations, 5, 2)
+        assert not report.measure(number, made, guider, lambda _: asked.append(1) or made)
+    assert len(asked) == 1 and report.lines()[0] == "Section 2 with and without Section Step Cache: the same."
 
 
 def test_an_artist_is_told_where_the_picture_changes(model, monkeypatch):
@@ -158,7 +227,7 @@ def test_a_section_that_was_made_again_is_measured_as_it_was_made(model):
     _, report = run(network, kind=None, seconds=1.2, sigmas=SIGMAS)
     assert "it was made again with plain PyTorch attention" in report
     assert "PSNR nan" not in report and "changes the picture" not in report
-    assert re.search(r"Section 1 made with and without it: PSNR \d+\.\d dB", report)
+    assert re.search(r"Section 1 with and without Section Step Cache: PSNR \d+\.\d dB", report)
 
 
 def test_what_is_broken_without_a_cache_gives_no_advice(model):
@@ -197,8 +266,16 @@ def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another
     made_with(network, tmp_path, fail_at=2, error=RuntimeError("the machine broke"), **more)
     done, count = made_with(network, tmp_path, **more)
     assert count == 2 and torch.equal(done.latent["samples"], expected["samples"])
-    _, count = made_with(with_step_cache(network, DRIFT, measure=True), tmp_path, **more)
+    measuring = with_step_cache(network, DRIFT, measure=True)
+    again, count = made_with(measuring, tmp_path, **more)
     assert count == 0, "measuring is no other video"
+    assert "Section Step Cache: not measured, all sections were there. Take another seed for that." in again.report
+    elsewhere, count = made_with(measuring, tmp_path, project=project(tmp_path, "elsewhere"), **more)
+    assert count == 0 and "not measured" in elsewhere.report, "another project finds them too"
+    assert "measured" not in made_with(network, tmp_path, **more)[0].report
+    fresh, _ = made_with(measuring, tmp_path, seed=8, **more)
+    after = fresh.report.split("\nFinished: ")[1].splitlines()[1]
+    assert after.startswith("Section 1 with and without Section Step Cache: PSNR ")
     other, count = made_with(with_step_cache(network, 0.0), tmp_path, **more)
     assert "model options: was 'step cache 0.1 (" in other.report and count == 3
     assert not torch.equal(other.latent["samples"], expected["samples"])
@@ -279,7 +356,8 @@ def test_of_one_expert_with_a_cache_the_report_says_which(low):
     count = int(((sigmas[:-1] < 0.997) if low else (sigmas[:-1] >= 0.997)).sum())
     whose = "low" if low else "high"
     (line,) = report.lines()
-    assert f": {count} of {count} evaluations of the {whose} noise expert were made" in line and 0 < count < 4
+    said = f", drift 0.2: {count} of {count} evaluations of the {whose} noise expert were made, none was skipped"
+    assert said in line and 0 < count < 4
 
 
 def test_cores_easycache_keeps_to_its_section(model, tmp_path):
@@ -382,3 +460,16 @@ def test_the_benchmark_fails_where_its_goal_is_missed(fewer, lowest, code, monke
     verdicts = [line for line in capsys.readouterr().out.splitlines() if line.endswith((" passed |", " FAILED |"))]
     assert len(verdicts) == 2 and all("25 steps" in line for line in verdicts)
     assert ("FAILED" in "".join(verdicts)) == bool(code)
+
+
+def test_the_benchmark_alone_gives_the_figures_that_are_on_record():
+    with record.RESULTS.open(encoding="utf-8", newline="") as file:
+        commands = {row["command"] for row in csv.DictReader(file)}
+    args = benchmark.parse([])
+    assert f"benchmarks.step_cache --seeds {args.seeds} --seconds {args.seconds:g}" in commands
+
+
+def test_benchmarks_say_which_kind_they_load(tmp_path):
+    for kind, schedule in (("F1", "F1 forward"), ("F0", "F0 inverted")):
+        assert not check_model(guider_for(quality.load(kind)[0]), parse_schedule(PRESETS[schedule]))
+    assert not check_model(guider_for(resume.tiny_model(tmp_path)), parse_schedule(PRESETS["F1 forward"]))
