@@ -68,7 +68,7 @@ def with_step_cache(model_patcher, drift: float = DRIFT, measure: bool = False):
 def choose_step_cache(model_patcher, drift: float, measure: bool = False) -> tuple[Any, str]:
     """What `with_step_cache` gives, and in words what it does; also where another cache stood there before."""
     had = model_patcher.model_options["transformer_options"].get(STEP_CACHE)
-    said = f"Steps are skipped, at drift {drift:g}." if drift else "No step is skipped: 'drift' is 0."
+    said = f"Steps may be skipped, at drift {drift:g}." if drift else "No step is skipped: 'drift' is 0."
     if had is not None:
         note = (
             f"another '{NODE}' before this one had given the MODEL drift {had:g}. Of two the last one counts"
@@ -194,7 +194,8 @@ class CacheReport:
         self.drift = " and ".join(dict.fromkeys(f"{drift:g}" for drift in cached.values()))
         self.whose = f" of the {next(iter(cached)) or 'high noise '}expert" if 0 < len(cached) < len(every) else ""
         self.to_measure = self.on and any(options.get(MEASURE) for options in every.values())
-        self.left_out = " and ".join(dict.fromkeys([NODE, *_cores_caches(guider).values()]))
+        self.others = " and ".join(dict.fromkeys(_cores_caches(guider).values()))
+        self.left_out = " and ".join(filter(None, (NODE, self.others)))
         self.vae, self.measured = vae, ""
         self.made = self.asked = self.judged = 0
 
@@ -209,7 +210,7 @@ class CacheReport:
         """Compare a section with what `sample` makes of the GUIDER that made it, without skipping; warnings. Of a run
         only the first section is measured in which anything may have been skipped: up to there the two are the same.
         A comparison that fails does not cost the video, and is a warning too."""
-        if not self.to_measure or (0 < self.made == self.asked and self.left_out == NODE):
+        if not self.to_measure or (0 < self.made == self.asked and not self.others):
             return []
         self.to_measure = False
         try:
@@ -235,7 +236,7 @@ class CacheReport:
         if near >= NEAR:
             return []
         return [
-            f"{self.left_out} change{'s' if self.left_out == NODE else ''} the picture: {near:.1f} dB in section "
+            f"{self.left_out} change{'' if self.others else 's'} the picture: {near:.1f} dB in section "
             f"{number}, expected {NEAR:g} or more. Halve 'drift' there and queue again."
         ]
 
@@ -245,7 +246,8 @@ class CacheReport:
         if not self.asked:
             missed = f"{NODE}: not measured, all sections were there. Take another seed for that."
             return [missed] if self.to_measure else []
-        count = f"{self.made} of {self.asked} evaluations{self.whose} were made, {self._less}"
+        but = f" (what {self.others} skips is not counted)" if self.others else ""
+        count = f"{self.made} of {self.asked} evaluations{self.whose} were made{but}, {self._less}"
         return [*([f"{self.measured}."] if self.measured else []), f"{NODE}, drift {self.drift}: {count}."]
 
     @property

@@ -162,6 +162,7 @@ def test_two_caches_are_told_and_measured_against_none(model, node, drift):
     name = node.define_schema().display_name
     said = f"Section 1 with and without Section Step Cache and {name}: PSNR {distance(latent, exact):.1f} dB"
     assert said in report
+    assert f"evaluations were made (what {name} skips is not counted), " in report
     assert report.count(f"Warning: {name} is on the MODEL beside Section Step Cache.") == 1
     assert f"take the node '{name}' out" in report
     unmeasured, _ = run(with_step_cache(network, drift), kind=None, sigmas=SIGMAS)

@@ -124,7 +124,7 @@ def test_a_step_cache_says_what_it_did(made):
     asked = SECTIONS * STEPS_TO_SKIP
     measured = r"Section 1 with and without Section Step Cache: PSNR [\d.]+ dB of its latents.*\."
     count = rf"Section Step Cache, drift 1: (\d+) of {asked} evaluations were made, [\d.]+ times fewer\."
-    found = re.search(rf"\nFinished: .*\n{measured}\n{count}\n", said[-1])
+    found = re.search(rf"(?m)^Finished: .*\n{measured}\n{count}\n", said[-1])
     assert (found is not None) == has_cache(prompt), said[-1]
     assert found is None or int(found[1]) < asked
 
