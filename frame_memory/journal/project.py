@@ -40,7 +40,17 @@ from .files import (
     write_durable,
 )
 from .lock import ProjectLock, ProjectLocked
-from .manifest import NAME, Manifest, SectionRecord, UnreadableManifest, difference, read_manifest, write_manifest
+from .manifest import (
+    NAME,
+    Manifest,
+    SectionRecord,
+    SegmentRecord,
+    UnreadableManifest,
+    conflict,
+    difference,
+    read_manifest,
+    write_manifest,
+)
 
 IF_CHANGED = ("reuse what fits", "fork", "refuse")
 SECTIONS, TAKES, SEGMENTS = "sections", "takes", "segments"
@@ -98,7 +108,7 @@ class Project:
     ) -> None:
         self.folder, self.name, self.manifest, self.notes = folder, folder.name, manifest, list(notes)
         self._lock: ProjectLock | None = lock
-        self._sections = sections
+        self._sections, self._named = sections, manifest.named
         self._unwritten = False
         self._others: dict[str, list[tuple[Path, SectionRecord]]] | None = None
         self._last: tuple[Path, SectionRecord, FileRecord, tuple] | None = None
@@ -177,9 +187,9 @@ class Project:
             if manifest is None:
                 manifest, missing = wanted, sections
             else:
-                conflict = _conflict(folder, manifest, wanted, if_changed)
-                if conflict:
-                    return conflict
+                refusal = conflict(folder, manifest, wanted, if_changed)
+                if refusal:
+                    return refusal
                 changes = difference(manifest.fields, wanted.fields)
                 if changes:
                     notes.append(f"These settings changed; the sections they do not touch are reused:\n{changes}")
@@ -343,7 +353,7 @@ class Project:
         with self._writing():
             segments = {k: v for k, v in self.manifest.segments.items() if k != name}
             if info is not None:
-                segments[name] = json.loads(json.dumps(dict(info), allow_nan=False))
+                segments[name] = SegmentRecord(name, json.loads(json.dumps(dict(info), allow_nan=False)))
             self._write(replace(self.manifest, segments=segments))
 
     def keep_segments(self, names: Iterable[str]) -> None:
@@ -384,8 +394,19 @@ class Project:
         """For the screen: how many sections of this run are finished, and what the whole project takes."""
         manifest = self.manifest
         done = len([record for record in manifest.finished if record.index < self._sections])
-        total = sum(record.file.bytes for record in (*manifest.sections.values(), *manifest.takes))
-        return f"{done} of {self._sections} sections finished, {megabytes(total)} in {self.folder}"
+        return f"{done} of {self._sections} sections finished, {megabytes(self._named)} in {self.folder}"
+
+    def taken(self) -> int:
+        """Bytes that the project takes on the disk. Raises OSError where its folder is away.
+
+        Of sections and pieces what the manifest says: to ask the disk for each takes longer with every section.
+        """
+        total = self._named
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # a temporary file that is gone by now
+                    total += entry.stat().st_size if entry.is_file() else 0
+        return total
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -399,8 +420,9 @@ class Project:
 
     def _write(self, manifest: Manifest) -> None:
         """The manifest in memory follows the one on the disk, never the other way round."""
+        named = manifest.named  # counted while every record is looked at anyway
         write_manifest(self.folder, manifest)
-        self.manifest, self._unwritten = manifest, False
+        self.manifest, self._named, self._unwritten = manifest, named, False
 
     def _put(self, record: SectionRecord, takes: tuple[SectionRecord, ...]) -> None:
         index, old = record.index, self.manifest.sections.get(record.index)
@@ -463,8 +485,8 @@ class Project:
 
     def _holders(self, key: str, index: int = -1) -> Iterator[tuple[Path, SectionRecord]]:
         """Every record with a key: this project's own first, those of `index` before others, newest takes first."""
-        own = [*self.manifest.sections.values(), *reversed(self.manifest.takes)]
-        yield from ((self.folder, r) for r in sorted(own, key=lambda r: r.index != index) if r.key == key)
+        own = [r for r in (*self.manifest.sections.values(), *reversed(self.manifest.takes)) if r.key == key]
+        yield from ((self.folder, r) for r in sorted(own, key=lambda r: r.index != index))
         if self._others is None:
             self._others = self._read_others()
         yield from self._others.get(key, ())
@@ -574,21 +596,3 @@ def manifest_in(folder: Path) -> Manifest | None:
             "for 'project' to start anew. An mp4 in the folder still plays."
         )
     return None
-
-
-def _conflict(folder: Path, found: Manifest, wanted: Manifest, if_changed: str) -> str:
-    """Why `wanted` cannot go on in a project, with the difference field by field; empty where it can."""
-    shape, fields = difference(found.shape, wanted.shape), difference(found.fields, wanted.fields)
-    foreign = wanted.parent is not None and found.parent != wanted.parent
-    if not foreign and not found.sections and not found.takes:
-        return ""  # a run that was stopped before its first section binds nobody
-    if not shape and not foreign and (not fields or if_changed == "reuse what fits"):
-        return ""
-    what = "a video that this graph cannot continue" if shape else "a video made with other settings"
-    table = "\n".join(part for part in (shape, fields) if part)
-    reuse = "" if shape else "'reuse what fits' to keep what does not depend on them, "
-    return (
-        f"The project {found.name!r} ({folder}) holds {what}:\n{table}\nIts {len(found.sections)} finished sections "
-        f"are kept. Set 'if_changed' to {reuse}'fork' to make this video in a project beside it, change these settings "
-        "back, or choose another name for 'project'."
-    )
