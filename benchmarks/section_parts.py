@@ -1,7 +1,8 @@
 """What single parts of the work around the network take: `python scripts/run.py -m benchmarks.section_parts`.
 
 frames   Four frames of 832x480 on their way into a file: floats to 8 bits (as they come from the live video, and in the
-         layout that a decoder leaves), 8 bits to the encoder's planes, and x264.
+         layout that a decoder leaves), 8 bits to the encoder's planes, and x264. They show patches of noise, coarse and
+         fine, that move by 3 pixels a frame.
 journal  A project with 1, 100 and 200 finished sections whose records are those of a run of the self-test model: what
          its files take on the disk, its manifest written, and one more section of 832x480 saved, of which the disk's
          flush.
@@ -34,7 +35,7 @@ from frame_memory.video.segments import segment_name
 from frame_memory.video.writer import CONVERTED_FRAMES, VideoWriter, to_uint8
 
 from . import record
-from .memory import FPS, SECTION_FRAMES, painted, scratch
+from .memory import FPS, SECTION_FRAMES, scratch
 from .memory_cost import Row, table
 from .section_overhead import WALKS, walk
 from .stage_two import FRAMES, HEIGHT, WIDTH
@@ -60,8 +61,12 @@ def medians(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
 def frame_rows(folder: Path) -> list[Row]:
     """A section's frames into a file."""
     generator = torch.Generator().manual_seed(0)
-    drift = torch.linspace(0, 1, FRAMES + 1).view(1, 1, -1, 1, 1)
-    frames_THWC = painted(torch.randn(1, 16, 1, HEIGHT, WIDTH, generator=generator) + drift)[0, :SECTION_FRAMES]
+    sizes = [(HEIGHT // 4, WIDTH // 4), (HEIGHT, WIDTH), (2 * HEIGHT, 2 * WIDTH)]
+    noise = [torch.randn(1, 3, *size, generator=generator) * 0.1 for size in sizes]
+    full = (8 * HEIGHT, 8 * WIDTH)
+    layers = [torch.nn.functional.interpolate(n, size=full, mode="bilinear")[0].movedim(0, -1) for n in noise]
+    still_HWC = torch.stack(layers).sum(0).add(0.5).clamp(0, 1)
+    frames_THWC = torch.stack([still_HWC.roll((t, 3 * t), (0, 1)) for t in range(SECTION_FRAMES)])
     four_THWC = frames_THWC[:CONVERTED_FRAMES]
     decoded_THWC = four_THWC.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     images = to_uint8(four_THWC, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,6 +15,8 @@ from .files import FileRecord, JournalError, patiently, write_durable
 
 FORMAT = 1
 NAME = "manifest.json"
+# Its folder of finished sections.
+SECTIONS = "sections"
 # Characters of a value that a difference shows.
 SHOWN = 60
 
@@ -145,6 +148,18 @@ def read_manifest(folder: Path) -> Manifest:
         return _decode(data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def manifest_in(folder: Path) -> Manifest | None:
+    """A project's manifest; None in a new folder. Sections without a manifest are never written over: refused."""
+    if os.path.lexists(folder / NAME):
+        return read_manifest(folder)
+    if any((folder / SECTIONS).glob("*.safetensors")):
+        raise UnreadableManifest(
+            f"{folder} holds sections but no {NAME}. Nothing was changed. Put the file back, or choose another name "
+            "for 'project' to start anew. An mp4 in the folder still plays."
+        )
+    return None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -42,18 +42,20 @@ from .files import (
 from .lock import ProjectLock, ProjectLocked
 from .manifest import (
     NAME,
+    SECTIONS,
     Manifest,
     SectionRecord,
     SegmentRecord,
     UnreadableManifest,
     conflict,
     difference,
+    manifest_in,
     read_manifest,
     write_manifest,
 )
 
 IF_CHANGED = ("reuse what fits", "fork", "refuse")
-SECTIONS, TAKES, SEGMENTS = "sections", "takes", "segments"
+TAKES, SEGMENTS = "takes", "segments"
 # Name of a section's latent in its file.
 SAMPLES = "samples"
 MOST_FORKS = 999
@@ -346,15 +348,18 @@ class Project:
                 numbers = {str(k): float(v) for k, v in numbers.items()}
                 sections[index] = replace(sections[index], measures=numbers)
             if sections != self.manifest.sections:
-                self._write(replace(self.manifest, sections=sections))
+                self._write(replace(self.manifest, sections=sections), 0)
 
     def set_segment(self, name: str, info: Mapping[str, Any] | None) -> None:
         """Record an encoded piece of video under a name (JSON values), or forget it (None)."""
         with self._writing():
             segments = {k: v for k, v in self.manifest.segments.items() if k != name}
+            old = self.manifest.segments.get(name)
+            grown = 0 if old is None else -old.size
             if info is not None:
                 segments[name] = SegmentRecord(name, json.loads(json.dumps(dict(info), allow_nan=False)))
-            self._write(replace(self.manifest, segments=segments))
+                grown += segments[name].size
+            self._write(replace(self.manifest, segments=segments), grown)
 
     def keep_segments(self, names: Iterable[str]) -> None:
         """Forget all other pieces of video, of lengths and plans that are no more, and remove their files."""
@@ -418,11 +423,14 @@ class Project:
             self._touched = time.monotonic()
             yield
 
-    def _write(self, manifest: Manifest) -> None:
-        """The manifest in memory follows the one on the disk, never the other way round."""
-        named = manifest.named  # counted while every record is looked at anyway
+    def _write(self, manifest: Manifest, grown: int | None = None) -> None:
+        """The manifest in memory follows the one on the disk, never the other way round.
+
+        grown: bytes by which the files that it names have grown; None where they are to be counted.
+        """
         write_manifest(self.folder, manifest)
-        self.manifest, self._named, self._unwritten = manifest, named, False
+        self._named = manifest.named if grown is None else self._named + grown
+        self.manifest, self._unwritten = manifest, False
 
     def _put(self, record: SectionRecord, takes: tuple[SectionRecord, ...]) -> None:
         index, old = record.index, self.manifest.sections.get(record.index)
@@ -432,7 +440,8 @@ class Project:
         if other:  # what was measured of those behind it in time was measured against the old one
             later = {i: replace(r, measures={}) for i, r in sections.items() if i != index and r.start > record.start}
             sections |= later
-        self._write(replace(self.manifest, sections=sections, takes=takes, run=tuple(sorted(run))))
+        grown = record.file.bytes if old is None and takes == self.manifest.takes else None
+        self._write(replace(self.manifest, sections=sections, takes=takes, run=tuple(sorted(run))), grown)
 
     def _confirm(self, index: int) -> None:
         """Count a section as this run's. Written with the next change, or when something has to be made."""
@@ -584,15 +593,3 @@ def _remove_if_empty(folder: Path) -> None:
     for path in (*(folder / name for name in (SECTIONS, TAKES, SEGMENTS)), folder):
         with contextlib.suppress(OSError):
             os.rmdir(path)
-
-
-def manifest_in(folder: Path) -> Manifest | None:
-    """A project's manifest; None in a new folder. Sections without a manifest are never written over: refused."""
-    if os.path.lexists(folder / NAME):
-        return read_manifest(folder)
-    if any((folder / SECTIONS).glob("*.safetensors")):
-        raise UnreadableManifest(
-            f"{folder} holds sections but no {NAME}. Nothing was changed. Put the file back, or choose another name "
-            "for 'project' to start anew. An mp4 in the folder still plays."
-        )
-    return None
