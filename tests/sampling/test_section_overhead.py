@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import theilslopes
 
 from benchmarks import section_overhead as overhead
+from benchmarks import section_parts as parts
+from frame_memory.journal import read_manifest
 
 SIDE = (2, 2)
 
@@ -66,3 +69,14 @@ def test_shares_are_of_a_sections_time():
     assert values["share that goes on beside the sampling"] == pytest.approx(0.1)
     assert values["share with the decode"] == pytest.approx(0.01 + 2 / 82.6 / 83 + 2 / 83)
     assert overhead.table(rows)[1]
+
+
+def test_single_parts_are_told_for_projects_of_each_length(tmp_path, monkeypatch):
+    for name, value in {"SECTIONS": (1, 3), "REPEATS": 1, "HEIGHT": 4, "WIDTH": 4}.items():
+        monkeypatch.setattr(parts, name, value)
+    with torch.inference_mode():
+        rows = [*parts.frame_rows(tmp_path), *parts.journal_rows(tmp_path)]
+    assert all(value > 0 for _, _, value, _ in rows)
+    assert [case for case, *_ in rows].count("project of 3 sections") == 6
+    for sections in (1, 3):  # two more were saved, in the turn that does not count and in the one that does
+        assert len(read_manifest(tmp_path / str(sections) / "overhead").finished) == sections + 2
