@@ -132,8 +132,8 @@ WALKS = {
 class Light(nn.Module):
     """Stands for the network: a real module with one number, which the sampler calls as it calls the other.
 
-    Its work is the same at each call, and enough to tell how fast the machine is meanwhile. Not passes over memory: what
-    the C library gives back and asks for anew changes in a process's first seconds.
+    Its work is the same at each call, and enough to tell how fast the machine is meanwhile. Not passes over memory:
+    what the C library gives back and asks for anew changes in a process's first seconds.
     """
 
     def __init__(self, other: nn.Module):
