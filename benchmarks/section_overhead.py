@@ -77,6 +77,8 @@ SHARE = 0.05
 HALF = 0.5  # of the peak: what is assumed of a GPU's convolutions and small matrices
 NORMAL = 1.96
 SIDES = {"on the sampler's thread": ("between", "steps"), "beside it": ("beside",)}
+# Else glibc gives a latent's 4 MB back to the system at times, and clearing them anew doubles the steps on a CPU.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 QUIET = 1e-3  # seconds of the processor in 0.02 by the clock that are no work
 NEAR = 5  # sections before and after one that tell how busy the machine was
 # HunyuanVideo's autoencoder, as core reads it from its file.
@@ -389,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = ["--folder", args.folder] if args.folder else []
     told = {
         name: [
-            in_child(f"{name}-{number}", args.kept, *where, module="benchmarks.section_overhead")
+            in_child(f"{name}-{number}", args.kept, *where, module="benchmarks.section_overhead", variables=HEAP)
             for number in range(asked.repeats)
         ]
         for name, asked in WALKS.items()
