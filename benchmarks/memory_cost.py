@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -243,7 +244,9 @@ def table(rows: list[Row]) -> tuple[list[str], bool]:
         words = verdict = ""
         if bound is not None:
             held = bound[0] <= value <= bound[1]
-            good, words = good and held, f"{bound[0]:g} to {bound[1]:g}" if bound[0] else f"{bound[1]:g}"
+            low, high = bound
+            words = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}" if low else f"{high:g}"
+            good = good and held
             verdict = "passed" if held else "FAILED"
         lines.append(f"| {case} | {measure} | {value:.4g} | {words} | {verdict} |")
     return lines, good

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 
 from comfy.cli_args import args as host_args
 
-host_args.cpu = True
+if __name__ == "__main__":  # its bounds and networks are used on other devices too
+    host_args.cpu = True
 host_args.use_pytorch_cross_attention = True
 
 import torch
@@ -62,12 +63,12 @@ class Row:
 
 
 class Networks:
-    """One random network in four forms: theirs and ours, in fp32 and bf16."""
+    """One random network in four forms: theirs and ours, in fp32 and bf16, on the device of the reference."""
 
     def __init__(self, reference: torch.nn.Module, run_theirs=pm.run_reference):
-        self.run_theirs = run_theirs
+        self.run_theirs, self.device = run_theirs, next(reference.parameters()).device
         self.theirs = {torch.float32: reference, torch.bfloat16: copy.deepcopy(reference).to(torch.bfloat16)}
-        self.ours = {dtype: pm.make_ours(reference.state_dict(), dtype) for dtype in self.theirs}
+        self.ours = {dtype: pm.make_ours(reference.state_dict(), dtype, self.device) for dtype in self.theirs}
 
 
 def section_layout(kind: str):
@@ -90,6 +91,12 @@ def compare(networks: Networks, case: Case, image_tokens: int = IMAGE_TOKENS) ->
         image_tokens=image_tokens,
     )
 
+    inputs = pm.moved(inputs, networks.device)
+    with networks.device:
+        return _compared(networks, case, inputs)
+
+
+def _compared(networks: Networks, case: Case, inputs: pm.Inputs) -> Row:
     def both(dtype, given):
         theirs = networks.run_theirs(networks.theirs[dtype], given, dtype)
         return theirs, pm.run_ours(networks.ours[dtype], given, dtype)

@@ -6,7 +6,8 @@ C latent channels, T latent frames, H W latent height and width, L text tokens, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 
 import comfy.model_detection
 import comfy.ops
@@ -14,7 +15,7 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
 from frame_memory.model.key_map import convert_diffusers
-from frame_memory.model.once import every_time
+from frame_memory.model.once import Once
 from frame_memory.model.packing import ContextLayout
 from frame_memory.model.transformer import FramePackTransformer
 
@@ -57,10 +58,20 @@ def make_ours(
     state_dict: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, device="cpu"
 ) -> FramePackTransformer:
     """Our network with diffusers' numbers, as core's detection would configure it, in one plain dtype."""
-    native = convert_diffusers(state_dict)
+    return _made(convert_diffusers(state_dict), dtype, device, comfy.ops.disable_weight_init)
+
+
+def make_quantised(
+    native: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, device="cpu", disabled: Iterable[str] = ()
+) -> FramePackTransformer:
+    """Our network as core builds it for tensors with marks. disabled: formats that a device does not multiply in."""
+    return _made(native, dtype, device, comfy.ops.mixed_precision_ops({}, dtype, disabled=tuple(disabled)))
+
+
+def _made(native: dict[str, torch.Tensor], dtype: torch.dtype, device, operations) -> FramePackTransformer:
     config = comfy.model_detection.detect_unet_config(native, "")
-    ours = FramePackTransformer(dtype=dtype, device=device, operations=comfy.ops.disable_weight_init, **config).eval()
-    ours.load_state_dict(native, strict=True)
+    ours = FramePackTransformer(dtype=dtype, device=device, operations=operations, **config).eval()
+    ours.load_state_dict(native)
     return ours
 
 
@@ -85,7 +96,9 @@ class Inputs:
 
     def mask_BL(self) -> torch.Tensor:
         """True on valid text tokens."""
-        return torch.arange(self.text_BLD.shape[1])[None] < torch.tensor(self.text_lengths)[:, None]
+        place = self.text_BLD.device
+        lengths = torch.tensor(self.text_lengths, device=place)
+        return torch.arange(self.text_BLD.shape[1], device=place)[None] < lengths[:, None]
 
     def merged(self) -> dict[int, tuple[tuple[int, ...], torch.Tensor]]:
         """Positions and latents by rate: groups of one rate side by side, as diffusers takes them."""
@@ -122,6 +135,17 @@ def make_inputs(
     )
 
 
+def moved(inputs: Inputs, device) -> Inputs:
+    """The same inputs on a device."""
+
+    def there(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return tuple(there(v) for v in value) if isinstance(value, tuple) else value
+
+    return replace(inputs, **{field.name: there(getattr(inputs, field.name)) for field in fields(inputs)})
+
+
 def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Time and guidance as the checkpoint sees them: rounded to the network's dtype (reference/framepack.md 1)."""
     return value.to(dtype).float()
@@ -153,21 +177,29 @@ def run_reference(model, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def run_ours(
-    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once=every_time, **more
+    model: FramePackTransformer, inputs: Inputs, dtype: torch.dtype, once: Once | None = None, **more
 ) -> torch.Tensor:
-    """Velocity `[B, C, T, H, W]` by our network: core's call, text padded, with a mask."""
-    return model(
-        inputs.window_BCTHW.to(dtype),
-        inputs.timestep_B,
-        inputs.text_BLD.to(dtype),
-        y=inputs.pooled_BD.to(dtype),
-        clip_fea=inputs.image_BND.to(dtype),
-        guidance=torch.full((inputs.window_BCTHW.shape[0],), inputs.guidance).to(dtype),
-        attention_mask=inputs.mask_BL(),
-        context_latents=[c.to(dtype) for c in inputs.context],
-        context_layout=ContextLayout(positions=inputs.positions, groups=inputs.groups),
-        once=once,
+    """Velocity `[B, C, T, H, W]` by our network: core's call, with a mask where text is padded.
+
+    once: of a section's prompt.
+    """
+    padded = min(inputs.text_lengths) < inputs.text_BLD.shape[1]
+    window, text = inputs.window_BCTHW.to(dtype), inputs.text_BLD.to(dtype)
+    given = {
+        "clip_fea": inputs.image_BND.to(dtype),
+        "attention_mask": inputs.mask_BL() if padded else None,
+        "context_latents": [c.to(dtype) for c in inputs.context],
+        "context_layout": ContextLayout(positions=inputs.positions, groups=inputs.groups),
         **more,
+    }
+    return model(
+        window,
+        inputs.timestep_B,
+        text,
+        y=inputs.pooled_BD.to(dtype),
+        guidance=window.new_full((window.shape[0],), inputs.guidance),
+        packed=None if once is None else model.pack_once(once, window, text, **given),
+        **given,
     )
 
 

@@ -1,4 +1,8 @@
-"""Appends measurements to benchmarks/results.csv: one figure a row, with machine, commit and command."""
+"""Appends measurements to benchmarks/results.csv: one figure a row, with machine, commit and command.
+
+FRAME_MEMORY_RESULTS names another file for them, FRAME_MEMORY_COMMIT the commit of a copy that is outside git: so
+`benchmarks.gpu` brings rows home from a machine that was lent.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results.csv"
+ELSEWHERE, COPY_OF = "FRAME_MEMORY_RESULTS", "FRAME_MEMORY_COMMIT"
 COLUMNS = ("date", "commit", "machine", "command", "case", "measure", "value")
 
 
@@ -23,21 +28,22 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a plus where files are changed; 'unknown' outside git."""
+    """Short hash of the checkout, with a plus where files are changed; outside git what was said, or 'unknown'."""
     folder = RESULTS.parent.parent
     try:
         found = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COPY_OF, "unknown")
     return found.stdout.strip()
 
 
 def append(command: str, rows: list[tuple[str, str, float]]) -> None:
     """Add `(case, measure, value)` rows, all of one command."""
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
+    results = Path(os.environ.get(ELSEWHERE, RESULTS))
+    new = not results.exists()
+    with open(results, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(COLUMNS)

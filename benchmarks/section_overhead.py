@@ -52,9 +52,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import nn
 
-from frame_memory.forcing.flow import Conditioning, predict_velocity
 from frame_memory.model.context import gather_context
-from frame_memory.model.once import Once
 from frame_memory.model.preservation import PreservationEncoder, PreservationSpec
 from frame_memory.model.selftest import SelfTestText
 from frame_memory.plan import PRESETS, parse_schedule, plan_sections, sigma_schedule
@@ -67,7 +65,7 @@ from . import record
 from .memory import FPS, SECTION_FRAMES, in_child, painted, resident, scratch
 from .memory_cost import GPU_HIDDEN, Row, drawn, operations, pack_of, read_history, table
 from .quality import SHIFT, load
-from .stage_two import HEIGHT, POOLED, TEXT, VISION, VISION_FEATURES, WIDTH, network
+from .stage_two import HEIGHT, TEXT, VISION, VISION_FEATURES, WIDTH, network
 
 PICTURE = record.RESULTS.parent.parent / "assets" / "section_overhead.png"
 SECTIONS, FEW, STEPS = 200, 5, 25
@@ -145,6 +143,10 @@ class Light(nn.Module):
         self.dtype, self.params, self.patch_size = other.dtype, other.params, other.patch_size
         self.clean_x_embedder = None  # by which FramePack's networks are known
 
+    def pack_once(self, *_, **__):
+        """Nothing."""
+        return ()
+
     def forward(self, x_BCTHW, *_, **__):
         """Half of what comes."""
         for _ in range(8):
@@ -202,6 +204,7 @@ def walk(asked: Walk, folder: Path) -> dict[str, list[float]]:
         model, watched = model.clone(), Light(watched)
         model.add_object_patch("diffusion_model", watched)
     watched.forward = clock.around("network", watched.forward)
+    watched.pack_once = clock.around("network", watched.pack_once)
     vae = copy.copy(vae)
     vae.decode = clock.around("left out", painted)
     text = SelfTestText()
@@ -310,21 +313,14 @@ def counted() -> dict[str, float]:
 
 
 def _packing(size: tuple[int, int]) -> float:
-    """What the first step of a section computes and the others do not."""
-    model, once = network(), Once()
-    section = plan_sections(PRESETS["F1 forward"], sections=2).sections[1]
+    """What is computed before the first step of a section."""
+    model, section = network(), plan_sections(PRESETS["F1 forward"], sections=2).sections[1]
     latents = drawn("meta", 1, 16, section.stop, *size)
-    cond = Conditioning(
-        drawn("meta", 1, TEXT, model.params.context_in_dim), drawn("meta", 1, POOLED),
-        drawn("meta", 1, VISION, VISION_FEATURES),
-    )  # fmt: skip
+    text, vision = drawn("meta", 1, TEXT, model.params.context_in_dim), drawn("meta", 1, VISION, VISION_FEATURES)
     context = gather_context(section, latents, latents[:, :, :1], None, 0.0)
     window = latents[:, :, section.start : section.stop]
-
-    def step():
-        return predict_velocity(partial(model, once=once), window, window.new_ones(1), cond, context, {})
-
-    return operations(step) - operations(step)
+    given = {"clip_fea": vision, "context_latents": context.latents, "context_layout": context.layout}
+    return operations(lambda: model.pack(window, text, **given))
 
 
 def share_rows(told: dict[str, list[float]], work: dict[str, float]) -> list[Row]:

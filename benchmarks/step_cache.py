@@ -1,20 +1,21 @@
 """Skipped steps on the self-test models: `python scripts/run.py -m benchmarks.step_cache [--record]`.
 
 Videos of the synthetic world by the shipped F1 and F0, made with all steps, with fewer steps, with core's EasyCache and
-with Section Step Cache at several settings: how many times fewer evaluations, processor seconds a section, and PSNR of
-latents and of decoded pictures against the video with all steps, mean and lowest over the seeds. The peak of a latent's
-PSNR is the range of its own numbers; of equal videos it is infinite, and so is then the mean.
+with Section Step Cache at several settings: how many times fewer evaluations, processor seconds a section (on a GPU
+those of the wall), and PSNR of latents and of decoded pictures against the video with all steps, mean and lowest over
+the seeds. The peak of a latent's PSNR is the range of its own numbers; of equal videos it is infinite, and so is then
+the mean.
 
 What a section loses goes into the history of the next: `--seconds` says how long the videos are. Exits with 1 unless
-the default makes `GOAL_FACTOR` times fewer evaluations at `GOAL_PSNR` dB or more with 25 steps.
+the default makes 2.2 times fewer evaluations with 25 steps at 26 dB or more of every video's pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,10 +29,12 @@ from frame_memory.sampling.step_cache import DRIFT, with_step_cache
 from frame_memory.video.fidelity import psnr
 
 from . import record
+from .memory_cost import Row, clocked, table
 from .quality import asked, decoded, load, sampled
 from .world import random_scene
 
-GOAL_FACTOR, GOAL_PSNR, GOAL_STEPS = 2.2, 26.0, 25
+FEWER_EVALUATIONS, LOWEST = "times fewer evaluations", "PSNR of pictures, dB, lowest"
+GOAL_STEPS, GOALS = 25, ((FEWER_EVALUATIONS, 2.2), (LOWEST, 26.0))
 FEWER = (15, 11)
 DRIFTS = (0.05, 0.1, DRIFT)
 THRESHOLDS = (0.05, 0.2)  # of EasyCache; 0.2 is its default
@@ -42,7 +45,7 @@ HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 @dataclass(frozen=True)
 class Made:
-    """A video of one seed. evaluations: of the network. busy: processor seconds."""
+    """A video of one seed. evaluations: of the network. busy: processor seconds; on a GPU those of the wall."""
 
     samples: Tensor
     pixels_THWC: Tensor
@@ -60,9 +63,10 @@ def make(model, vae, kind: str, given: tuple[dict, list], seconds: float, steps:
 
     counted = model.clone()
     counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)  # inside of EasyCache's
-    begun = time.process_time()
-    latent = sampled(counted, kind, *given, seconds, steps, seed)
-    busy = time.process_time() - begun
+    latent: dict = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wall, busy = clocked(lambda: latent.update(sampled(counted, kind, *given, seconds, steps, seed)), device)
+    busy = wall if device == "cuda" else busy
     return Made(latent["samples"], decoded(vae, latent).float(), len(evaluations), busy)
 
 
@@ -103,7 +107,7 @@ def measure(kind: str, steps: int, seeds: int, seconds: float) -> Iterator[tuple
     for name, found in made.items():
         figures = {
             "evaluations a section": statistics.mean(m.evaluations for m in found) / sections,
-            "times fewer evaluations": sum(m.evaluations for m in exact) / sum(m.evaluations for m in found),
+            FEWER_EVALUATIONS: sum(m.evaluations for m in exact) / sum(m.evaluations for m in found),
             "processor seconds a section": statistics.median(m.busy for m in found) / sections,
         }
         if name != "all steps":
@@ -111,7 +115,7 @@ def measure(kind: str, steps: int, seeds: int, seconds: float) -> Iterator[tuple
             figures |= {
                 "PSNR of latents, dB": statistics.mean(latents),
                 "PSNR of pictures, dB": statistics.mean(pixels),
-                "PSNR of pictures, dB, lowest": min(pixels),
+                LOWEST: min(pixels),
             }
         yield name, figures
 
@@ -123,7 +127,8 @@ def line_of(name: str, figures: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    good, rows = True, []
+    goals: list[Row] = []
+    rows = []
     for kind in args.kinds:
         for steps in args.steps:
             case = f"self-test {kind}, {steps} steps, {args.seconds:g} s"
@@ -132,10 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line_of(name, figures), flush=True)
                 rows += [(f"{case}, {name}", measured, value) for measured, value in figures.items()]
                 if name == f"drift {DRIFT:g}" and steps == GOAL_STEPS:
-                    good &= figures["times fewer evaluations"] >= GOAL_FACTOR
-                    good &= figures["PSNR of pictures, dB, lowest"] >= GOAL_PSNR
-    if not good:
-        print(f"\nFAILED: drift {DRIFT:g} is not {GOAL_FACTOR} times fewer evaluations at {GOAL_PSNR:g} dB")
+                    goals += [(f"{case}, {name}", goal, figures[goal], (least, math.inf)) for goal, least in GOALS]
+    lines, good = table(goals)
+    print("\n" + "\n".join(lines) if goals else f"\nNo goal was looked at: it is that of {GOAL_STEPS} steps.")
     if args.record:
         record.append(f"benchmarks.step_cache --seeds {args.seeds} --seconds {args.seconds:g}", rows)
     return 0 if good else 1

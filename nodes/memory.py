@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -32,10 +33,18 @@ NEW_FRAMES = {
 }
 
 
-def file_names() -> list[str]:
-    """Files of models/frame_memory; none where the pack's folder is not registered (yet)."""
+def file_names(*kinds: str) -> list[str]:
+    """Files of models/frame_memory but those that say that they are of no such kind: what cannot be read is listed, and
+    refused in words. None where the pack's folder is not registered (yet)."""
     known = memory_file.FOLDER in folder_paths.folder_names_and_paths
-    return folder_paths.get_filename_list(memory_file.FOLDER) if known else []
+    names = folder_paths.get_filename_list(memory_file.FOLDER) if known else []
+    paths = {name: str(folder_paths.get_full_path(memory_file.FOLDER, name)) for name in names}
+    return [name for name, path in paths.items() if _kind_of(path, state_of_file(name)) in ("", *kinds)]
+
+
+@lru_cache(maxsize=1024)  # the editor asks for the list again and again
+def _kind_of(path: str, state: str) -> str:
+    return memory_file.kind_said(path)
 
 
 def state_of_file(name: str) -> str:
@@ -62,7 +71,7 @@ class FrameMemoryLoadEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
-                    options=[NEW, *NEW_FRAMES, *file_names()],
+                    options=[NEW, *NEW_FRAMES, *file_names(*memory_file.KINDS)],
                     default=NEW,
                     tooltip=(
                         "File in models/frame_memory (safetensors only), or a new, untrained encoder, which needs "

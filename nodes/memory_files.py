@@ -33,7 +33,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "file",
-            options=file_names(),
+            options=file_names(memory_file.DIRECT_FORCING, memory_file.SEMANTIC_PACK),
             tooltip=(
                 "File in models/frame_memory (safetensors), made by Train Direct Forcing. A head alone in diffusers "
                 "names (norm_out.linear, proj_out) is read too."

@@ -38,9 +38,10 @@ def number_format(saved: str) -> io.Combo.Input:
         default="default",
         advanced=True,
         tooltip=(
-            "Number format of the transformer blocks in memory. default keeps the file's. fp8 and int8 halve the "
-            f"memory of a bf16 file ({saved}) at a small loss; embedders and norms stay exact. fp8_e4m3fn_fast and "
-            "int8 are also multiplied in, which GPUs can do at a higher rate (fp8 from RTX 40 on, int8 from RTX 20 "
-            "on); int8 loses less. A file with scales of its own keeps its format."
+            "Number format of the transformer blocks in memory. default keeps the file's, which is right for an fp8 "
+            f"file on any card. int8 (RTX 20 and newer) and fp8 halve the memory of a bf16 file ({saved}) at a small "
+            "loss, int8 at the smallest; embedders and norms stay exact. fp8_e4m3fn_fast and int8 are also multiplied "
+            "in, which GPUs can do at a higher rate (fp8 from RTX 40 on, int8 from RTX 20 on). A file with scales of "
+            "its own keeps its format."
         ),
     )

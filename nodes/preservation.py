@@ -133,7 +133,10 @@ class FrameMemoryRetrieveFrame(io.ComfyNode):
                 io.Float.Output(display_name="ssim", tooltip="Likeness of their structure; 1 is the same picture."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Both numbers, those of the mean of other frames in its place, the frame, the tokens.",
+                    tooltip=(
+                        "The video's name, both numbers, those of the mean of other frames in its place, the tokens. "
+                        "Of several videos Preview as Text shows all."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -250,7 +250,8 @@ class FrameMemoryStepCache(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "Estimated error allowed in a skipped step, as a share of the model's output, 0 to 1. At 0.2 "
-                        "the self-test models skip three of five of 25 steps. 0 skips none and changes nothing."
+                        "the self-test models skip three of five of 25 steps. Higher skips more and is less exact; "
+                        "'measure' tells how much. 0 skips none and changes nothing."
                     ),
                 ),
                 io.Boolean.Input(
@@ -297,8 +298,8 @@ def _run_inputs() -> list[io.Input]:
             step=0.1,  # the editor shows and keeps as many decimals as the step has
             tooltip=(
                 "Length in seconds, in whole sections: of 1.2 s (36 frames at 30 fps) with FramePack, of 5 s (80 "
-                "frames at 16 fps) with Wan; the video has one frame more: the start picture. With Helios 1.375 s "
-                "(33 frames at 24 fps). The exact length is shown before the first step."
+                "frames at 16 fps) with Wan's presets, of 1.375 s (33 frames at 24 fps) with Helios. The video has one "
+                "frame more, the start picture. The exact length is shown before the first step."
             ),
         ),
         io.String.Input(
@@ -478,7 +479,8 @@ class FrameMemoryAttentionBackend(io.ComfyNode):
                     tooltip=(
                         "'automatic' takes what is taken to be fastest of those that are installed and agree with "
                         "PyTorch's within 10 % in a short test; what ComfyUI was started with (--use-sage-attention "
-                        "and so on) stays. A named one goes before that, and is refused where it is missing or wrong."
+                        "and so on) stays. A named one goes before that, and is refused where it is missing or wrong. "
+                        "Nothing is installed by it: with PyTorch's alone the node changes nothing."
                     ),
                 ),
             ],

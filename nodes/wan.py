@@ -37,11 +37,12 @@ class FrameMemoryWanFrameContext(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=[wan_file.NEW, *file_names()],
+                    options=[wan_file.NEW, *file_names(wan_file.KIND)],
                     default=wan_file.NEW,
                     tooltip=(
                         "Trained patchifiers in models/frame_memory (safetensors), for this very base: another one is "
-                        "refused. New ones are what Train Wan Frame Context teaches; the model cannot read them yet."
+                        "refused, and memories are not listed. New ones are what Train Wan Frame Context teaches; the "
+                        "model cannot read them yet."
                     ),
                 ),
             ],

@@ -3,8 +3,10 @@
     python scripts/demo.py
     python scripts/demo.py --image start.png --prompt "a red circle moves right" --seconds 12
     python scripts/demo.py --keep          leaves the server running afterwards; the editor's address is printed
+    python scripts/demo.py --workflow workflows/frame_preservation_selftest.json
 
-Installs ComfyUI into a cache folder first where that is needed (see scripts/host.py).
+Another graph is given the pictures and videos that ship with the pack. The files and reports that it makes are
+listed at the end. Installs ComfyUI into a cache folder first where that is needed (see scripts/host.py).
 """
 
 import sys
@@ -16,6 +18,7 @@ if sys.version_info < (3, 10):
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,8 +28,11 @@ from scripts.client import PromptError, Run
 from scripts.server import CPU_FLAGS, PACK_NAME, Server, ServerError
 
 GRAPH = host.REPO / "workflows" / "selftest.json"
-PICTURES, PREFIX = host.REPO / "selftest_models", "frame_memory_"  # what ships, and what graphs put before its names
-SAMPLER, SAVER = "FrameMemoryAntiDriftSampler", "FrameMemorySaveLongVideo"
+SHIPPED, VIDEOS = host.REPO / "selftest_models", host.REPO / "selftest_videos"
+PREFIX = "frame_memory_"  # what graphs put before the names of pictures that ship
+SAMPLER = "FrameMemoryAntiDriftSampler"
+FILMS = (".mp4", ".mkv", ".webm")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 ACCELERATOR = """
 import torch
 xpu = getattr(torch, "xpu", None)
@@ -55,7 +61,7 @@ def arguments(line: list[str]) -> argparse.Namespace:
 
 
 def main(line: list[str]) -> int:
-    """Install, start, run, and say where the video is."""
+    """Install, start, run, and say what came of it and where it is."""
     asked = arguments(line)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped then as with Ctrl-C
     try:
@@ -69,9 +75,11 @@ def main(line: list[str]) -> int:
         host.say(f"Starting ComfyUI{' on the CPU' if flags else ''} at {server.address} (log: {server.log_file})")
         with server:
             graph = workflow.read(asked.workflow)
-            run, taken = make_video(server, graph, asked)
-            for path in videos(run, base):
-                print(f"Video: {path}  ({path.stat().st_size / 1e6:.1f} MB, made in {taken:.0f} s)")
+            definitions = server.client.object_info()
+            prompt = prepared(server, graph, asked, definitions)
+            run, taken = run_graph(server, prompt, graph)
+            print("\n".join(made(run, prompt, definitions, base)))
+            print(f"Made in {taken:.0f} s.")
             stay_or_leave(server, asked)
         return 0
     except KeyboardInterrupt:
@@ -104,10 +112,10 @@ def has_accelerator(found: host.Host) -> bool:
     return done.stdout.strip().endswith("True")
 
 
-def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
-    """The graph in API format with what was asked for put in."""
-    prompt = workflow.to_api(graph, server.client.object_info())
-    upload_pictures(server, prompt)
+def prepared(server: Server, graph: dict, asked: argparse.Namespace, definitions: dict) -> dict:
+    """The graph in API format with what was asked for put in. definitions: the server's /object_info."""
+    prompt = workflow.to_api(graph, definitions)
+    give_what_ships(server.base / "input", prompt)
     if asked.image:
         prompt = workflow.set_inputs(prompt, "LoadImage", {"image": server.client.upload_image(asked.image)})
     if asked.prompt is not None:
@@ -122,13 +130,17 @@ def prepared(server: Server, graph: dict, asked: argparse.Namespace) -> dict:
     return prompt
 
 
-def upload_pictures(server: Server, prompt: dict) -> None:
-    """Give the server the pictures that ship with the pack and that the graph names."""
+def give_what_ships(folder: Path, prompt: dict) -> None:
+    """Put the pictures, videos and folders of videos that ship with the pack and that the graph names into `folder`."""
     for node in prompt.values():
-        name = str(node["inputs"].get("image", "")) if node["class_type"] == "LoadImage" else ""
-        shipped = PICTURES / name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and shipped.is_file():
-            server.client.upload_image(shipped, name)
+        for name in (value for value in node["inputs"].values() if isinstance(value, str)):
+            if not name.startswith(PREFIX) or set(name) & set("/\\:"):
+                continue
+            if (VIDEOS / name).is_dir():
+                shutil.copytree(VIDEOS / name, folder / name, dirs_exist_ok=True)
+            for shipped in (SHIPPED / name, SHIPPED / name.removeprefix(PREFIX)):
+                if shipped.is_file():
+                    shutil.copyfile(shipped, folder / name)
 
 
 def text_node(prompt: dict) -> str:
@@ -137,10 +149,9 @@ def text_node(prompt: dict) -> str:
     return "FrameMemoryPromptTimeline" if "FrameMemoryPromptTimeline" in classes else "CLIPTextEncode"
 
 
-def make_video(server: Server, graph: dict, asked: argparse.Namespace) -> tuple[Run, float]:
-    """Run the graph and show its progress; returns the run and the seconds it took."""
+def run_graph(server: Server, prompt: dict, graph: dict) -> tuple[Run, float]:
+    """Run a graph (API format; and as it was saved) and show its progress; returns the run and the seconds it took."""
     client = server.client.listen()
-    prompt = prepared(server, graph, asked)
     titles = {node_id: node["_meta"]["title"] for node_id, node in prompt.items()}
     progress = Progress(titles)
     client.on_message = progress
@@ -200,17 +211,44 @@ def progress_text(data: bytes) -> str:
     return data[4 + size :].decode("utf-8", "replace").strip()
 
 
-def videos(run: Run, base: Path) -> list[Path]:
-    """The video files a run has written. Raises DemoError when there are none."""
-    found = []
-    for output in run.outputs.values():
-        for entries in output.values():
-            for entry in entries if isinstance(entries, list) else []:
-                if isinstance(entry, dict) and str(entry.get("filename", "")).endswith((".mp4", ".mkv", ".webm")):
-                    found.append(base / entry.get("type", "output") / entry.get("subfolder", "") / entry["filename"])
-    if not found:
-        raise DemoError("The graph ran, but no node reported a video file.")
-    return found
+def made(run: Run, prompt: dict, definitions: dict, base: Path) -> list[str]:
+    """Lines about the files and reports of the nodes that a graph ends with. Raises DemoError when there are none.
+
+    Previews lie in a folder that ComfyUI empties; they are copied beside what it keeps.
+    """
+    lines = []
+    for node_id, output in run.outputs.items():
+        node = prompt.get(node_id)
+        if node is None or not definitions[node["class_type"]].get("output_node"):
+            continue
+        entries = [entry for listed in output.values() if isinstance(listed, (list, tuple)) for entry in listed]
+        for entry in entries:
+            if isinstance(entry, dict) and entry.get("filename"):
+                lines.append(described(kept(entry, base), node["_meta"]["title"]))
+        lines += [f"{node['_meta']['title']}:\n{text}" for text in output.get("text") or ()]
+    if not lines:
+        raise DemoError(
+            "The graph ran and made nothing: none of its nodes saved or showed a video, a picture or a report. End it "
+            "with 'Save Long Video', 'Preview Image' or 'Preview as Text'."
+        )
+    return lines
+
+
+def kept(entry: dict, base: Path) -> Path:
+    """Where a file that a node reported lies for good."""
+    kind = entry.get("type", "output")
+    path = base / kind / entry.get("subfolder", "") / entry["filename"]
+    if kind != "temp":
+        return path
+    (base / "output" / "previews").mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(path, base / "output" / "previews" / entry["filename"]))
+
+
+def described(path: Path, title: str) -> str:
+    """A file for people: what it is, where, how large, and the title of the node that made it."""
+    what = {**dict.fromkeys(FILMS, "Video"), **dict.fromkeys(PICTURES, "Picture")}.get(path.suffix.lower(), "File")
+    size = path.stat().st_size
+    return f"{what}: {path}  ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, {title})"
 
 
 def stay_or_leave(server: Server, asked: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model.transformer import without_padding
 from ..plan import PRESETS, Section, clip_window, plan_sections
-from ..plan.mark import expected_files, read_mark
+from ..plan.mark import SELFTEST, SELFTEST_WAN, expected_files, read_mark
 from .flow import Conditioning, WanConditioning
 
 SCHEDULE = "F1 forward"
@@ -150,12 +150,19 @@ def stored_videos(
     return made
 
 
-def check_families(videos: Sequence[StoredVideo], families: Sequence[str]) -> None:
+def check_families(videos: Sequence[StoredVideo], families: Sequence[str], node: str) -> None:
     """Raise ForcingError for latents of another VAE than the model's (fault 22); the same shape is not enough.
 
-    families: of latents that the MODEL can read (`latent_families`). A video that says none is passed over.
+    families: of latents that the MODEL can read (`latent_families`). A video that says none is passed over. node:
+    display name of the one that trains.
     """
     for video in videos:
+        if video.family == SELFTEST and SELFTEST_WAN in families:
+            raise ForcingError(
+                f"{video.name} was encoded with {expected_files((SELFTEST,))}, or with that of the small Wan before it "
+                f"had a name of its own. Put {expected_files((SELFTEST_WAN,))} into the 'Load VAE' behind "
+                f"'{VIDEO_CLIPS}' and run '{VIDEO_CLIPS}' again; for the command line also '{node}', which writes them."
+            )
         if video.family and video.family not in families:
             raise ForcingError(
                 f"{video.name} was encoded with {expected_files((video.family,))}, and the MODEL works with other "

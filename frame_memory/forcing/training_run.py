@@ -179,7 +179,7 @@ class TrainingRun:
         cls._check_model(patcher)
         for video in videos:
             _check_made_for(video, patcher, cls.node)
-        check_families(videos, latent_families(patcher))
+        check_families(videos, latent_families(patcher), cls.node)
         for video in videos:
             _check_rate(video, frames_a_second(patcher))
 

@@ -29,8 +29,9 @@ def _in_bf16(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
     return scaled_dot_product_attention(*narrow).to(q_BHLD.dtype)
 
 
-# PyTorch's kernel does bf16 on the matrix unit (AMX): 1.5 times as fast as fp32 at 128 tokens, 2 to 3.5 times from
-# 1,000 on, slower below. Off by 4e-3 of the result, a tenth of what SageAttention's 8 bits are off by.
+# PyTorch's kernel does bf16 on the matrix unit (AMX): with the conversions 1.4 times as fast as fp32 at 128 tokens, 1.7
+# to 3.4 times from 1,000 on, half as fast at 16 (`benchmarks.attention`). Off by 4e-3 of the result, a tenth of what
+# SageAttention's 8 bits are off by.
 BF16 = Backend("bf16", _in_bf16, Needs(("cpu",), (torch.float32,), features=("amx_bf16",), rows=(128, 1 << 30)))
 SDPA = Backend("sdpa", scaled_dot_product_attention, Needs(gradient=True))
 ATTENTION = Op(attention_twin, (BF16, SDPA))

@@ -120,8 +120,7 @@ class Base:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.topology.items())
-        # Blocks of a single kind are Wan's.
-        network = "FramePack" if "single_depth" in self.topology else "network"
+        network = "FramePack" if self._is_framepack else "network"
         what = " ".join(filter(None, (self.family, network, self.kind)))
         return f"{what} ({sizes}; fingerprint {self.signature.short})"
 
@@ -141,10 +140,17 @@ class Base:
 
     def certainty(self, other: Base) -> str:
         """A sentence on what could be compared with `other`, which `difference` found to be the same."""
-        unsaid = [n for n, a, b in (("family", self.family, other.family), ("kind", self.kind, other.kind))
-                  if not (a and b)]  # fmt: skip
-        left = f" Its {' and '.join(unsaid)} could not be compared: one of the two does not say." if unsaid else ""
+        compared = [("which VAE it works with", self.family, other.family)]
+        if self._is_framepack:
+            compared.append(("whether it is F0 or F1", self.kind, other.kind))
+        unsaid = " and ".join(what for what, mine, its in compared if not (mine and its))
+        left = f" Not compared, since the MODEL or the file does not say: {unsaid}." if unsaid else ""
         return f"Trained on this base ({self.signature.short}).{left}"
+
+    @property
+    def _is_framepack(self) -> bool:
+        """Blocks of a single kind are Wan's."""
+        return "single_depth" in self.topology
 
     def to_metadata(self) -> dict[str, str]:
         """Strings for a file's metadata, without prefix."""

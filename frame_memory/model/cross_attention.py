@@ -119,13 +119,13 @@ def _replaced(block: nn.Module, features_BME: Tensor, window: slice, theirs: Cal
 
         def with_memory(args: dict) -> dict:
             out = original(args)
-            start, stop, _ = window.indices(out["img"].shape[1])
-            own = out["img"][:, start:stop]
-            read = block(own, features_BME, args["transformer_options"])
+            img = out["img"]
+            read = block(img[:, window], features_BME, args["transformer_options"])
             if read.requires_grad:  # the backward pass needs what was asked with
-                return {**out, "img": torch.cat((out["img"][:, :start], own + read, out["img"][:, stop:]), dim=1)}
-            own += read  # the block's own tensor, as core adds a ControlNet's
-            return out
+                img = img.clone()
+            own = img[:, window]
+            own += read  # without a gradient the block's own tensor, as core adds a ControlNet's
+            return {**out, "img": img}
 
         return with_memory(args) if theirs is None else theirs(args, {**extra, "original_block": with_memory})
 

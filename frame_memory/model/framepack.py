@@ -16,7 +16,7 @@ from ..plan.mark import SELFTESTS
 from .once import Once
 from .packing import ContextLayout
 from .provenance import MODEL_OPTION
-from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, FramePackTransformer, refuse_foreign
+from .transformer import FROM_IMAGE_NODE, FROM_TEXT_ENCODER, TO_PACK, FramePackTransformer, refuse_foreign
 
 DEFAULT_GUIDANCE = 10.0
 FRAME_CONTEXT_KEY = "frame_context"
@@ -28,8 +28,8 @@ FRAME_TOKENS, FRAME_POSITIONS = "frame_memory_tokens", "frame_memory_positions"
 FRAME_FEATURES = "frame_memory_features"
 # Latent positions that a token of the window stands for.
 _PATCH = 4
-# What the network gets of a prompt to keep what no step of the section changes.
-ONCE = "once"
+# What the model gets of a prompt to keep what no step of the section changes, and what its network then gets of that.
+ONCE, PACKED = "once", "packed"
 # Under MODEL_OPTION, only where the file says another kind than the one that was chosen: who says which, as words.
 CONTRADICTED = "kind_contradicted"
 
@@ -97,6 +97,17 @@ class FramePack(model_base.HunyuanVideo):
         if kwargs.get(MEMORY_KEY) is not None:
             out[MEMORY_KEY] = comfy.conds.CONDRegular(kwargs[MEMORY_KEY])
         return out
+
+    def apply_model(
+        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ):  # fmt: skip
+        """Core's, behind what no step of the section changes (`once.py`)."""
+        once = kwargs.pop(ONCE, None)
+        if once is not None:
+            given = {name: kwargs.pop(name) for name in TO_PACK if name in kwargs}
+            like = x.to(self.get_dtype_inference())
+            kwargs[PACKED] = self.diffusion_model.pack_once(once, like, c_crossattn, **given)
+        return super().apply_model(x, t, c_concat, c_crossattn, control, transformer_options or {}, **kwargs)
 
     def extra_conds_shapes(self, **kwargs):
         """The token count of context and memory, said as one latent shape at the window's own rate."""

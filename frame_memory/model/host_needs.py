@@ -70,6 +70,8 @@ modulation_dims_txt transformer_options
     comfy.conds.CONDConstant
     comfy.conds.CONDList
     comfy.model_base.BaseModel.__init__ model_config model_type device unet_model
+    comfy.model_base.BaseModel.apply_model x t c_concat c_crossattn control transformer_options
+    comfy.model_base.BaseModel.get_dtype_inference
     comfy.model_base.BaseModel.process_latent_in
     comfy.model_base.BaseModel.process_latent_out
     comfy.model_base.BaseModel.resize_cond_for_context_window = cond_key cond_value window x_in device \
@@ -124,6 +126,7 @@ WAN = _needs("""
     comfy.model_management.unet_offload_device
     comfy.model_patcher.CoreModelPatcher
     comfy.ops.manual_cast
+    comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
 """)
@@ -275,6 +278,7 @@ WAN_NODES = _needs("""
     comfy.ldm.wan.model.WanModel
     comfy.ldm.wan.model.sinusoidal_embedding_1d dim position
     comfy.model_base.WAN21
+    comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
     comfy.samplers.CFGGuider.sample noise latent_image sampler sigmas denoise_mask callback disable_pbar seed

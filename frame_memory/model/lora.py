@@ -75,6 +75,8 @@ _FAMILIES = (
     ("HunyuanVideo or FLUX of another width", r"(double|single)_blocks|(single_)?transformer_blocks"),
 )
 FLUX_BLOCKS = (19, 38)
+# By core's class, what people call its models where that is something else.
+_CALLED = {"WAN21": "Wan 2.1 or 2.2", "WAN22": "Wan 2.2 5B"}
 # How names begin that core knows, to the style a report names; the first that fits counts.
 _CORE_STYLES = (("lora_unet_", "kohya names"), ("diffusion_model.", "ComfyUI names"), ("", "diffusers names"))
 
@@ -133,7 +135,8 @@ def match_lora(lora_sd: Mapping[str, Tensor], model, allow_none: bool = False) -
     styles = Counter(style for module, (_, style) in found.items() if module not in failed)
     matched = len(modules) - len(unmatched)
     if matched == 0:
-        said = _nothing_matched(lora_sd, modules, failed, "FramePack" if framepack else type(model).__name__)
+        core = type(model).__name__
+        said = _nothing_matched(lora_sd, modules, failed, "FramePack" if framepack else _CALLED.get(core, core))
         if not allow_none:
             raise LoraError(said)
         return LoraMatch({}, 0, len(modules), unmatched, "no known names", (f"Warning: {said}",))

@@ -185,6 +185,14 @@ def read(path: str, node: str = LOAD_DIRECT_FORCING) -> MemoryFile:
     )
 
 
+def kind_said(path: str) -> str:
+    """The kind that a file's metadata names: one of KINDS or a kind of another module; empty where none can be read."""
+    try:
+        return tensor_file.read_header(path)[1].get(f"{OURS}kind", "")
+    except (tensor_file.FileError, OSError):
+        return ""
+
+
 def check_format(path: str, said: Mapping[str, str], node: str, kinds: Sequence[str] = KINDS) -> None:
     """Raise MemoryFileError unless a file's metadata (without prefix) is of our format and of one of `kinds`."""
     if said.get("format") != FORMAT:

@@ -1,31 +1,40 @@
-"""What every step of a section would compute to the same numbers, computed in its first step and kept to its last.
+"""What every step of a section would compute to the same numbers, computed before its first step and kept to its last.
 
-A prompt of a section carries a `Once` to the network beside its context (on Wan all prompts with the same history carry
-the same one), and core lets go of it with the section. So nothing outlives what it was computed from; a network that is
-called without one computes everything each time.
+A prompt of a section carries a `Once` to the model beside its context (on Wan all prompts with the same history carry
+the same one), and core lets go of it with the section. So nothing outlives what it was computed from. It is filled
+before the network is called, which then gets tensors alone: a network that torch.compile has captured is one graph for
+all steps of all sections. A network that is called without them computes them itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
+
+Made = TypeVar("Made")
 
 
-class Once:
-    """Tensors by name, each for the sizes and the device that it was computed for."""
+class Once(Generic[Made]):
+    """The last thing that was made, and all that it was made for."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[Hashable, Tensor]] = {}
+        self._held: tuple[Hashable, Made] | None = None
 
-    def __call__(self, name: str, made_for: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor of that name. made_for: all that it depends on and that may be other in the next call."""
-        held = self._held.get(name)
-        if held is None or held[0] != made_for:
-            self._held[name] = held = (made_for, make())
-        return held[1]
+    def __call__(self, made_for: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives. made_for: all that it depends on and that may be other in the next call."""
+        if self._held is None or self._held[0] != made_for:
+            self._held = (made_for, make())
+        return self._held[1]
 
 
-def every_time(name: str, made_for: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What stands in for a `Once` where nothing is to be kept."""
-    return make()
+def vary(*sizes: tuple[Tensor | None, int]) -> None:
+    """Tell torch.compile of sizes, (tensor or None, dimension) each, that the next section has others.
+
+    The first graph then serves these too, where the second time torch would find out itself and capture another.
+    """
+    for tensor, dim in sizes:
+        if tensor is not None:
+            maybe_mark_dynamic(tensor, dim)

@@ -95,8 +95,8 @@ def without_their_lora(label: str, loras: Sequence[NamedLora], *models) -> list[
     it, put, is_ = ("it", "that file", "it is") if len(missing) == 1 else ("them", "each of them", "they are")
     return [
         f"{label} was trained together with {' and '.join(f'the LoRA {name}' for name in named)}, and the MODEL does "
-        f"not carry {it}: one without the other seldom works. Put '{LOAD_LORA}' with {put} and strength 1 behind the "
-        f"MODEL's loader, unless {is_} merged into the MODEL's own file."
+        f"not carry {it}, or at strength 0, which is off: one without the other seldom works. Put '{LOAD_LORA}' with "
+        f"{put} behind the MODEL's loader and set its strength to 1, unless {is_} merged into the MODEL's own file."
     ]
 
 

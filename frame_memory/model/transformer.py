@@ -8,6 +8,7 @@ Source: reference/framepack.md sections 1 and 2.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
@@ -16,19 +17,38 @@ from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from torch import Tensor
 
 from .cross_attention import with_features
-from .once import every_time
+from .once import Once, vary
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
 
 IMAGE_FEATURES = 1152
-# Beside window, time and text: inputs with a row a sample.
-PER_SAMPLE = (
-    "y", "clip_fea", "guidance", "memory_tokens", "frame_memory_tokens", "frame_memory_features",
+# Inputs that `pack` takes beside window and text.
+TO_PACK = (
+    "attention_mask", "clip_fea", "context_latents", "context_layout", "memory_tokens", "frame_memory_tokens",
+    "frame_memory_positions", "frame_memory_features",
 )  # fmt: skip
 FROM_IMAGE_NODE = (
     "Take out the node 'HunyuanImageToVideo': FramePack gets its start picture from 'FramePack Image', as the 'start' "
     "of 'Anti-Drift Sampler'."
 )
 FROM_TEXT_ENCODER = "Set 'type' in 'DualCLIPLoader' to hunyuan_video, with clip_l and llava_llama3."
+
+
+class Packed(NamedTuple):
+    """What no step of a section changes, of the whole batch or of one sample.
+
+    samples: which of the batch. length: how many tokens of the text are valid, None for all. image_BND: the picture's
+    tokens. memory_BMD: SemanticPack's. frames_BPD: frame preservation's, and features_BPE for cross-attention.
+    history_BND: the context groups'. Each is None where there is none. pe: rotary table of the whole sequence.
+    """
+
+    samples: slice
+    length: int | None
+    image_BND: Tensor | None
+    memory_BMD: Tensor | None
+    frames_BPD: Tensor | None
+    features_BPE: Tensor | None
+    history_BND: Tensor | None
+    pe: Tensor
 
 
 class FramePackTransformer(HunyuanVideo):
@@ -39,6 +59,60 @@ class FramePackTransformer(HunyuanVideo):
         made = {"dtype": dtype, "device": device, "operations": operations}
         self.clean_x_embedder = CleanEmbedder(self.in_channels, self.hidden_size, **made)
         self.image_projection = ImageProjection(IMAGE_FEATURES, self.hidden_size, **made)
+
+    def pack(
+        self,
+        x: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        clip_fea: Tensor | None = None,
+        context_latents: list[Tensor] | None = None,
+        context_layout: ContextLayout | None = None,
+        memory_tokens: Tensor | None = None,
+        frame_memory_tokens: Tensor | None = None,
+        frame_memory_positions: Tensor | None = None,
+        frame_memory_features: Tensor | None = None,
+        **_,
+    ) -> tuple[Packed, ...]:
+        """What no step of a section changes, from the inputs of `_forward`, for a window like `x`.
+
+        One for the batch, or one a sample where the text has padding: that must never meet real tokens, and core's
+        refiner pools over whatever it is given (reference/framepack.md 2.5 M3). Raises ValueError without a context or
+        memory tokens, and where these do not fit the window.
+        """
+        latents = context_latents or []
+        layout = _needed(latents, context_layout, frame_memory_tokens)
+        layout.check(latents, x)
+        given = (clip_fea, memory_tokens, frame_memory_tokens, frame_memory_features, *latents)
+
+        def one(samples: slice, length: int | None) -> Packed:
+            image, memory, frames, features, *context_groups = (_of(samples, value) for value in given)
+            image = None if image is None else self.image_projection(image.to(x))
+            before = sum(part.shape[1] for part in (image, memory) if part is not None)
+            text = before + (context.shape[1] if length is None else length)
+            pe = self._positions(layout, latents, _grid(x), text, x.device, frame_memory_positions)
+            history = self._history(x, layout, context_groups)
+            return Packed(samples, length, image, memory, frames, features, history, pe)
+
+        lengths = _valid_lengths(attention_mask)
+        if lengths is None:
+            return (one(slice(None), None),)
+        return tuple(one(slice(i, i + 1), length) for i, length in enumerate(lengths))
+
+    def pack_once(self, once: Once[tuple[Packed, ...]], x: Tensor, context: Tensor, **given) -> tuple[Packed, ...]:
+        """What `pack` makes, in the first step of a section. once: of this prompt. given: as the inputs of `pack`."""
+        made_for = (x.device, x.dtype, x.shape, given.get("context_layout"))
+        packed = once(made_for, partial(self.pack, x, context, **given))
+        for one in packed:
+            if one.frames_BPD is not None:
+                vary((one.frames_BPD, 1), (one.features_BPE, 1), (one.pe, 2))
+        return packed
+
+    def _history(self, x: Tensor, layout: ContextLayout, latents) -> Tensor | None:
+        """Tokens `[B, N, D]` of the context groups, None where there are none."""
+        padded = [pad_to_patch_size(c.to(x), (1, 2, 2), padding_mode="replicate") for c in latents]
+        tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(padded, layout.groups, strict=True)]
+        return torch.cat(tokens, dim=1) if tokens else None
 
     def _forward(
         self,
@@ -55,73 +129,46 @@ class FramePackTransformer(HunyuanVideo):
         disable_time_r=False,
         control=None,
         transformer_options={},  # noqa: B006 (core's signature; copied before use)
-        context_latents: list[Tensor] | None = None,
-        context_layout: ContextLayout | None = None,
-        memory_tokens: Tensor | None = None,
-        frame_memory_tokens: Tensor | None = None,
-        frame_memory_positions: Tensor | None = None,
-        frame_memory_features: Tensor | None = None,
-        once=every_time,
+        packed: tuple[Packed, ...] | None = None,
         **kwargs,
     ) -> Tensor:
         """Predict the velocity of `x [B, C, T, H, W]`.
 
         timestep: sigma * 1000, `[B]`. context: text `[B, L, ·]`; clip_fea: CLIP-vision tokens `[B, ·, 1152]`.
-        context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
+        Of kwargs, context_latents: one model-space tensor `[B, C, T_g, H, W]` for each group of `context_layout`.
         memory_tokens: `[B, M, D]`, what SemanticPack hands out, put between image and text (no rotary position).
         frame_memory_tokens: `[B, P, D]` of frame preservation, clean and in front of the context, at
         frame_memory_positions `[P, 3]`: latent frame, row and column of patches (pfp reference 2.4), with
-        frame_memory_features `[B, ·, E]` for cross-attention. once: this prompt's `Once` of the section. Raises
-        ValueError without a context or memory tokens, where these do not fit the window, or for foreign conditioning.
+        frame_memory_features `[B, ·, E]` for cross-attention. packed: what `pack` has made of all these, in their
+        place. Raises ValueError as `pack` does, and for foreign conditioning.
         """
         _check_stock(txt_byt5, guiding_frame_index, ref_latent)
-        _needed(context_latents, context_layout, frame_memory_tokens).check(context_latents or [], x)
-        if (lengths := _valid_lengths(attention_mask)) is not None:
-            memories = (memory_tokens, frame_memory_tokens, frame_memory_features)
-            each = (x, timestep, context, y, clip_fea, guidance, *memories)
-            shared = {"control": control, "transformer_options": transformer_options, "context_layout": context_layout,
-                      "frame_memory_positions": frame_memory_positions}  # fmt: skip
-            return self._forward_each(lengths, each, context_latents or [], shared, once)
+        if packed is None:
+            packed = self.pack(x, context, attention_mask, clip_fea, **kwargs)
+        given = (x, timestep, context, y, guidance)
+        run = partial(self._velocity, control=control, transformer_options=transformer_options)
+        made = [run(one, *(_of(one.samples, value) for value in given)) for one in packed]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
+    def _velocity(self, packed: Packed, x, timestep, context, y, guidance, control, transformer_options) -> Tensor:
         padded = pad_to_patch_size(x, self.patch_size, padding_mode="replicate")
-        grid = (padded.shape[2], padded.shape[3] // 2, padded.shape[4] // 2)
         vec, rounded_time = self._modulation_vector(timestep, y, guidance, x.dtype)
-        same = (x.device, x.dtype, x.shape[0], grid, context_layout)
-        image = None if clip_fea is None else once("image", same, partial(self.image_projection, clip_fea))
-        txt = self.txt_in(context, rounded_time, None, transformer_options=transformer_options)
-        txt = torch.cat([t.to(txt.dtype) for t in (image, memory_tokens, txt) if t is not None], dim=1)
+        txt = self.txt_in(context[:, : packed.length], rounded_time, None, transformer_options=transformer_options)
+        front = (packed.image_BND, packed.memory_BMD, txt)
+        txt = torch.cat([t.to(txt.dtype) for t in front if t is not None], dim=1)
         window = self.img_in(padded)
-        last = slice(-window.shape[1], None)
-        told = (context_layout, context_latents or [])
-        img = self._visual_tokens(window, *told, frame_memory_tokens, partial(once, "history", same))
-        placed = partial(self._positions, *told, grid, txt.shape[1], x.device, frame_memory_positions)
-        pe = once("positions", (same, txt.shape[1]), placed)
-        rows, clean = self._rows(vec, frame_memory_tokens, timestep, y, guidance)
-        options = with_features(transformer_options, frame_memory_features, window, last)
-        img = self._run_blocks(img, txt, rows, pe, clean, window.shape[1], control, options)
-        return self._pixels(self.final_layer(img[:, last], vec), grid)[..., : x.shape[3], : x.shape[4]]
+        last, frames = slice(-window.shape[1], None), packed.frames_BPD
+        parts = (None if frames is None else frames.to(window), packed.history_BND, window)
+        img = torch.cat([part for part in parts if part is not None], dim=1)
+        rows, clean = self._rows(vec, frames, timestep, y, guidance)
+        options = with_features(transformer_options, packed.features_BPE, window, last)
+        img = self._run_blocks(img, txt, rows, packed.pe, clean, window.shape[1], control, options)
+        return self._pixels(self.final_layer(img[:, last], vec), _grid(x))[..., : x.shape[3], : x.shape[4]]
 
     def _pixels(self, out_BNK: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens of the window back to `[B, C, T, H, W]`."""
         out = out_BNK.unflatten(1, grid).unflatten(-1, (self.out_channels, 2, 2))
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-
-    def _forward_each(self, lengths: list[int], each: tuple, context_latents, shared: dict, once) -> Tensor:
-        """Run each sample with exactly its own text. each: what of `_forward` has a row a sample.
-
-        Padding must never meet real tokens, and core's refiner pools over whatever it is given
-        (reference/framepack.md 2.5 M3).
-        """
-
-        def one(i: int, length: int) -> Tensor:
-            row = slice(i, i + 1)
-            x, timestep, text, *others = (None if value is None else value[row] for value in each)
-            own = dict(zip(PER_SAMPLE, others, strict=True))
-            latents = [c[row] for c in context_latents]
-            mine = {**own, **shared, "context_latents": latents, "once": partial(_of_sample, once, i)}
-            return self._forward(x, timestep, text[:, :length], **mine)
-
-        return torch.cat([one(i, length) for i, length in enumerate(lengths)])
 
     def _modulation_vector(self, timestep: Tensor, y: Tensor, guidance: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
         # The checkpoint saw time rounded to its compute dtype (reference/framepack.md 1, M2).
@@ -138,17 +185,6 @@ class FramePackTransformer(HunyuanVideo):
             return vec, 0
         clean, _ = self._modulation_vector(torch.zeros_like(timestep), y, guidance, vec.dtype)
         return torch.stack((clean, vec), dim=1), frame_memory_tokens.shape[1]
-
-    def _visual_tokens(self, window_BND: Tensor, layout, context_latents, memory_BPD: Tensor | None, once) -> Tensor:
-        """`[B, N, D]`: frame preservation, context groups, window."""
-
-        def history() -> Tensor:
-            padded = [pad_to_patch_size(c, (1, 2, 2), padding_mode="replicate") for c in context_latents]
-            tokens = [self.clean_x_embedder(c, rate) for c, (rate, _) in zip(padded, layout.groups, strict=True)]
-            return torch.cat(tokens, dim=1)
-
-        parts = [once(history)] if context_latents else []
-        return torch.cat([*([] if memory_BPD is None else [memory_BPD.to(window_BND)]), *parts, window_BND], dim=1)
 
     def _positions(self, layout: ContextLayout, latents, grid, text_tokens: int, device, places=None) -> Tensor:
         """Rotary table of the whole sequence; nothing on the text side is turned."""
@@ -191,9 +227,14 @@ class FramePackTransformer(HunyuanVideo):
         return img[:, start:]
 
 
-def _of_sample(once, i: int, name: str, made_for, make) -> Tensor:
-    """A sample's own part of what is computed once."""
-    return once(f"{name} of sample {i}", made_for, make)
+def _of(samples: slice, value: Tensor | None) -> Tensor | None:
+    """Some samples of an input with a row a sample."""
+    return None if value is None else value[samples]
+
+
+def _grid(x_BCTHW: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of a window's patches."""
+    return x_BCTHW.shape[2], -(-x_BCTHW.shape[3] // 2), -(-x_BCTHW.shape[4] // 2)
 
 
 def _needed(context_latents, context_layout: ContextLayout | None, tokens: Tensor | None) -> ContextLayout:

@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import comfy.conds
 import comfy.model_management
@@ -44,8 +45,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .cross_attention import with_features
-from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, ONCE, AloneConstant, token_conditions
-from .once import Once, every_time
+from .framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, ONCE, PACKED, AloneConstant, token_conditions
+from .once import Once, vary
 from .packing import KERNEL_OF_RATE, CleanEmbedder, ContextLayout, packed_rope
 from .provenance import fingerprint_of
 from .stored_weights import original
@@ -55,7 +56,7 @@ KEY = "frame_memory_wan"
 CONTEXT, LAYOUT = "frame_context_latents", "frame_context_layout"
 TOKENS, POSITIONS = FRAME_TOKENS, FRAME_POSITIONS
 # What a prompt may carry of the history, as the wrapper takes it.
-_CARRIED = (CONTEXT, LAYOUT, TOKENS, POSITIONS)
+_CARRIED = (CONTEXT, LAYOUT, TOKENS, POSITIONS, FRAME_FEATURES)
 # In `transformer_options`: how many tokens stand behind the window.
 BEHIND = "frame_memory_behind"
 _MASK = 4
@@ -132,7 +133,9 @@ def attach(model_patcher, patchifiers=None):
     check(model_patcher)
     clone = detach(model_patcher)
     network = None if patchifiers is None else patchifiers.model
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _Wrapper(network))
+    wrapper = _Wrapper(network)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, wrapper)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper.ahead)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _begin)
     if patchifiers is not None:
         clone.set_additional_models(KEY, [patchifiers])
@@ -142,7 +145,7 @@ def attach(model_patcher, patchifiers=None):
 def detach(model_patcher):
     """A clone of a MODEL that knows nothing of history."""
     clone = model_patcher.clone()
-    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.PREPARE_SAMPLING):
+    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):
         clone.remove_wrappers_with_key(kind, KEY)
     clone.remove_additional_models(KEY)
     return clone
@@ -211,44 +214,75 @@ def conditions(
     return {**out, **token_conditions(tokens, positions, features)}
 
 
+class _History(NamedTuple):
+    """What stands behind the window.
+
+    tokens_BMD: of all of it. pe `[1, M, 1, F, 2, 2]`: its rotary table, behind the window's N where the window is
+    placed here, and not by core. clean_116D: the modulation of timestep 0. features_BPE: for cross-attention, or None.
+    """
+
+    tokens_BMD: Tensor
+    pe: Tensor
+    placed: bool
+    clean_116D: Tensor
+    features_BPE: Tensor | None
+
+
 class _Wrapper:
-    """Core's `DIFFUSION_MODEL` wrapper. Holds no tensors but the patchifiers, which their ModelPatcher owns."""
+    """Core's `DIFFUSION_MODEL` wrapper, and `ahead` for `APPLY_MODEL`, which is around what torch.compile captures.
+
+    Holds no tensors but the patchifiers, which their ModelPatcher owns.
+    """
 
     def __init__(self, patchifiers: Patchifiers | None):
         self.patchifiers = patchifiers
 
+    def ahead(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ):  # fmt: skip
+        """The model's call, behind what no step of the section changes (`once.py`)."""
+        once, options = kwargs.pop(ONCE, None), transformer_options or {}
+        if once is not None:
+            told = {name: kwargs.pop(name, None) for name in _CARRIED}
+            network = executor.class_obj.diffusion_model
+            network = getattr(network, "_orig_mod", network)  # as it is without torch.compile
+            like = x.to(executor.class_obj.get_dtype_inference())
+            made_for = (like.device, like.dtype, like.shape, told[LAYOUT], tuple(sorted(_stretch(options).items())))
+            kwargs[PACKED] = made = once(made_for, partial(self.history, network, like, told, options))
+            if told[TOKENS] is not None:
+                vary((made.tokens_BMD, 1), (made.pe, 1), (made.features_BPE, 1))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
     def __call__(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None,
                  **kwargs):  # fmt: skip
-        latents, layout, tokens, positions = (kwargs.pop(name, None) for name in _CARRIED)
-        features, once = kwargs.pop(FRAME_FEATURES, None), kwargs.pop(ONCE, every_time)
+        told = {name: kwargs.pop(name, None) for name in _CARRIED}
+        history = kwargs.pop(PACKED, None)
         options = {} if transformer_options is None else transformer_options
-        if layout is not None or tokens is not None:
-            network = executor.class_obj
-            _check_network(network, type(network).__name__)
+        network = executor.class_obj
+        if history is None and any(value is not None for value in told.values()):
+            history = self.history(network, x, told, options)
+        if history is not None:
             _check_alone(network, time_dim_concat, kwargs)
-            told = (latents or [], layout, tokens, positions)
-            history = self.history(network, x, timestep, told, options, once)
-            options = with_features(options, features, x, slice(_tokens_of(x)))
-            options = history.options(options, len(network.blocks))
+            options = with_features(options, history.features_BPE, x, slice(_tokens_of(x)))
+            options = _Behind(history).options(options, len(network.blocks))
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
-    def history(self, network: WanModel, x, timestep, told: tuple, options, once) -> _History:
-        """Everything that stands behind the window `x [B, C, T, H, W]` of one call. told: as in `_CARRIED`."""
-        latents, layout, tokens, positions = told
+    def history(self, network: WanModel, x: Tensor, told: Mapping, options: Mapping) -> _History:
+        """Everything that stands behind a window like `x [B, C, T, H, W]`. told: as in `_CARRIED`."""
+        _check_network(network, type(network).__name__)
+        latents, layout, tokens, positions, features = (told[name] for name in _CARRIED)
+        latents = latents or []
         if latents and self.patchifiers is None:
             raise ValueError("This Wan model was given frames of history and has no patchifiers for them.")
         if layout is not None:
             layout.check(latents, x)
-        stretch = options.get("rope_options") or {}
-        same = (x.device, x.dtype, x.shape, layout, tuple(sorted(stretch.items())))
         frames = tuple(latent.shape[2] for latent in latents)
-        placed = partial(_phases, _placer(network, stretch), x, layout, frames, positions)
-        clean = partial(_clean_row, network, timestep, x.dtype)
         return _History(
-            once("history", same, partial(self._tokens, network.dim, x, latents, layout, tokens)),
-            once("positions", same, placed),
+            self._tokens(network.dim, x, latents, layout, tokens),
+            _phases(_placer(network, _stretch(options)), x, layout, frames, positions),
             layout is not None,
-            once("clean", same, clean),
+            _clean_row(network, x),
+            features,
         )
 
     def _tokens(self, width: int, x: Tensor, latents, layout: ContextLayout | None, tokens: Tensor | None) -> Tensor:
@@ -261,13 +295,10 @@ class _Wrapper:
 
 
 @dataclass
-class _History:
-    """What stands behind the window during one forward pass."""
+class _Behind:
+    """The history around the blocks of one forward pass."""
 
-    tokens_BMD: Tensor
-    pe: Tensor  # [1, M, 1, F, 2, 2], behind the window's N where it is placed here
-    placed: bool  # whether the window is, and not by core
-    clean: Tensor  # [1, 1, 6, D]
+    history: _History
     _made: dict = field(default_factory=dict)  # last modulation and table, since every block gets the same ones
 
     def options(self, options: dict, blocks: int) -> dict:
@@ -277,13 +308,13 @@ class _History:
         for index in range(blocks):
             name = ("double_block", index)
             dit[name] = self._block(index == 0, index == blocks - 1, dit.get(name))
-        return {**options, BEHIND: self.tokens_BMD.shape[1], "patches_replace": {**known, "dit": dit}}
+        return {**options, BEHIND: self.history.tokens_BMD.shape[1], "patches_replace": {**known, "dit": dit}}
 
     def _block(self, first: bool, last: bool, theirs: Callable | None) -> Callable:
-        count = self.tokens_BMD.shape[1]
+        count = self.history.tokens_BMD.shape[1]
 
         def replaced(args: dict, extra: dict) -> dict:
-            img = torch.cat((args["img"], self.tokens_BMD), dim=1) if first else args["img"]
+            img = torch.cat((args["img"], self.history.tokens_BMD), dim=1) if first else args["img"]
             window = img.shape[1] - count
             args = {**args, "img": img, "vec": self._rows(args["vec"], window), "pe": self._table(args["pe"])}
             out = extra["original_block"](args) if theirs is None else theirs(args, extra)
@@ -292,11 +323,12 @@ class _History:
         return replaced
 
     def _rows(self, vec_BR6D: Tensor, window: int) -> Tensor:
-        behind = self.tokens_BMD.shape[1]
-        return self._last("vec", vec_BR6D, lambda: modulation_rows(vec_BR6D, self.clean, window, behind))
+        behind = self.history.tokens_BMD.shape[1]
+        return self._last("vec", vec_BR6D, lambda: modulation_rows(vec_BR6D, self.history.clean_116D, window, behind))
 
     def _table(self, pe: Tensor) -> Tensor:
-        return self.pe if self.placed else self._last("pe", pe, lambda: torch.cat((pe, self.pe), 1))
+        own = self.history.pe
+        return own if self.history.placed else self._last("pe", pe, lambda: torch.cat((pe, own), 1))
 
     def _last(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made or self._made[name][0] is not source:
@@ -308,31 +340,30 @@ def modulation_rows(vec_BRKD: Tensor, clean_11KD: Tensor, window: int, behind: i
     """Rows that core's `repeat_e` spreads so that the `window` tokens get `vec` and `behind` tokens after them `clean`.
 
     Core gives each of n rows a run of N // n tokens, or of one more, cut at the end, where that does not divide. So the
-    run has to divide what one row of the window holds; the longest that core would choose is taken. Of a window of
-    T x h x w tokens the shorter of h and w serves at the latest. 'Wan, 81 frames' on 14B in bf16: 5.2 MiB at 832x480
-    and 9.3 MiB at 672x992, where a row a token would take 2.0 and 3.4 GiB.
+    run has to divide what one row of the window holds. Any run up to the root of N is one that core makes of just more
+    rows than N tokens need (but that of 2: core takes 1 for none). So the choice hangs on the window alone, and one
+    graph of torch.compile serves any history. 'Wan, 81 frames' on 14B in bf16: 13 MiB at 832x480 and 16 MiB at 672x992,
+    where a row a token would take 2.0 and 3.4 GiB.
     """
     if not behind:
         return vec_BRKD
-    total, each = window + behind, -(-window // vec_BRKD.shape[1])
-    longest = each if window % vec_BRKD.shape[1] == 0 else 1
-    run = next(run for run in range(longest, 0, -1) if longest % run == 0 and _spreads(total, run))
+    each = -(-window // vec_BRKD.shape[1])
+    runs = range(int(window**0.5), 2, -1) if window % vec_BRKD.shape[1] == 0 else ()
+    run = next((run for run in runs if each % run == 0), 1)
     own = vec_BRKD.repeat_interleave(each // run, dim=1)[:, : window // run]
-    return torch.cat((own, clean_11KD.expand(vec_BRKD.shape[0], -(-behind // run), -1, -1)), dim=1)
+    return torch.cat((own, clean_11KD.expand(vec_BRKD.shape[0], behind // run + 1, -1, -1)), dim=1)
 
 
-def _spreads(total: int, run: int) -> bool:
-    """Whether core makes runs of `run` tokens, the last one cut, out of as many rows as that takes."""
-    rows = -(-total // run)
-    whole, rest = total // rows, total % rows  # not divmod, which torch.compile cannot follow
-    return whole == run if not rest else whole > 1 and whole + 1 == run
-
-
-def _clean_row(network: WanModel, timestep: Tensor, dtype) -> Tensor:
+def _clean_row(network: WanModel, x: Tensor) -> Tensor:
     """The modulation `[1, 1, 6, D]` of timestep 0, by core's own layers."""
-    zero = torch.zeros_like(timestep.flatten()[:1])
-    vec = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, zero).to(dtype))
+    zero = x.new_zeros(1, dtype=torch.float32)
+    vec = network.time_embedding(sinusoidal_embedding_1d(network.freq_dim, zero).to(x.dtype))
     return network.time_projection(vec).unflatten(1, (6, network.dim))[:, None]
+
+
+def _stretch(options: Mapping) -> Mapping:
+    """How core stretches and shifts the positions of the window."""
+    return options.get("rope_options") or {}
 
 
 def _grid(x_BCTHW: Tensor) -> tuple[int, int]:

@@ -269,9 +269,10 @@ def _canonical(before: _Side, window: int, after: _Side) -> str:
 
 
 def in_words(text: str) -> str:
-    """A schedule as an artist chooses it: the presets that have it, with its text."""
+    """A schedule as an artist chooses it: a preset that has it, with its text and others that are the same."""
     names = [f"'{name}'" for name, own in PRESETS.items() if own == text]
-    return f"{' or '.join(names)} ({text})" if names else text
+    same = f"; {' and '.join(names[1:])} is the same" if names[1:] else ""
+    return f"{names[0]} ({text}{same})" if names else text
 
 
 def trained_on(text: str) -> str:

@@ -73,14 +73,25 @@ def choose_attention(patcher, wish: str, candidates: Sequence[Candidate] = CANDI
     is wished for by name and is not there, is wrong here, or meets an override of another pack.
     """
     override = override_of(patcher.model_options)
-    if isinstance(override, AttentionBackend):
-        patcher = _without_override(patcher)
-    elif override is not None and wish not in (AUTOMATIC, HOST):
+    if not isinstance(override, AttentionBackend):
+        return _chosen(patcher, wish, candidates, override)
+    chosen, report = _chosen(_without_override(patcher), wish, candidates)
+    said = (
+        f"another '{NODE}' before this one had given the MODEL {override.label}. Of two the last one counts: take one "
+        "of them out"
+    )
+    logging.warning("%s: %s.", NODE, said)
+    return chosen, f"{report}\nNote: {said}."
+
+
+def _chosen(patcher, wish: str, candidates: Sequence[Candidate], override=None) -> tuple[Any, str]:
+    """The same for a MODEL that has no backend of this node. override: of another pack."""
+    if override is not None and wish not in (AUTOMATIC, HOST):
         raise ValueError(
             f"This MODEL's attention is '{attention_name(override)}' of another node already; it can have one. Set "
             f"'backend' in '{NODE}' to {AUTOMATIC}, or take one of the two nodes out."
         )
-    elif override is not None:
+    if override is not None:
         return patcher, f"Attention: '{attention_name(override)}', of another node."
     flag = _started_with()
     if wish == HOST or (wish == AUTOMATIC and flag):

@@ -27,7 +27,7 @@ from ..model.preserved_history import Remembered
 from ..model.preserved_memory import PreservedMemory, check_preserved
 from ..model.provenance import without_their_lora
 from ..plan import PlanError, pixel_frames, sigma_schedule
-from ..plan.mark import KEY, LatentMark
+from ..plan.mark import KEY, LatentMark, read_mark
 from ..plan.preservation import within_reach
 from ..video.decode import decode_window
 from ..video.fidelity import psnr, ssim
@@ -72,7 +72,7 @@ def retrieve_frame(
     video = latent_of("samples", latent, RETRIEVE)
     assert video is not None
     check_vae(vae, video, LatentMark(base=base))
-    video = video[:1]
+    which, video = _which(latent, len(video)), video[:1]
     picture = round(seconds * fps)
     place = -(-picture // 4)
     if place >= video.shape[2]:
@@ -96,6 +96,7 @@ def retrieve_frame(
     near, like = psnr(*pair), ssim(*pair)
     held = any(chunk.start <= place < chunk.stop and chunk.tokens for chunk in run.chunks)
     lines = [
+        *which,
         *([] if held else [_forgotten(place, video.shape[2])]),
         *([OF_STAGE_TWO] if memory.schedule else []),
         *(f"Warning: {said}" for said in without_their_lora(memory.label, memory.loras, model)),
@@ -107,6 +108,14 @@ def retrieve_frame(
         f"{memory.describe()}. {fits}",
     ]
     return Retrieved(torch.cat(pair, dim=1)[None], near, like, "\n".join(lines))
+
+
+def _which(latent: Mapping, count: int) -> list[str]:
+    """Which video it is, where something tells: of several in a list each has a report of its own."""
+    mark = read_mark(latent)
+    name = (mark.source or mark.project) if mark else ""
+    many = f"Of {count} videos in one batch the first one is asked."
+    return [*([f"{name}:"] if name else []), *([many] if count > 1 else [])]
 
 
 def _picture(vae, video: Tensor, place: int, shown: int, frame: Tensor | None = None) -> Tensor:

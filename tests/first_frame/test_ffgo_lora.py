@@ -92,7 +92,7 @@ def test_fault_39_a_hunyuan_lora_on_wan_and_one_for_another_width_are_refused(se
     keys = [f"transformer.double_blocks.{i}.img_attn_qkv.lora_{ab}.weight" for i in range(3) for ab in "AB"]
     save_file({key: torch.zeros(2, 2) for key in keys}, folder / "hunyuan.safetensors")
     said = refused(server, "hunyuan.safetensors")
-    assert "Not one of the LoRA's 3 modules fits this WAN21 model" in said and "look like HunyuanVideo" in said
+    assert "Not one of the LoRA's 3 modules fits this Wan 2.1 or 2.2 model" in said and "look like HunyuanVideo" in said
     assert all(key in said for key in sorted(keys)[:3]) and "'Load Video LoRA'" in said
     wide = {k: torch.zeros(256, 256) if v.ndim == 2 else v for k, v in weights.items()}
     wan_files.save_lora(folder / "wide.safetensors", wide)

@@ -187,6 +187,8 @@ def test_what_cannot_be_trained_is_refused_in_words(tmp_path):
     packed = replace(videos(T2V)[0], cond=Conditioning(torch.zeros(1), torch.zeros(1)))
     with pytest.raises(ForcingError, match="video 0 was prepared for a FramePack model"):
         run_of(patcher, tmp_path, STAGE_QUERY, given=[packed])
+    with pytest.raises(ForcingError, match="run 'Video Clips' again; for the command line also 'Train Frame Preserv"):
+        run_of(patcher, tmp_path, STAGE_QUERY, given=[replace(videos(T2V)[0], family="selftest")])
     inverted = PreservingRequest(STAGE_FOLLOW, 1, schedule="f1k1_x_g9_f1k1f2k2f16k4_td")
     with pytest.raises(ForcingError, match="makes later sections first.*'Frame Context Packer'"):
         PreservingRun(behind(patcher), memory_for(patcher), videos(T2V), inverted, tmp_path, QUIET)

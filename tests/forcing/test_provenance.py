@@ -101,7 +101,8 @@ def test_patchifiers_without_their_lora_are_warned_of(trained):
     assert check_model(guider_of(beside), schedule) == [], "core's loader that leaves the weights alone"
     for without in (model, with_lora(model, look, 0.0)):
         (warning,) = check_model(guider_of(without), schedule)
-        assert warning.startswith(said) and "'Load Video LoRA' with that file and strength 1" in warning
+        assert warning.startswith(said) and "or at strength 0, which is off" in warning
+        assert "'Load Video LoRA' with that file behind the MODEL's loader and set its strength to 1" in warning
 
 
 def test_training_on_patchifiers_without_their_lora_is_warned_of(trained, tmp_path):
@@ -153,7 +154,7 @@ def test_a_video_and_a_retrieved_frame_say_which_lora_of_the_memory_is_missing(t
     assert "was trained together" not in whole
     assert f"Warning: {TOGETHER.format('ask')}" in frames[0] and "was trained together" not in frames[1]
     assert "with the LoRA look.safetensors and the LoRA of the same name" in frames[2]
-    assert "not carry them" in frames[2] and "'Load Video LoRA' with each of them and strength 1" in frames[2]
+    assert "not carry them" in frames[2] and "'Load Video LoRA' with each of them behind" in frames[2]
 
 
 def test_what_ships_names_its_lora():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from frame_memory.forcing.clips import TRAIN
-from frame_memory.model import memory_file
+from frame_memory.model import memory_file, wan_file
 from frame_memory.model.framepack import CONTRADICTED, MODEL_OPTION
 from frame_memory.model.memory import check_model, new_encoder
 
@@ -79,6 +79,24 @@ def test_a_file_is_loaded_as_it_was_and_offered_in_the_list(nodes, model, memory
     before = nodes.FrameMemoryLoadEncoder.fingerprint_inputs("mine.safetensors")
     save(files / "mine.safetensors", opened(memory), licence="a longer file under the same name")
     assert nodes.FrameMemoryLoadEncoder.fingerprint_inputs("mine.safetensors") != before
+
+
+def test_each_node_offers_the_files_that_it_takes_and_those_that_say_nothing(nodes, memory, files):
+    tensors = {"proj.bias": torch.zeros(2)}
+    save(files / "forcing.safetensors", memory, head={name: torch.zeros(2) for name in memory_file.HEAD})
+    save(files / "frames.safetensors", memory, pack=None, frames=tensors)
+    save(files / "pack.safetensors", memory)
+    wan_file.write(str(files / "wan.safetensors"), memory.base, tensors)
+    (files / "whatever.safetensors").write_bytes(b"not one")
+    for module, name, offered in (
+        ("memory", "FrameMemoryLoadEncoder", ["forcing", "frames", "pack"]),
+        ("memory_files", "FrameMemoryLoadDirectForcing", ["forcing", "pack"]),
+        ("wan", "FrameMemoryWanFrameContext", ["wan"]),
+    ):
+        node = getattr(importlib.import_module(f"{PACK}.nodes.{module}"), name)
+        (combo,) = [given for given in node.define_schema().inputs if given.id in ("encoder_name", "file")]
+        listed = [option for option in combo.options if option.endswith(".safetensors")]
+        assert listed == [f"{file}.safetensors" for file in (*offered, "whatever")]
 
 
 def test_a_file_with_a_closed_gate_says_untrained_as_a_new_encoder_does(nodes, model, files):

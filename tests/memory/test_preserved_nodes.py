@@ -83,16 +83,16 @@ def ask(faces, own, model, seconds=0.5, tokens=1000, frames=13, attached=None, *
 
 def test_a_frame_is_asked_at_its_own_time_behind_the_whole_memory(faces, own, model, monkeypatch):
     transformer = importlib.import_module(f"{PACK}.frame_memory.model.transformer").FramePackTransformer
-    calls, real = [], FramePackTransformer._forward
+    calls, real = [], FramePackTransformer.pack
 
     def seen(self, x, *args, **kwargs):
         calls.append((x.shape, kwargs))
         return real(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(FramePackTransformer, "_forward", seen)
-    monkeypatch.setattr(transformer, "_forward", seen)
+    monkeypatch.setattr(FramePackTransformer, "pack", seen)
+    monkeypatch.setattr(transformer, "pack", seen)
     pair, near, like, report = ask(faces, own, model)  # picture 15, latent frame 4
-    assert len(calls) == 2 and calls[0][0] == (1, 16, 1, 6, 10)
+    assert len(calls) == 1 and calls[0][0] == (1, 16, 1, 6, 10)
     given = calls[0][1]
     assert given["context_layout"].positions == (4,) and given["context_latents"] == []
     assert given[FRAME_TOKENS].shape[1] == 12
@@ -102,7 +102,8 @@ def test_a_frame_is_asked_at_its_own_time_behind_the_whole_memory(faces, own, mo
     assert torch.allclose(pair[0, :, :80], expected)
     sides = pair[0, :, :80], pair[0, :, 80:]
     assert near == pytest.approx(psnr(*sides)) and like == pytest.approx(ssim(*sides))
-    assert "Frame at 0.50 s (picture 15, latent frame 4)" in report and "Warning" not in report
+    assert report.startswith("Of 2 videos in one batch the first one is asked.\nFrame at 0.50 s (picture 15, latent fr")
+    assert "Warning" not in report
     assert torch.equal(ask(faces, own, model)[0], pair), "the same seed, the same picture"
 
 
@@ -146,6 +147,14 @@ def test_what_the_memory_knows_is_said_where_all_speaks_for_it(faces, own, model
     memory = replace(memory, trained=trained)
     report = ask(faces, own, model, 0.0, samples={"samples": video}, memory=memory, attached=memory)[3]
     assert said in report and ("holds no token of latent frame 0" in report) is (tokens == 20)
+
+
+@pytest.mark.parametrize(("mark", "heading"), [
+    ({"source": "1.mp4", "project": "a"}, "1.mp4:"), ({"project": "a"}, "a:"), ({"fps": 30.0}, "Frame at"),
+])  # fmt: skip
+def test_the_report_begins_with_the_video_that_it_is_of(faces, own, model, mark, heading):
+    video = {"samples": start_latent(1, 13, 3)["samples"], "frame_memory": mark}
+    assert ask(faces, own, model, samples=video)[3].startswith(heading)
 
 
 def test_one_frame_has_no_other_to_compare_with(faces, own, model):

@@ -31,14 +31,19 @@ T2V, I2V, A14B, TI2V = reference.FAMILIES
 
 
 def loaded(family: str, seen: list | None = None, schedule: str = ""):
-    """A MODEL that notes the memory each call is shown."""
+    """A MODEL that notes the window of each call and the memory that it is shown."""
+    seen, memories = [] if seen is None else seen, []
+
+    def remember(executor, *args, **kwargs):
+        memories.append((kwargs[FRAME_TOKENS].clone(), kwargs[FRAME_POSITIONS].tolist()))
+        return executor(*args, **kwargs)
 
     def watch(executor, x, *args, **kwargs):
-        if seen is not None:
-            seen.append((x.shape, kwargs[FRAME_TOKENS].clone(), kwargs[FRAME_POSITIONS].tolist()))
+        seen.append((x.shape, *memories.pop()))
         return executor(x, *args, **kwargs)
 
     model = reference.load(family, layers=1)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", remember)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
     if schedule:
         model.model_options = {**model.model_options, MODEL_OPTION: {families.SCHEDULE: schedule}}

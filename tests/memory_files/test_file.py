@@ -211,7 +211,8 @@ def test_a_model_from_a_stock_loader_says_no_kind_and_is_taken_with_a_word_on_it
     memory_file.write(path, base, head=head_of(native))
     framepack.register()
     stock = Base.of(comfy.sd.load_diffusion_model_state_dict(dict(native)))
-    assert "family and kind could not be compared" in memory_file.read(path).check_base(stock, NODE)
+    said = memory_file.read(path).check_base(stock, NODE)
+    assert "does not say: which VAE it works with and whether it is F0 or F1." in said
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp16", "fp8 blocks"])

@@ -47,6 +47,7 @@ def test_a_file_gives_back_its_weights_and_says_what_it_is(patcher, path):
     report = "\n".join(lines)
     for words in ("a.safetensors", "Trained on this base", "f1k1_td_f2k1_g2", "Licence: Apache-2.0"):
         assert words in report
+    assert "Not compared" not in report, "Wan knows no F0 and F1"
     noted = families.said(made)
     assert noted[families.TRAINED] and noted[families.SCHEDULE] == "f1k1_td_f2k1_g2" and not families.said(patcher)
     # 16 channels: the mask and the image of image-to-video are folded in.

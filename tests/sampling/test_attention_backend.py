@@ -174,10 +174,11 @@ def test_what_comfyui_was_started_with_and_another_packs_override_go_first(model
     monkeypatch.setattr(args, "use_split_cross_attention", True)
     chosen, report = choose_attention(model, AUTOMATIC)
     assert chosen is model and "ComfyUI was started with --use-split-cross-attention" in report
-    named, _ = choose_attention(model, "plain", [*CANDIDATES, PLAIN])
-    assert override_of(named.model_options).label == "plain"
-    back, _ = choose_attention(named, HOST)
+    named, report = choose_attention(model, "plain", [*CANDIDATES, PLAIN])
+    assert override_of(named.model_options).label == "plain" and "before this one" not in report
+    back, report = choose_attention(named, HOST)
     assert override_of(back.model_options) is None and override_of(named.model_options) is not None
+    assert "another 'Attention Backend' before this one had given the MODEL plain." in report
     assert choose_attention(model, "PyTorch")[1].startswith("Attention: PyTorch, as ComfyUI chose itself")
 
 

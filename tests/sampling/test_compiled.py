@@ -15,12 +15,14 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from torch._dynamo.utils import counters
 
+from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
+from frame_memory.model.wan import KEY, attach
 from frame_memory.sampling.attention_backend import AttentionBackend
 from frame_memory.sampling.attention_check import TOKENS, Place
 from frame_memory.sampling.guards import with_attention as options_with_attention
 
 from . import wan_runs
-from .conftest import guider_for, of_kind, run
+from .conftest import conditioning, guider_for, of_kind, run, start_latent
 from .test_guards import with_attention
 
 T2V = "2.1 T2V"
@@ -42,24 +44,49 @@ def compiled(model):
     return clone
 
 
-def framepack(model, sections: int):
-    guider = guider_for(of_kind(model, "F1"))
-    return run(model, guider=guider, seconds=1.2 * sections, steps=2, kind=None)[0]["samples"]
+def framepack(kind: str, preset: str):
+    """What makes so many sections with two prompts, which have padding."""
+
+    def made(model, sections: int, **more):
+        prompts = [conditioning(1), conditioning(5)]
+        for prompt in prompts:
+            prompt[0][1]["attention_mask"] = torch.tensor([[1] * 5 + [0] * 2])
+        guider = guider_for(of_kind(model, kind), *prompts, cfg=2.0)
+        more = {"seconds": 1.2 * sections, "steps": 2, "kind": None, "preset": preset, **more}
+        return run(model, guider=guider, **more)[0]["samples"]
+
+    return made
 
 
-def wan(model, sections: int):
-    guider = guider_for(model, wan_runs.prompt(3))
-    return wan_runs.made(model, T2V, seconds=0.5 * sections, guider=guider)[0]["samples"]
+def wan(model, sections: int, **more):
+    return wan_runs.made(model, T2V, seconds=0.5 * sections, **more)[0]["samples"]
 
 
-@pytest.mark.parametrize("family", [framepack, wan])
-def test_one_section_compiles_for_all(family, model):
-    """The first step computes what the section keeps, its others read it: a graph for each of the two."""
-    plain = model if family is framepack else wan_runs.attached(T2V)
+F1, F0 = framepack("F1", "F1 forward"), framepack("F0", "F0 inverted")
+
+
+@pytest.mark.parametrize("family", [F1, F0, wan])
+def test_one_graph_is_all_that_a_run_needs(family, model):
+    """All steps of all sections and both prompts; F0's distances to the end are other ones in each section."""
+    plain = wan_runs.attached(T2V) if family is wan else model
     made = compiled(plain)
-    family(made, 1)
-    assert counters["stats"]["unique_graphs"] == 2
+    if family is wan:  # as a node behind core's, whose wrapper ours is inside of then
+        made = attach(made, *plain.get_additional_models_with_key(KEY))
     assert torch.equal(family(made, 3), family(plain, 3))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", [F1, wan])
+def test_a_memory_that_grows_is_one_graph_more(family, model):
+    """The first section is shown none; the count of tokens is another one in each section after it."""
+    plain = wan_runs.attached(T2V) if family is wan else model
+    memory = with_tokens(new_memory(plain, "2x2x2", cross_attention=True, channels=(4, 6, 8, 8), heads=2), 1000)
+    with torch.no_grad():
+        for index, value in enumerate(memory.history.parameters()):
+            value += 0.1 * wan_runs.reference.drawn(*value.shape, seed=index)
+    plain = attach_preserved(plain, memory)
+    made, more = compiled(plain), {"memory": memory, "start": start_latent(height=8, width=10)}
+    assert torch.equal(family(made, 4, **more), family(plain, 4, **more))
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 

@@ -87,11 +87,11 @@ def past(height: int, width: int, layout=LAYOUT, batch: int = 2, dtype=torch.flo
 
 @torch.no_grad()
 def called(model, height: int, width: int, time=700.0, dtype=torch.float32, options=None, batch: int = 2, **more):
-    """A window through the network, as core's BaseModel calls it."""
-    patchifiers = model.get_additional_models_with_key(wan.KEY)[0].model
+    """A window through core's BaseModel, as its samplers call it."""
     x, text = reference.drawn(batch, 16, 2, height, width).to(dtype), reference.drawn(batch, 4, 24).to(dtype)
-    given = {**wan.options(patchifiers), **(options or {})}
-    return model.model.diffusion_model(x, torch.full((batch,), time), text, transformer_options=given, **more)
+    given = {"wrappers": model.wrappers, **(options or {})}
+    sigma = torch.full((batch,), time / 1000)
+    return model.model.apply_model(x, sigma, c_crossattn=text, transformer_options=given, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

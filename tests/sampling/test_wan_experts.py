@@ -140,9 +140,7 @@ def shown(experts, **more):
             return executor(*args, **kwargs)
 
         # In front of ours, which takes the tokens out.
-        watched.wrappers[WrappersMP.DIFFUSION_MODEL] = {
-            "test": [watch], **watched.wrappers[WrappersMP.DIFFUSION_MODEL]
-        }
+        watched.wrappers[WrappersMP.APPLY_MODEL] = {"test": [watch], **watched.wrappers[WrappersMP.APPLY_MODEL]}
         seen.append(calls)
         models.append(watched)
     return made(models[0], A14B, guider=guider_of(*models), **more), [max(calls) for calls in seen]

@@ -13,9 +13,22 @@ from PIL import Image
 from benchmarks import ship_clips
 from benchmarks.long_world import random_long_scene, render
 from frame_memory.model import memory_file, tensor_file
-from scripts.client import PromptError
+from scripts import demo
+from scripts.client import PromptError, Run
 
-from .tiny import ENCODERS, REPO, cancelled, during, frames_of, one, progress_texts, shrink, training_videos, ui_graph
+from .tiny import (
+    ENCODERS,
+    REPO,
+    SELFTEST_GRAPHS,
+    cancelled,
+    during,
+    frames_of,
+    one,
+    progress_texts,
+    shrink,
+    training_videos,
+    ui_graph,
+)
 
 GRAPH = REPO / "workflows" / "frame_preservation.json"
 SELFTEST = REPO / "workflows" / "frame_preservation_selftest.json"
@@ -168,7 +181,7 @@ def test_videos_are_written_for_the_command_line(made, server, prompt):
     assert "2 videos with their captions" in report and len(list(folder.glob("video-*.safetensors"))) == 2
 
 
-def test_the_selftest_graph_trains_a_memory_and_asks_it_for_a_frame(server, api):
+def test_the_selftest_graph_trains_a_memory_and_asks_it_for_a_frame(server, api, definitions):
     """On two short videos in the place of each folder that ships, which take minutes to encode on one core."""
     small = api(SELFTEST)
     folders = [small[i]["inputs"]["folder"] for i in ids(small, CLIPS)]
@@ -178,11 +191,30 @@ def test_the_selftest_graph_trains_a_memory_and_asks_it_for_a_frame(server, api)
     node_id, asked = one(small, TRAIN)[0], one(small, RETRIEVE)
     small[node_id]["inputs"].update(steps=3, save_every=1, rank=2)
     asked[1]["inputs"].update(steps=2, seconds=1.0)
-    small["said"] = {"class_type": "PreviewAny", "inputs": {"source": [asked[0], 3]}}
     run = server.client.queue(small, timeout=600, workflow=ui_graph(SELFTEST))
     assert "1: frame query: 3 of 3 steps on 2 videos" in run.outputs[node_id]["text"][0]
     assert len(run.outputs[asked[0]]["images"]) == 2
-    assert "mean of 8 other frames of the video in its place: PSNR" in run.outputs["said"]["text"][0]
+    told = run.outputs[one(small, "PreviewAny")[0]]["text"]
+    assert [report.splitlines()[0] for report in told] == ["clip 0.mp4:", "clip 1.mp4:"]
+    assert all("mean of 8 other frames of the video in its place: PSNR" in report for report in told)
+    lines = demo.made(run, small, definitions, server.base)
+    pictures = [line.removeprefix("Picture: ").split("  (")[0] for line in lines if line.startswith("Picture: ")]
+    assert len(pictures) == 3 and all(Image.open(path).size for path in pictures), "the loss and two pairs"
+    for text in ("Result: models/frame_memory", *told):
+        assert sum(text in line for line in lines) == 1, text
+    with pytest.raises(demo.DemoError, match="made nothing"):
+        demo.made(Run("", {}), small, definitions, server.base)
+
+
+@pytest.mark.parametrize("name", SELFTEST_GRAPHS)
+def test_the_demo_gives_each_graph_what_it_names(api, tmp_path, name):
+    prompt = api(REPO / "workflows" / f"{name}.json")
+    demo.give_what_ships(tmp_path, prompt)
+    inputs = {"LoadImage": "image", "LoadVideo": "file", CLIPS: "folder"}
+    named = {node["inputs"][inputs[t]] for node in prompt.values() if (t := node["class_type"]) in inputs}
+    assert {path.name for path in tmp_path.iterdir()} == named
+    for folder in (path for path in tmp_path.iterdir() if path.is_dir()):
+        assert {p.name for p in folder.iterdir()} == {p.name for p in (ship_clips.VIDEOS / folder.name).iterdir()}
 
 
 @pytest.mark.parametrize("name", ship_clips.FOLDERS)

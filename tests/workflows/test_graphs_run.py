@@ -295,12 +295,12 @@ def test_save_long_video_needs_only_the_projects_name_and_a_vae(server, api, wri
         client.queue({"vae": vae, "save": save}, timeout=600)
 
 
-def test_the_demo_proves_something_each_time(server, capsys):
+def test_the_demo_proves_something_each_time(server, definitions, capsys):
     """With the graph's own seed a second run would find all its sections finished."""
     graph = ui_graph(REPO / "workflows" / "selftest.json")
 
     def seed(*line: str) -> int:
-        prompt = demo.prepared(server, graph, demo.arguments(list(line)))
+        prompt = demo.prepared(server, graph, demo.arguments(list(line)), definitions)
         return one(prompt, "RandomNoise")[1]["inputs"]["noise_seed"]
 
     before = int(time.time())

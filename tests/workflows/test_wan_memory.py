@@ -29,7 +29,7 @@ FRAMES = 36 * SECTIONS + 1
 @pytest.fixture(scope="module")
 def prompt(server, api):
     made = workflow.set_inputs(api(GRAPH), SAMPLER, {"seconds": SECTIONS * 36 / FPS})
-    demo.upload_pictures(server, made)
+    demo.give_what_ships(server.base / "input", made)
     return made
 
 
@@ -110,7 +110,7 @@ def test_the_muted_part_teaches_it_and_goes_on_and_its_files_load(server, teachi
     }
     outputs = server.client.queue(graph, timeout=300).outputs
     said = outputs["said"]["text"][0]
-    assert "Trained on this base" in said and train["inputs"]["frame_context"] and "_g9): choose it" in said
+    assert "Trained on this base" in said and train["inputs"]["frame_context"] and "'F1 forward' (f1k1" in said
     matched, whole = re.search(r"(\d+) of (\d+) modules", outputs["fits"]["text"][0]).groups()
     assert matched == whole != "0"
 

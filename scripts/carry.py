@@ -1,0 +1,140 @@
+"""Packs what a lent GPU machine lacks of the host, for one that reaches no network: `python scripts/carry.py`.
+
+Such a machine gets a copy of this checkout and a few ignored files with each call, together of a limited size. It has a
+Python with PyTorch and much else; ComfyUI and the packages in LACKING it does not have. They are packed into pieces
+under benchmarks/out/carry, each of which fits beside the checkout, and the calls to make are printed: all but the last
+one only lay down a piece, and the last one unpacks them and starts `benchmarks.gpu`. They must follow each other
+while the machine stays warm.
+
+Packages come through pip, in the versions and with the checksums of host.lock, for the Python of that machine. Of
+ComfyUI its code comes along, not its tokenizers, templates and tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import host
+
+# What that machine's image has not, of what the benchmarks import.
+LACKING = ("av", "comfy-aimdo", "comfy-kitchen", "diffusers", "importlib-metadata", "torchsde", "trampoline")
+PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2014", "2010")
+LIMIT, SPARE = 64 * 2**20, 2 * 2**20  # bytes that travel with a call, and what is left of them
+LEFT_OUT = ("tests", "tests-unit", "blueprints", "models", "custom_nodes", "input", "output", "temp")
+LARGEST = 128 * 1024  # of a file that is no code
+PUBLISHED = "diffusers_helper"  # the published code's package
+FOLDER = host.REPO / "benchmarks" / "out" / "carry"
+START = (
+    "cat /var/tmp/host/host.* | tar x -C /var/tmp/host && "
+    "for w in /var/tmp/host/*.whl; do python3 -m zipfile -e $w /var/tmp/host/site; done && "
+    "COMFYUI_PATH=/var/tmp/host/comfyui FRAME_MEMORY_PYTHON=$(python3 -c 'import sys; print(sys.executable)') "
+    "PYTHONPATH=/var/tmp/host/site FRAME_MEMORY_COMMIT={commit} "
+    "python3 scripts/run.py -m benchmarks.gpu --out $OUT {options}"
+)
+
+
+def requirements(lock: str, python: str, names: tuple[str, ...] = LACKING) -> list[str]:
+    """The lock's lines of packages, `name==version --hash=...`, for a Python such as 3.12 on Linux with an x86-64."""
+    from pip._vendor.packaging.requirements import Requirement
+
+    place = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
+             "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
+             "platform_python_implementation": "CPython"}  # fmt: skip
+    found = []
+    for block in lock.replace(" \\\n    --hash", " --hash").splitlines():
+        line, *hashes = block.split(" --hash=")
+        if not hashes or host.normalise(line.partition("==")[0]) not in names:
+            continue
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate(place):
+            found.append(" --hash=".join([f"{wanted.name}{wanted.specifier}", *hashes]))
+    return found
+
+
+def download(python: str, folder: Path) -> None:
+    """Fetch the wheels. Raises CalledProcessError where pip fails."""
+    listed = folder / "requirements.txt"
+    listed.write_text("\n".join(requirements(host.read_lock().text, python)) + "\n", encoding="utf-8")
+    tags = [word for tag in PLATFORMS for word in ("--platform", f"manylinux{'_' if '_' in tag else ''}{tag}_x86_64")]
+    only = ["--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", python, *tags]
+    line = [sys.executable, "-m", "pip", "download", "--require-hashes", *only, "-d", str(folder), "-r", str(listed)]
+    subprocess.run(line, check=True)
+    listed.unlink()
+
+
+def code_of(comfyui: Path) -> Iterator[Path]:
+    """The files of ComfyUI that running it needs."""
+    for path in sorted(comfyui.rglob("*")):
+        inside = path.relative_to(comfyui).parts
+        left_out = inside[0] in LEFT_OUT or "__pycache__" in inside
+        if path.is_file() and not left_out and (path.suffix == ".py" or path.stat().st_size < LARGEST):
+            yield path
+
+
+def checkout_bytes() -> int:
+    """Of the files that travel anyway."""
+    listed = ["git", "-C", str(host.REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0")
+    return sum(path.stat().st_size for path in (host.REPO / name for name in names if name) if path.is_file())
+
+
+def cut(packed: Path, folder: Path, size: int) -> list[Path]:
+    """A file in pieces of at most so many bytes, host.00 and on."""
+    pieces = []
+    with packed.open("rb") as file:
+        while block := file.read(size):
+            pieces.append(folder / f"host.{len(pieces):02}")
+            pieces[-1].write_bytes(block)
+    return pieces
+
+
+def calls(pieces: list[Path], commit: str, options: str) -> Iterator[tuple[str, str]]:
+    """(what is carried, the command) of each call. options: of benchmarks.gpu."""
+    for piece in pieces:
+        path = piece.relative_to(host.REPO).as_posix()
+        lay = f"mkdir -p /var/tmp/host && cp {path} /var/tmp/host/"
+        yield path, lay if piece != pieces[-1] else f"{lay} && {START.format(commit=commit, options=options)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default="3.12", help="of that machine")
+    parser.add_argument("--published", metavar="PATH", type=Path, help="a checkout of the published FramePack code")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of benchmarks.gpu; a call ends after ten")
+    args = parser.parse_args(arguments)
+    found, size = host.ensure_host(), LIMIT - SPARE - checkout_bytes()
+    if size < 2**20:
+        raise SystemExit(f"The checkout leaves {size} bytes of {LIMIT}. Move large files that are not committed away.")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    wheels = FOLDER / "wheels"
+    wheels.mkdir(parents=True)
+    download(args.python, wheels)
+    packed = FOLDER / "host.tar"
+    with tarfile.open(packed, "w") as tar:
+        for path in sorted(wheels.glob("*.whl")):
+            tar.add(path, path.name)
+        for path in code_of(found.comfyui):
+            tar.add(path, f"comfyui/{path.relative_to(found.comfyui).as_posix()}")
+        if args.published:
+            tar.add(args.published / PUBLISHED, f"published/{PUBLISHED}")
+    pieces = cut(packed, FOLDER, size)
+    packed.unlink()
+    shutil.rmtree(wheels)
+    describe = ["git", "-C", str(host.REPO), "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    options = f"--minutes {args.minutes:g}" + (" --published /var/tmp/host/published" if args.published else "")
+    for number, (path, command) in enumerate(calls(pieces, commit, options), start=1):
+        print(f"\nCall {number} of {len(pieces)}, which carries {path}:\n{command}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
