@@ -59,6 +59,7 @@ from . import record
 from .memory import MEGABYTE
 from .memory_cost import Held, Row, clocked, operations, table
 from .parity import BF16_BOUND, FP32_BOUND, section_layout
+from .parity_published import default_dtype
 from .stage_two import gpu_peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16}
@@ -165,9 +166,15 @@ def sides(
         options = {"optimized_attention_override": faster}
         made[FASTER] = partial(pm.run_ours, ours, inputs, dtype, Once(), transformer_options=options)
     if published is not None:
-        network = published.make(reference).to(dtype)
+        network = published_network(published, reference, device, dtype)
         made[PUBLISHED] = lambda: published.run(network, inputs, dtype)
     return {name: on(device, step) for name, step in made.items()}
+
+
+def published_network(published, reference: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """The published network, made where it is used: 13 B would be 52 GB in fp32 elsewhere first."""
+    with torch.device(device), default_dtype(dtype):
+        return published.make(reference).to(dtype)
 
 
 def our_network(sd: dict[str, Tensor], kind: str, place: str, device: str) -> FramePackTransformer:
@@ -270,6 +277,7 @@ def figures_of(found: Measured) -> Iterator[tuple[str, str, float]]:
     for side, one in found.took.items():
         yield side, "seconds a step", one.wall
         yield side, "processor seconds a step", one.busy
+        yield side, "seconds a frame", a_frame(one)
         yield side, "times as fast as diffusers", found.faster(side)
         yield side, "share of the roof", found.share(side)
         yield side, "peak of tensors, MB", one.peak
