@@ -17,6 +17,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results.csv"
 ELSEWHERE, COPY_OF = "FRAME_MEMORY_RESULTS", "FRAME_MEMORY_COMMIT"
+UNDECIDED = "NOT DECIDED: "  # begins the line in which a benchmark says why its exit code is no verdict
 COLUMNS = ("date", "commit", "machine", "command", "case", "measure", "value")
 
 

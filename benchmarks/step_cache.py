@@ -2,9 +2,9 @@
 
 Videos of the synthetic world by the shipped F1 and F0, made with all steps, with fewer steps, with core's EasyCache and
 with Section Step Cache at several settings: how many times fewer evaluations, seconds a section (of the processor;
-on a GPU those of the wall), and PSNR of latents and of decoded pictures against the video with all steps, mean and lowest over
-the seeds. The peak of a latent's PSNR is the range of its own numbers; of equal videos it is infinite, and so is then
-the mean.
+on a GPU those of the wall), and PSNR of latents and of decoded pictures against the video with all steps, mean and
+lowest over the seeds. The peak of a latent's PSNR is the range of its own numbers; of equal videos it is infinite, and
+so is then the mean.
 
 What a section loses goes into the history of the next: `--seconds` says how long the videos are. Exits with 1 unless
 the default makes 2.2 times fewer evaluations with 25 steps at 26 dB or more of every video's pictures.
@@ -71,7 +71,7 @@ def make(model, vae, kind: str, given: tuple[dict, list], seconds: float, steps:
 
 
 def seconds_of(found: Sequence[Made], device: str) -> tuple[str, float]:
-    """(name, median) of the seconds that count: a GPU's by the wall, a CPU's by the processor, as others may work on it."""
+    """(name, median) of the seconds that count: a GPU's by the wall, a CPU's by the processor, which others use too."""
     if device == "cuda":
         return "seconds a section", statistics.median(m.wall for m in found)
     return "processor seconds a section", statistics.median(m.busy for m in found)
