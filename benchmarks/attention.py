@@ -94,9 +94,10 @@ def sides(shape: Shape, place: Place, candidates: Sequence[Candidate]) -> dict[s
         backend, _ = first_right(place, candidate.label, candidates)
         if backend is not None:
             _, against = first_right(place, candidates=(candidate,))
-            left_out = candidate.needs.missing(call) or against.get(candidate.label, "")
+            too_short = candidate.needs.missing(call)
+            left_out = too_short or against.get(candidate.label, "")
             run = partial(backend, None, heads=shape.heads, skip_reshape=True)
-            made[candidate.label] = Side(_narrowed if left_out and not candidate.host else run, left_out)
+            made[candidate.label] = Side(_narrowed if too_short and not candidate.host else run, left_out)
     return made
 
 

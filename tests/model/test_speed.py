@@ -12,7 +12,8 @@ from torch.autograd.profiler_util import FunctionEventAvg
 
 from benchmarks import parity_models as pm
 from benchmarks import speed, step_profile
-from frame_memory.kernels.op import cpu_features
+from frame_memory.kernels.attention import Candidate
+from frame_memory.kernels.op import Needs, cpu_features
 
 TOY = speed.Size(1, 1, 1, 4, 6, goals="")
 
@@ -112,6 +113,9 @@ GOALS = {
     "the best peer, of two": ("cuda", "bf16", 1.15, {"DIFFUSERS": 9.0, "PUBLISHED": 1.15}, {"OURS": 1.0}),
     "the best peer, of two others": ("cuda", "bf16", 1.15, {"DIFFUSERS": 1.15, "PUBLISHED": 9.0}, {"OURS": 1.0}),
     "fp8 to bf16 peers": ("cuda", "fp8", 1.6, {"DIFFUSERS": 9.0, "PUBLISHED": 1.6}, {"OURS": 1.0}),
+    "attention in as many bits": ("cuda", "bf16", 1.15, {"DIFFUSERS": 1.15}, {"OURS": 9.0, "SAME": 1.0, "FASTER": 0.1}),
+    "the same on a CPU": ("cpu", "fp32", 1.25, {"DIFFUSERS": 1.25}, {"OURS": 9.0, "SAME": 1.0, "FASTER": 0.1}),
+    "fp8 with attention in as many bits": ("cuda", "fp8", 1.6, {"DIFFUSERS": 1.6}, {"OURS": 9.0, "SAME": 1.0}),
     "fp8 with attention in fewer bits": ("cuda", "fp8", 1.6, {"DIFFUSERS": 1.6}, {"OURS": 9.0, "FASTER": 1.0}),
 }
 
@@ -194,6 +198,29 @@ def test_attention_in_fewer_bits_is_told_beside_the_goal_of_the_same_numbers():
     assert "1.3 times as fast as diffusers, meets 1.25" in line
     (line,) = speed.beside_goals(measured("cpu", DIFFUSERS=1.2, OURS=1.0, FASTER=1.0), "fp32", size, "")
     assert "does not meet" in line
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (("own", "PyTorch"), {"SAME": "own"}),
+        (("narrow", "own", "PyTorch"), {"FASTER": "narrow", "SAME": "own"}),
+        (("narrow", "PyTorch", "own"), {"FASTER": "narrow"}),
+        (("PyTorch", "narrow", "own"), {}),
+    ],
+)
+def test_attention_in_as_many_bits_is_a_side_of_its_own(order, expected):
+    """By what the candidates say of themselves; the host's own attention is no further side."""
+    known = {
+        "own": Candidate("own", "sub_quad", Needs()),
+        "narrow": Candidate("narrow", "split", Needs(), fewer_bits=True),
+        "PyTorch": Candidate("PyTorch", "pytorch", Needs()),
+    }
+    place = speed.Place(128, torch.float32, torch.device("cpu"))
+    made = speed.attentions(place, [known[label] for label in order])
+    assert {side: backend.label for side, backend in made.items()} == {
+        getattr(speed, side): label for side, label in expected.items()
+    }
 
 
 def test_targets_with_step_caching_are_told_and_fail_nothing():
