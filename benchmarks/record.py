@@ -1,7 +1,7 @@
 """Appends measurements to benchmarks/results.csv: one figure a row, with machine, commit and command.
 
 FRAME_MEMORY_RESULTS names another file for them, FRAME_MEMORY_COMMIT the commit of a copy that is outside git: so
-`benchmarks.gpu` brings rows home from a machine that was lent.
+`benchmarks.gpu` brings rows home from another machine.
 """
 
 from __future__ import annotations
