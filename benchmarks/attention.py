@@ -11,6 +11,7 @@ network stops to pay. A backend that is not taken there is measured all the same
 
 Exits with 1 if what the automatic choice takes for granted does not hold: each backend is right, none takes MARGIN
 times as long as one that is ranked behind it, and none that is left out is MARGIN times as fast as the one taken.
+Where one backend alone is there, there is no order, and it says so.
 
 Shape suffixes: B batch, H heads, L tokens, D numbers a head.
 """
@@ -93,9 +94,10 @@ def sides(shape: Shape, place: Place, candidates: Sequence[Candidate]) -> dict[s
         backend, _ = first_right(place, candidate.label, candidates)
         if backend is not None:
             _, against = first_right(place, candidates=(candidate,))
-            left_out = candidate.needs.missing(call) or against.get(candidate.label, "")
+            too_short = candidate.needs.missing(call)
+            left_out = too_short or against.get(candidate.label, "")
             run = partial(backend, None, heads=shape.heads, skip_reshape=True)
-            made[candidate.label] = Side(_narrowed if left_out and not candidate.host else run, left_out)
+            made[candidate.label] = Side(_narrowed if too_short and not candidate.host else run, left_out)
     return made
 
 
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     device = torch.device(args.device)
     where = f"cpu, threads: {torch.get_num_threads()}" if args.device == "cpu" else args.device
-    rows, missed = [], []
+    rows, missed, compared = [], [], False
     for kind in args.dtypes:
         for width in dict.fromkeys(shape.width for shape in args.shapes):
             place = Place(width, DTYPES[kind], device)
@@ -187,8 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
                 side = f"{case}, {name}, not taken" if one.left_out else f"{case}, {name}"
                 rows += [(side, measured, value) for measured, value in figures.items()]
             missed += [f"{case}: {problem}" for problem in misses(took)]
+            compared |= len(took) > 1
     for problem in missed:
         print(f"\nFAILED: {problem}")
+    if not compared:
+        print(f"\n{record.UNDECIDED}one backend only, nothing to compare")
     if args.record:
         record.append(f"benchmarks.attention --repeats {args.repeats}", rows)
     return int(bool(missed))

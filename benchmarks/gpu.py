@@ -4,15 +4,14 @@
 Correctness first (`benchmarks.gpu_checks`), then the roof, then times, in the order of what they are worth. Each part
 is a process of its own with a limit of its own, so that one that fails or hangs costs no other. DIR gets what is there
 so far at any moment: results.csv, rows in the form of benchmarks/results.csv; log.txt, all that the parts say; and
-goals.md, the goals of issue F with what was measured: met, MISSED or not run. (Three files, since a lent machine may
-give back eight.) Exits with 1 unless every goal was met.
+goals.md, the goals of issue F with what was measured: met, MISSED or not run. Exits with 1 unless every goal was met.
 
 Without a GPU it says so, and runs every part at the smallest shapes, as --tiny does: that shows that they run, nothing
 else.
 
-On a machine that reaches no network, as this project is lent one with an H200 for ten minutes a call, ComfyUI and the
-packages that the machine lacks have to travel along: `scripts/carry.py` packs them and says which calls to make. Rows
-come home by `tail -n +2 DIR/results.csv >> benchmarks/results.csv`.
+On a machine that reaches no network ComfyUI and the packages that the machine lacks have to travel along:
+`scripts/carry.py` packs them and says which calls to make. --minutes is for one that ends a command after some time.
+Rows come home by `tail -n +2 DIR/results.csv >> benchmarks/results.csv`.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from . import record
 
 # As `benchmarks.decode` and `benchmarks.speed` have them, whose imports would cost this process seconds.
 DECODE, STEP, OURS, STEPS = "seconds of a decode", "seconds a step", "ours", 25
-# The reply of a lent machine holds the last 12,000 characters of all that is said.
-TAIL = 900
+PIXELS = {"tiny": "160x160", "mid": "320x320", "full": "608x640"}  # of a step, by how its case begins
+TAIL = 900  # characters that each part says at its end, so that all of them and the goals fit on a few screens
 LEAST = 10.0  # seconds that a part is begun with at all
 TINY = "; the smallest shapes, whose times mean nothing"
 MET, MISSED, NOT_RUN = "met", "MISSED", "not run"
@@ -79,9 +78,9 @@ PARTS = (
     Part(
         "step cache", ("benchmarks.step_cache", "--kinds", "F1", "--steps", "25", "--seeds", "1"),
         ("--kinds", "F1", "--steps", "4", "--seeds", "1", "--seconds", "1.2"), 120,
-        "2.2 times fewer evaluations at 26 dB",
+        "self-test model: 2.2 times fewer evaluations at 26 dB",
     ),
-    Part("stage two", ("benchmarks.stage_two",), (), 60, ""),
+    Part("stage two", ("benchmarks.stage_two",), (), 60, "1.1 times the memory of inference"),
     Part("memory", ("benchmarks.memory_cost",), ("--hidden", "128", "--size", "8", "8", "--repeats", "1"), 120,
          "60 s of history over 10 s; a step with memory"),
 )  # fmt: skip
@@ -108,8 +107,13 @@ class Ran:
         told = [(*found[:4], MET if found[4] == "passed" else MISSED) for found in VERDICT.findall(self.said)]
         if told or self.open or tiny or not self.part.decides:
             return told
-        why = next((line for line in self.said.splitlines() if line.startswith(FAILED)), "")
-        return [(self.part.decides, why, "", "", MET if self.good else MISSED)]
+        if self.good and self.line_of(record.UNDECIDED):
+            return []
+        return [(self.part.decides, self.line_of(FAILED), "", "", MET if self.good else MISSED)]
+
+    def line_of(self, start: str) -> str:
+        """The first line said that begins so; "" for none."""
+        return next((line for line in self.said.splitlines() if line.startswith(start)), "")
 
 
 def run(part: Part, command: Sequence[str], limit: float, log: Path, more: dict[str, str] | None = None) -> Ran:
@@ -156,19 +160,21 @@ def goals_table(ran: Sequence[Ran], tiny: bool = False) -> list[str]:
         goals = one.goals(tiny)
         lines += [f"| {one.part.name} | " + " | ".join(goal) + " |" for goal in goals]
         if one.open or (one.part.decides and not goals):
-            why = one.open or "these shapes decide nothing"
+            told = one.line_of(record.UNDECIDED).removeprefix(record.UNDECIDED)
+            why = one.open or told or "these shapes decide nothing"
             lines.append(f"| {one.part.name} | {one.part.decides} |  |  | {why} | {NOT_RUN} |")
     return lines
 
 
 def shares(results: Path) -> list[str]:
-    """What a section's decode adds to its sampling, of the seconds that this call measured."""
+    """A section's decode beside its steps, of the seconds that this call measured, each with its size in pixels."""
     with results.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    decodes = [float(row["value"]) for row in rows if row["measure"] == DECODE]
+    decodes = [row for row in rows if row["measure"] == DECODE]
     steps = [row for row in rows if row["measure"] == STEP and row["case"].endswith(f", {OURS}")]
     return [
-        f"A section's decode: {decode / (STEPS * float(row['value'])):.1%} of its {STEPS} steps ({row['case']})."
+        f"A decode ({decode['case']}): {float(decode['value']) / (STEPS * float(row['value'])):.1%} of the seconds of "
+        f"{STEPS} steps at {PIXELS[row['case'].partition(',')[0]]} ({row['case']})."
         for decode in decodes for row in steps
     ]  # fmt: skip
 

@@ -85,16 +85,16 @@ class Published:
         sigmas = self.pipeline.get_flux_sigmas_from_mu(steps, self.pipeline.calculate_flux_mu(tokens))
 
         def model(x, sigma, **_):
-            with _default_dtype(torch.float32):
+            with default_dtype(torch.float32):
                 return x0_of(x.float(), float(sigma[0])).to(dtype)
 
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             return self.sampler.sample_unipc(model, noise.to(dtype), sigmas.to(dtype), extra_args={}, disable=True)
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype):
-    """What `torch.tensor([...])` makes, which is how the published sampler keeps its coefficients."""
+def default_dtype(dtype: torch.dtype):
+    """What `torch.tensor([...])` makes, which is how the published sampler keeps its coefficients, and new networks."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,7 +1,7 @@
 """Appends measurements to benchmarks/results.csv: one figure a row, with machine, commit and command.
 
 FRAME_MEMORY_RESULTS names another file for them, FRAME_MEMORY_COMMIT the commit of a copy that is outside git: so
-`benchmarks.gpu` brings rows home from a machine that was lent.
+`benchmarks.gpu` brings rows home from another machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results.csv"
 ELSEWHERE, COPY_OF = "FRAME_MEMORY_RESULTS", "FRAME_MEMORY_COMMIT"
+UNDECIDED = "NOT DECIDED: "  # begins the line in which a benchmark says why its exit code is no verdict
 COLUMNS = ("date", "commit", "machine", "command", "case", "measure", "value")
 
 

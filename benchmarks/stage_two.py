@@ -2,7 +2,8 @@
 
 Only the last modulation and the output layer learn, so the trunk runs as in inference and leaves nothing behind; what
 is added is the graph of the head and the numbers that learn. First by calculation on the published topology, then,
-where there is a GPU that holds it, by one update with random weights. Bound: 1.1 times the memory of inference.
+where there is a GPU that holds it, by one update with random weights. Exits with 1 where either takes more
+than 1.1 times the memory of inference.
 Source: reference/memorypack.md sections 1.1, 3.2 and 3.3.
 
 Shape legend: N tokens of the noisy window, D hidden size, P numbers of an output token.
@@ -11,6 +12,8 @@ Shape legend: N tokens of the noisy window, D hidden size, P numbers of an outpu
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import comfy.ops
@@ -42,6 +45,8 @@ FRAMES, HEIGHT, WIDTH = 9, 60, 104  # latent, of a window of 480x832
 TEXT, VISION, VISION_FEATURES, POOLED = 256, 729, 1152, 768
 CONTEXT_TOKENS = 3120 + 390 + 416  # of F1's context at this size: 1x, 2x, 4x
 BOUND = 1.1
+CALCULATED = "memory over inference, calculated"
+RATIOS = (CALCULATED, "ratio, run")
 GIB = 2**30
 # Bytes of a number that learns: itself, its gradient, AdamW's two and the average in fp32, and the copy it runs with.
 LEARNING = 5 * 4 + 2
@@ -123,7 +128,7 @@ def table() -> tuple[list[str], list[tuple[str, str, float]]]:
         lines.append(
             f"| {name} | " + " | ".join(f"{v / GIB:.2f}" for v in parts) + f" | {n.ratio:.3f} | {n.hardest_ratio:.3f} |"
         )
-        figures += [(f"stage 2, {name}", "memory over inference, calculated", n.ratio)]
+        figures += [(f"stage 2, {name}", CALCULATED, n.ratio)]
         figures += [(f"stage 2, {name}", "memory over weights alone, calculated", n.hardest_ratio)]
     return lines, figures
 
@@ -178,16 +183,17 @@ def gpu_peak(action) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     lines, figures = table()
     print("\n".join(lines))
     if not torch.cuda.is_available():
-        print("No GPU here: calculated only.")
+        print(f"{record.UNDECIDED}there is no GPU here, calculated only")
     elif torch.cuda.get_device_properties(0).total_memory < 1.2 * needs().inference:
-        print("The GPU here holds less than the network: calculated only.")
+        print(f"{record.UNDECIDED}the GPU here holds less than the network, calculated only")
     else:
         got = run_on_gpu()
         print(f"Run: inference {got['inference'] / GIB:.2f} GiB, stage 2 {got['stage 2'] / GIB:.2f} GiB, "
@@ -195,7 +201,18 @@ def main() -> None:
         figures += [("stage 2, bf16", f"{k}, run", v if k == "ratio" else v / GIB) for k, v in got.items()]
     if args.record:
         record.append("benchmarks.stage_two", figures)
+    missed = list(misses(figures))
+    for problem in missed:
+        print(f"FAILED: {problem}")
+    return int(bool(missed))
+
+
+def misses(figures: Iterable[tuple[str, str, float]]) -> Iterator[str]:
+    """What a run fails by, of what it records: a ratio to inference that is not within the bound."""
+    for case, measure, value in figures:
+        if measure in RATIOS and not value <= BOUND:
+            yield f"{case}: {measure} {value:.3f}, at most {BOUND} is asked for"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """Skipped steps on the self-test models: `python scripts/run.py -m benchmarks.step_cache [--record]`.
 
 Videos of the synthetic world by the shipped F1 and F0, made with all steps, with fewer steps, with core's EasyCache and
-with Section Step Cache at several settings: how many times fewer evaluations, processor seconds a section (on a GPU
-those of the wall), and PSNR of latents and of decoded pictures against the video with all steps, mean and lowest over
-the seeds. The peak of a latent's PSNR is the range of its own numbers; of equal videos it is infinite, and so is then
-the mean.
+with Section Step Cache at several settings: how many times fewer evaluations, seconds a section (of the processor;
+on a GPU those of the wall), and PSNR of latents and of decoded pictures against the video with all steps, mean and
+lowest over the seeds. The peak of a latent's PSNR is the range of its own numbers; of equal videos it is infinite, and
+so is then the mean.
 
 What a section loses goes into the history of the next: `--seconds` says how long the videos are. Exits with 1 unless
 the default makes 2.2 times fewer evaluations with 25 steps at 26 dB or more of every video's pictures.
@@ -16,7 +16,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,17 +39,19 @@ FEWER = (15, 11)
 DRIFTS = (0.05, 0.1, DRIFT)
 THRESHOLDS = (0.05, 0.2)  # of EasyCache; 0.2 is its default
 SECTION_SECONDS = 1.2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ("side", "evaluations a section", "times fewer", "s a section", "latents, dB", "pictures, dB", "lowest")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 @dataclass(frozen=True)
 class Made:
-    """A video of one seed. evaluations: of the network. busy: processor seconds; on a GPU those of the wall."""
+    """A video of one seed. evaluations: of the network. wall, busy: seconds, of the processor the second."""
 
     samples: Tensor
     pixels_THWC: Tensor
     evaluations: int
+    wall: float
     busy: float
 
 
@@ -64,10 +66,15 @@ def make(model, vae, kind: str, given: tuple[dict, list], seconds: float, steps:
     counted = model.clone()
     counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)  # inside of EasyCache's
     latent: dict = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wall, busy = clocked(lambda: latent.update(sampled(counted, kind, *given, seconds, steps, seed)), device)
-    busy = wall if device == "cuda" else busy
-    return Made(latent["samples"], decoded(vae, latent).float(), len(evaluations), busy)
+    took = clocked(lambda: latent.update(sampled(counted, kind, *given, seconds, steps, seed)), DEVICE)
+    return Made(latent["samples"], decoded(vae, latent).float(), len(evaluations), *took)
+
+
+def seconds_of(found: Sequence[Made], device: str) -> tuple[str, float]:
+    """(name, median) of the seconds that count: a GPU's by the wall, a CPU's by the processor, which others use too."""
+    if device == "cuda":
+        return "seconds a section", statistics.median(m.wall for m in found)
+    return "processor seconds a section", statistics.median(m.busy for m in found)
 
 
 def sides(steps: int) -> dict[str, tuple[Callable, int]]:
@@ -105,10 +112,11 @@ def measure(kind: str, steps: int, seeds: int, seconds: float) -> Iterator[tuple
     exact = made["all steps"]
     sections = round(seconds / SECTION_SECONDS)
     for name, found in made.items():
+        clock, median = seconds_of(found, DEVICE)
         figures = {
             "evaluations a section": statistics.mean(m.evaluations for m in found) / sections,
             FEWER_EVALUATIONS: sum(m.evaluations for m in exact) / sum(m.evaluations for m in found),
-            "processor seconds a section": statistics.median(m.busy for m in found) / sections,
+            clock: median / sections,
         }
         if name != "all steps":
             latents, pixels = zip(*(near(*pair) for pair in zip(found, exact, strict=True)), strict=True)

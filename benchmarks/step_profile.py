@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 from . import record, speed
 
@@ -31,6 +33,16 @@ def part_of(op: str) -> str:
     return next((part for part, names in PARTS.items() if any(name in op for name in names)), REST)
 
 
+def spent_in(events: Iterable[FunctionEventAvg], device: str) -> Counter[str]:
+    """By part, the ops' own time on a device. torch gives a GPU's to the op and once more to the kernel's own event."""
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CPU:
+            own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            spent[part_of(event.key)] += own
+    return spent
+
+
 def shares(steps: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, dict[str, float]]:
     """By side and part, of the time of all ops of that side."""
     spent: dict[str, Counter[str]] = {name: Counter() for name in steps}
@@ -38,9 +50,8 @@ def shares(steps: dict[str, Callable[[], object]], device: str, repeats: int) ->
         for name, step in steps.items():
             with torch.profiler.profile(acc_events=True) as seen:
                 step()
-            for event in seen.key_averages() if number else ():
-                own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-                spent[name][part_of(event.key)] += own
+            if number:
+                spent[name] += spent_in(seen.key_averages(), device)
     return {name: {part: found[part] / found.total() for part in (*PARTS, REST)} for name, found in spent.items()}
 
 

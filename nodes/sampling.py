@@ -484,7 +484,8 @@ class FrameMemoryAttentionBackend(io.ComfyNode):
                         "'automatic' takes what is taken to be fastest of those that are installed and agree with "
                         "PyTorch's within 10 % in a short test; what ComfyUI was started with (--use-sage-attention "
                         "and so on) stays. A named one goes before that, and is refused where it is missing or wrong. "
-                        "Nothing is installed by it: with PyTorch's alone the node changes nothing."
+                        "Nothing is installed by it: with PyTorch's alone the node changes nothing, but on an H100, "
+                        "H200 or B200, where it takes PyTorch's with cuDNN."
                     ),
                 ),
             ],

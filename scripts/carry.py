@@ -1,13 +1,13 @@
-"""Packs what a lent GPU machine lacks of the host, for one that reaches no network: `python scripts/carry.py`.
+"""Packs what a GPU machine that reaches no network lacks of the host: `python scripts/carry.py [--megabytes N]`.
 
-Such a machine gets a copy of this checkout and a few ignored files with each call, together of a limited size. It has a
-Python with PyTorch and much else; ComfyUI and the packages in LACKING it does not have. They are packed into pieces
-under benchmarks/out/carry, each of which fits beside the checkout, and the calls to make are printed: all but the last
-one only lay down a piece, and the last one unpacks them and starts `benchmarks.gpu`. They must follow each other
-while the machine stays warm.
+It is for a machine that runs one command at a time on a copy of this checkout, sent with it and with a few more files,
+together of a limited size (--megabytes). It has a Linux with a Python, PyTorch and much else; ComfyUI and the packages
+in LACKING it does not have. They are packed into pieces under benchmarks/out/carry, each of which fits beside the
+checkout, and the commands are printed: all but the last one only lay down a piece, and the last one unpacks them and
+starts `benchmarks.gpu`. The machine must keep /var/tmp from one to the next.
 
-Packages come through pip, in the versions and with the checksums of host.lock, for the Python of that machine. Of
-ComfyUI its code comes along, not its tokenizers, templates and tests.
+It needs git and pip here. Packages come through pip, in the versions and with the checksums of host.lock, for the
+Python of that machine. Of ComfyUI its code comes along, not its tokenizers, templates and tests.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import host
 
-# What that machine's image has not, of what the benchmarks import.
+# Of what the benchmarks import, what a usual image with PyTorch has not.
 LACKING = ("av", "comfy-aimdo", "comfy-kitchen", "diffusers", "importlib-metadata", "torchsde", "trampoline")
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2014", "2010")
-LIMIT, SPARE = 64 * 2**20, 2 * 2**20  # bytes that travel with a call, and what is left of them
+MEBIBYTE = 2**20
+LIMIT, SPARE = 64, 2 * MEBIBYTE  # MiB that travel with a command by default; bytes of them that are left free
 LEFT_OUT = ("tests", "tests-unit", "blueprints", "models", "custom_nodes", "input", "output", "temp")
 LARGEST = 128 * 1024  # of a file that is no code
 PUBLISHED = "diffusers_helper"  # the published code's package
@@ -43,8 +44,10 @@ START = (
 
 def requirements(lock: str, python: str, names: tuple[str, ...] = LACKING) -> list[str]:
     """The lock's lines of packages, `name==version --hash=...`, for a Python such as 3.12 on Linux with an x86-64."""
-    from pip._vendor.packaging.requirements import Requirement
-
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError as error:
+        raise SystemExit("This Python has no pip, which fetches the packages. Run it with one that has it.") from error
     place = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
              "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
              "platform_python_implementation": "CPython"}  # fmt: skip
@@ -79,10 +82,21 @@ def code_of(comfyui: Path) -> Iterator[Path]:
             yield path
 
 
+def asked_git(arguments: list[str]) -> str:
+    """What git says of this checkout. Raises SystemExit in plain words without git, or where this is no checkout."""
+    try:
+        line = ["git", "-C", str(host.REPO), *arguments]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError as error:
+        raise SystemExit("git is not installed; it says which files travel with the checkout. Install it.") from error
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"git cannot read {host.REPO} ({error.stderr.strip()}). Run this in a clone.") from error
+
+
 def checkout_bytes() -> int:
     """Of the files that travel anyway."""
-    listed = ["git", "-C", str(host.REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0")
+    listed = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = asked_git(listed).split("\0")
     return sum(path.stat().st_size for path in (host.REPO / name for name in names if name) if path.is_file())
 
 
@@ -101,6 +115,7 @@ def calls(pieces: list[Path], commit: str, options: str) -> Iterator[tuple[str, 
     for piece in pieces:
         path = piece.relative_to(host.REPO).as_posix()
         lay = f"mkdir -p /var/tmp/host && cp {path} /var/tmp/host/"
+        lay = f"rm -rf /var/tmp/host && {lay}" if piece == pieces[0] else lay  # what an earlier commit left there
         yield path, lay if piece != pieces[-1] else f"{lay} && {START.format(commit=commit, options=options)}"
 
 
@@ -108,11 +123,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="3.12", help="of that machine")
     parser.add_argument("--published", metavar="PATH", type=Path, help="a checkout of the published FramePack code")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of benchmarks.gpu; a call ends after ten")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of benchmarks.gpu, less than a command may take")
+    parser.add_argument("--megabytes", type=int, default=LIMIT, help="MiB that travel with a command, checkout too")
     args = parser.parse_args(arguments)
-    found, size = host.ensure_host(), LIMIT - SPARE - checkout_bytes()
-    if size < 2**20:
-        raise SystemExit(f"The checkout leaves {size} bytes of {LIMIT}. Move large files that are not committed away.")
+    size = args.megabytes * MEBIBYTE - SPARE - checkout_bytes()
+    if size < MEBIBYTE:
+        raise SystemExit(
+            f"The checkout leaves {max(size, 0)} bytes of {args.megabytes} MiB. Move large files that are not "
+            "committed away, or raise --megabytes."
+        )
+    found = host.ensure_host()
     shutil.rmtree(FOLDER, ignore_errors=True)
     wheels = FOLDER / "wheels"
     wheels.mkdir(parents=True)
@@ -128,8 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     pieces = cut(packed, FOLDER, size)
     packed.unlink()
     shutil.rmtree(wheels)
-    describe = ["git", "-C", str(host.REPO), "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    commit = asked_git(["describe", "--always", "--dirty=+"]).strip()
     options = f"--minutes {args.minutes:g}" + (" --published /var/tmp/host/published" if args.published else "")
     for number, (path, command) in enumerate(calls(pieces, commit, options), start=1):
         print(f"\nCall {number} of {len(pieces)}, which carries {path}:\n{command}")

@@ -1,5 +1,5 @@
-"""Attention without a mask: the plain twin, half the bits on processors with a unit for them, and which of the host's
-backends are worth a try on which device.
+"""Attention without a mask: the plain twin, half the bits on processors with a unit for them, cuDNN's where PyTorch
+prefers it and the host does not, and which of the host's backends are worth a try on which device.
 
 Shape suffixes: B batch, H heads, L queries, M keys, D numbers a head.
 Source: reference/performance.md sections 1 and 3; benchmarks/notes.md for what was measured on a CPU.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .op import Backend, Call, Needs, Op
@@ -33,8 +34,26 @@ def _in_bf16(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
 # to 3.4 times from 1,000 on, half as fast at 16 (`benchmarks.attention`). Off by 4e-3 of the result, a tenth of what
 # SageAttention's 8 bits are off by.
 BF16 = Backend("bf16", _in_bf16, Needs(("cpu",), (torch.float32,), features=("amx_bf16",), rows=(128, 1 << 30)))
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
+
+
+def _cudnn_first(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):  # for this call; PyTorch's own order is back behind it
+        return scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD)
+
+
+# PyTorch itself prefers cuDNN's kernel on these GPUs, of cuDNN 9.15.1 on: older ones have an error at lengths that 128
+# does not divide. ComfyUI asks for FlashAttention 2 before it on every NVIDIA GPU.
+CUDNN = Backend(
+    "cudnn",
+    _cudnn_first,
+    Needs(("cuda",), _HALF, capability=((9, 0), (11, 0)), widths=(8, 128), multiple=8, cudnn=91501),
+)
 SDPA = Backend("sdpa", scaled_dot_product_attention, Needs(gradient=True))
-ATTENTION = Op(attention_twin, (BF16, SDPA))
+ATTENTION = Op(attention_twin, (BF16, CUDNN, SDPA))
 
 
 @torch.library.custom_op(
@@ -61,18 +80,20 @@ class Candidate:
 
     label: for people. host: the name that the host registers it under; "" for `fast_attention`. needs: of the device.
     pays: where it is taken to be faster than those behind it in the list; elsewhere it is taken on demand only.
+    fewer_bits: whether it computes in fewer bits than the call's number format has, and so gives other numbers.
     """
 
     label: str
     host: str
     needs: Needs
     pays: Needs = field(default_factory=Needs)
+    fewer_bits: bool = False
 
 
 # The fastest first, by what is published; none was timed here on a GPU. SageAttention 2 multiplies in 8 bits on every
 # GPU since Ampere, 2.7 to 3.9 times as fast as FlashAttention 2; the first version was tuned for Ampere and Ada.
-# FlashAttention 2 is what PyTorch's own is at best there; on Hopper PyTorch's (cuDNN) is faster. xformers is for GPUs
-# older than both.
+# FlashAttention 2 is what PyTorch's own is at best there, and by ComfyUI's order on Hopper too, where PyTorch by itself
+# takes cuDNN's. xformers is for GPUs older than both.
 CANDIDATES = (
     Candidate(
         "SageAttention 2",
@@ -80,6 +101,7 @@ CANDIDATES = (
         Needs(
             ("cuda",), _HALF, capability=((8, 0), (14, 0)), widths=(1, 128), modules=("sageattention",), major=(2, 9)
         ),
+        fewer_bits=True,
     ),
     Candidate(
         "SageAttention 1",
@@ -89,6 +111,7 @@ CANDIDATES = (
             modules=("sageattention",), major=(1, 1),
         ),
         Needs(capability=((8, 0), (9, 0))),
+        fewer_bits=True,
     ),
     Candidate(
         "FlashAttention",
@@ -102,6 +125,7 @@ CANDIDATES = (
         Needs(("cuda",), modules=("xformers",)),
         Needs(capability=((5, 0), (8, 0))),
     ),
-    Candidate("bf16 on the CPU", "", BF16.needs),
+    Candidate("bf16 on the CPU", "", BF16.needs, fewer_bits=True),
+    Candidate("PyTorch with cuDNN", "", CUDNN.needs),
     Candidate("PyTorch", "pytorch", Needs(gradient=True)),
 )  # fmt: skip

@@ -44,7 +44,7 @@ class Needs:
 
     capability: (least, below) of an NVIDIA GPU, as (major, minor). features: of a CPU, torch's names. rows, widths:
     (from, to), both inside. multiple: what divides the width. modules: others' that must be there; major: the versions
-    of the first of them, (from, to).
+    of the first of them, (from, to). cudnn: its least version, as torch tells it.
     """
 
     devices: tuple[str, ...] = ()
@@ -56,6 +56,7 @@ class Needs:
     multiple: int = 1
     modules: tuple[str, ...] = ()
     major: tuple[int, int] | None = None
+    cudnn: int = 0
     gradient: bool = False
 
     def missing(self, call: Call) -> str:
@@ -76,6 +77,8 @@ class Needs:
             if torch.version.hip or not least <= own < below:
                 made = "AMD" if torch.version.hip else f"compute capability {_dotted(own)}"
                 return f"a GPU of {made}; it is for NVIDIA's {_dotted(least)} to below {_dotted(below)}"
+        if self.cudnn and kind == "cuda" and (own := torch.backends.cudnn.version() or 0) < self.cudnn:
+            return f"cuDNN is of version {own}; it is for {self.cudnn} on"
         lacking = [name for name in self.features if kind == "cpu" and not cpu_features().get(name)]
         if lacking:
             return f"the processor has no {' and no '.join(lacking)}"

@@ -149,7 +149,7 @@ def _against(candidate: Candidate, backend: AttentionBackend, place: Place, auto
 
 def _is_pytorchs(backend: AttentionBackend, place: Place) -> bool:
     """Whether it gives PyTorch's very numbers, of a backend that is another one."""
-    if backend.host in ("", "pytorch"):
+    if backend.host == "pytorch":
         return False
     parts, call = one_call(backend, place)
     return torch.equal(call(), attention_pytorch(*parts, heads=2, skip_reshape=True))

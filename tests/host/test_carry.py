@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,8 @@ import pytest
 
 from scripts import carry, host
 
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
+needs_git = pytest.mark.skipif(not (shutil.which("git") and (host.REPO / ".git").exists()), reason="no clone with git")
 LOCK = """\
 av==1.0 ; python_full_version < '3.12' \\
     --hash=sha256:aa \\
@@ -24,11 +28,13 @@ torch==4 \\
 """
 
 
+@needs_pip
 def test_a_version_for_that_python_is_asked_for_with_its_checksums():
     assert carry.requirements(LOCK, "3.12") == ["av==2.0 --hash=sha256:cc", "diffusers==3 --hash=sha256:dd"]
     assert carry.requirements(LOCK, "3.11")[0] == "av==1.0 --hash=sha256:aa --hash=sha256:bb"
 
 
+@needs_pip
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_the_lock_has_every_package_once(python):
     asked = carry.requirements(host.read_lock().text, python)
@@ -54,6 +60,8 @@ def test_pieces_are_the_whole_and_the_last_call_unpacks_them(tmp_path, running_h
     pieces = carry.cut(packed, root, 10_000)
     assert len(pieces) > 3 and max(piece.stat().st_size for piece in pieces) == 10_000
     monkeypatch.setattr(host, "REPO", root)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "host.99").write_bytes(b"of an earlier commit")
     said = ""
     for path, command in carry.calls(pieces, "abc", "--minutes 9"):
         assert (root / path).is_file() and len(command) < 2000
@@ -74,4 +82,28 @@ def test_of_comfyui_its_code_travels_and_no_large_data(running_host):
         path.relative_to(running_host.comfyui).as_posix() for path in (running_host.comfyui / "comfy").rglob("*.py")
     }
     assert sum(path.stat().st_size for path in found.values()) < 16 * 2**20
-    assert carry.checkout_bytes() < carry.LIMIT - carry.SPARE - 2**24
+
+
+@needs_git
+def test_the_checkout_leaves_room_for_pieces():
+    assert carry.checkout_bytes() < carry.LIMIT * carry.MEBIBYTE - carry.SPARE - 2**24
+
+
+def test_without_git_a_clone_or_pip_it_says_what_is_missing(tmp_path, monkeypatch):
+    """Before anything is installed or fetched."""
+    monkeypatch.setattr(host, "REPO", tmp_path)
+    if shutil.which("git"):
+        with pytest.raises(SystemExit, match="git cannot read .*in a clone"):
+            carry.main([])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="git is not installed"):
+        carry.main([])
+    monkeypatch.setitem(sys.modules, "pip._vendor.packaging.requirements", None)
+    with pytest.raises(SystemExit, match="has no pip"):
+        carry.requirements(LOCK, "3.12")
+
+
+def test_a_checkout_that_leaves_no_room_is_refused(monkeypatch):
+    monkeypatch.setattr(carry, "checkout_bytes", lambda: 9 * 2**20)
+    with pytest.raises(SystemExit, match="leaves 0 bytes of 8 MiB.*raise --megabytes"):
+        carry.main(["--megabytes", "8"])

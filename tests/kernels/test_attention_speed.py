@@ -55,6 +55,15 @@ def test_every_figure_is_told_and_a_backend_that_fails_the_self_test_is_no_side(
         assert float(share) > 0 and float(faster) == 1 and float(error) < 1e-5
 
 
+def test_of_one_backend_there_is_no_order(monkeypatch, capsys):
+    ranked(monkeypatch)
+    assert benchmark.main(SMALL) == 0
+    assert "NOT DECIDED: one backend only, nothing to compare" in capsys.readouterr().out.splitlines()
+    ranked(monkeypatch, host.attention_basic)
+    benchmark.main(SMALL)
+    assert "NOT DECIDED" not in capsys.readouterr().out
+
+
 def test_a_backend_that_is_wrong_where_the_self_test_does_not_look_fails(monkeypatch, capsys):
     ranked(monkeypatch, wrong_at_length)
     assert benchmark.main(SMALL) == 1

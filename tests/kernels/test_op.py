@@ -36,6 +36,13 @@ def test_a_gpu_too_old_or_too_new_is_told_by_its_compute_capability(monkeypatch)
     assert Needs(capability=((8, 9), (9, 0))).missing(CALL) == ""
 
 
+@pytest.mark.parametrize(("own", "words"), [(91500, "cuDNN is of version 91500; it is for 91501 on"), (91501, "")])
+def test_a_cudnn_too_old_is_told_on_a_gpu_alone(own, words, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: own)
+    assert Needs(cudnn=91501).missing(replace(CALL, device=torch.device("cuda", 0))) == words
+    assert Needs(cudnn=91501).missing(CALL) == ""
+
+
 def test_nothing_asked_for_is_nothing_missing():
     everything = Needs(("cpu",), (torch.bfloat16,), None, (), (300, 300), (64, 64), 64, ("torch",), gradient=True)
     assert Needs().missing(CALL) == everything.missing(replace(CALL, gradient=True)) == ""

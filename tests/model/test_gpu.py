@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, gpu, gpu_checks, roof, speed
+from benchmarks import decode, gpu, gpu_checks, record, roof, speed, stage_two
 from benchmarks.record import COLUMNS
 
 ROW = "| {} | seconds | 2 | 1 | {} |"
@@ -25,6 +25,8 @@ ENDINGS = {
              [gpu.MET, gpu.NOT_RUN]),
     "by its code": ("pass", [gpu.MET]),
     "by its code, missed": ("print('FAILED: x is slow'); exit(1)", [gpu.MISSED]),
+    "of one side": (f"print('{record.UNDECIDED}nothing to compare')", [gpu.NOT_RUN]),
+    "of one side, wrong": (f"print('{record.UNDECIDED}nothing'); print('FAILED: x'); exit(1)", [gpu.MISSED]),
     "after an error that it caught": (
         f"print({gpu.BROKEN!r}); print('{ROW.format('a', 'FAILED')}'); exit(1)", [gpu.MISSED]
     ),
@@ -40,7 +42,8 @@ def test_however_a_part_ends_its_verdicts_are_kept(name, tmp_path):
     assert [line.split(" | ")[-1].removesuffix(" |") for line in lines] == expected
     assert ran.seconds < 20 and (tmp_path / "log.txt").read_bytes().startswith(b"\n=== " + name.encode())
     if gpu.NOT_RUN in expected:
-        assert "the goal" in lines[-1] and ran.open in lines[-1] and ran.open
+        assert "the goal" in lines[-1] and (ran.open or "nothing to compare") in lines[-1]
+        assert bool(ran.open) == (name != "of one side")
 
 
 def test_of_the_smallest_shapes_an_exit_code_decides_nothing(tmp_path):
@@ -74,13 +77,32 @@ def test_every_part_is_a_command_that_its_benchmark_understands():
 
 def test_the_share_of_the_decode_is_of_the_steps_of_the_same_call(tmp_path):
     assert (gpu.DECODE, gpu.OURS, gpu.STEPS) == (decode.SECONDS, speed.OURS, speed.STEPS)
+    assert {name: f"{8 * s.width}x{8 * s.height}" for name, s in speed.SIZES.items()} == gpu.PIXELS
     told = speed.figures_of(speed.Measured({speed.DIFFUSERS: speed.Took(1, 1, 1, 0)}, 1, 1, "cpu"))
     assert gpu.STEP in [measure for _, measure, _ in told]
     case, start = "full, bf16, cuda", "d,c,m,x,"
     rows = [f'{start}"{case}, ours",seconds a step,0.8', f'{start}"{case}, diffusers",seconds a step,8',
-            f"{start}a decode,{decode.SECONDS},1"]  # fmt: skip
+            f"{start}9 frames of 832x480,{decode.SECONDS},1"]  # fmt: skip
     (tmp_path / "rows.csv").write_text("\n".join([",".join(COLUMNS), *rows]), encoding="utf-8")
-    assert gpu.shares(tmp_path / "rows.csv") == [f"A section's decode: 5.0% of its 25 steps ({case}, ours)."]
+    assert gpu.shares(tmp_path / "rows.csv") == [
+        f"A decode (9 frames of 832x480): 5.0% of the seconds of 25 steps at 608x640 ({case}, ours)."
+    ]
+
+
+def test_more_memory_than_the_bound_fails_stage_two_by_the_part_of_the_one_call(monkeypatch, capsys):
+    (part,) = [part for part in gpu.PARTS if part.line[0] == "benchmarks.stage_two"]
+    assert stage_two.main([]) == 0
+    said = capsys.readouterr().out
+    ran = gpu.Ran(part, "", said, good=True)
+    assert (gpu.NOT_RUN in gpu.goals_table([ran])[-1]) == (record.UNDECIDED in said)
+    monkeypatch.setattr(stage_two, "BOUND", 1.05)
+    assert stage_two.main([]) == 1
+    ran = gpu.Ran(part, "", capsys.readouterr().out)
+    assert part.decides in gpu.goals_table([ran])[-1] and gpu.MISSED in gpu.goals_table([ran])[-1]
+    assert "FAILED: stage 2, fp8 blocks: memory over inference, calculated 1.06" in ran.said
+    for value, expected in ((1.049, 0), (1.051, 1), (float("nan"), 1)):
+        figures = [("stage 2, bf16", "ratio, run", value), ("stage 2, bf16", "inference, run", 9.0)]
+        assert len(list(stage_two.misses(figures))) == expected
 
 
 # ---- checks and figures at toy size --------------------------------------------------------------------------------

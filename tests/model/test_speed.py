@@ -6,10 +6,14 @@ import math
 
 import pytest
 import torch
+from diffusers import HunyuanVideoFramepackTransformer3DModel
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 from benchmarks import parity_models as pm
 from benchmarks import speed, step_profile
-from frame_memory.kernels.op import cpu_features
+from frame_memory.kernels.attention import Candidate
+from frame_memory.kernels.op import Needs, cpu_features
 
 TOY = speed.Size(1, 1, 1, 4, 6, goals="")
 
@@ -109,6 +113,9 @@ GOALS = {
     "the best peer, of two": ("cuda", "bf16", 1.15, {"DIFFUSERS": 9.0, "PUBLISHED": 1.15}, {"OURS": 1.0}),
     "the best peer, of two others": ("cuda", "bf16", 1.15, {"DIFFUSERS": 1.15, "PUBLISHED": 9.0}, {"OURS": 1.0}),
     "fp8 to bf16 peers": ("cuda", "fp8", 1.6, {"DIFFUSERS": 9.0, "PUBLISHED": 1.6}, {"OURS": 1.0}),
+    "attention in as many bits": ("cuda", "bf16", 1.15, {"DIFFUSERS": 1.15}, {"OURS": 9.0, "SAME": 1.0, "FASTER": 0.1}),
+    "the same on a CPU": ("cpu", "fp32", 1.25, {"DIFFUSERS": 1.25}, {"OURS": 9.0, "SAME": 1.0, "FASTER": 0.1}),
+    "fp8 with attention in as many bits": ("cuda", "fp8", 1.6, {"DIFFUSERS": 1.6}, {"OURS": 9.0, "SAME": 1.0}),
     "fp8 with attention in fewer bits": ("cuda", "fp8", 1.6, {"DIFFUSERS": 1.6}, {"OURS": 9.0, "FASTER": 1.0}),
 }
 
@@ -153,6 +160,36 @@ def test_what_is_no_number_is_within_no_bound(kind, name):
         assert len(missed) == expected and all("ours computes something else" in line for line in missed)
 
 
+def test_the_published_network_is_made_where_and_as_it_runs():
+    """On no other device and in no wider numbers first, even for a moment; torch's own defaults stay."""
+    with torch.device("meta"):
+        reference = HunyuanVideoFramepackTransformer3DModel(**pm.reference_config(heads=1, double=1, single=1))
+    published = Published()
+    made = speed.published_network(published, reference.to(torch.float16), "meta", torch.float16)
+    assert published.made == {("meta", torch.float16)} == {(p.device.type, p.dtype) for p in made.parameters()}
+    assert torch.get_default_dtype() == torch.float32 and torch.zeros(1).device.type == "cpu"
+
+
+def test_seconds_of_a_frame_are_recorded():
+    """25 steps make 36 frames."""
+    found = measured("cuda", DIFFUSERS=7.2, OURS=0.72)
+    told = {side: value for side, measure, value in speed.figures_of(found) if measure == "seconds a frame"}
+    assert told == pytest.approx({speed.DIFFUSERS: 5.0, speed.OURS: 0.5})
+
+
+def test_a_gpus_time_counts_once_in_a_profile():
+    """As torch tells it: of an op on the CPU's line, and of its kernel on the GPU's own."""
+    told = (("aten::addmm", DeviceType.CPU, 30), ("aten::gelu", DeviceType.CPU, 10),
+            ("sm90_xmma_gemm_bf16", DeviceType.CUDA, 30), ("gelu_kernel", DeviceType.CUDA, 10))  # fmt: skip
+    events = []
+    for key, kind, device_us in told:
+        event = FunctionEventAvg()
+        event.key, event.device_type, event.self_device_time_total, event.self_cpu_time_total = key, kind, device_us, 1
+        events.append(event)
+    assert step_profile.spent_in(events, "cuda") == {"matrix products": 30, "GELU": 10}
+    assert step_profile.spent_in(events, "cpu") == {"matrix products": 1, "GELU": 1}
+
+
 def test_attention_in_fewer_bits_is_told_beside_the_goal_of_the_same_numbers():
     size = speed.SIZES["mid"]
     found = measured("cpu", DIFFUSERS=1.3, OURS=1.2, FASTER=1.0)
@@ -161,6 +198,29 @@ def test_attention_in_fewer_bits_is_told_beside_the_goal_of_the_same_numbers():
     assert "1.3 times as fast as diffusers, meets 1.25" in line
     (line,) = speed.beside_goals(measured("cpu", DIFFUSERS=1.2, OURS=1.0, FASTER=1.0), "fp32", size, "")
     assert "does not meet" in line
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (("own", "PyTorch"), {"SAME": "own"}),
+        (("narrow", "own", "PyTorch"), {"FASTER": "narrow", "SAME": "own"}),
+        (("narrow", "PyTorch", "own"), {"FASTER": "narrow"}),
+        (("PyTorch", "narrow", "own"), {}),
+    ],
+)
+def test_attention_in_as_many_bits_is_a_side_of_its_own(order, expected):
+    """By what the candidates say of themselves; the host's own attention is no further side."""
+    known = {
+        "own": Candidate("own", "sub_quad", Needs()),
+        "narrow": Candidate("narrow", "split", Needs(), fewer_bits=True),
+        "PyTorch": Candidate("PyTorch", "pytorch", Needs()),
+    }
+    place = speed.Place(128, torch.float32, torch.device("cpu"))
+    made = speed.attentions(place, [known[label] for label in order])
+    assert {side: backend.label for side, backend in made.items()} == {
+        getattr(speed, side): label for side, label in expected.items()
+    }
 
 
 def test_targets_with_step_caching_are_told_and_fail_nothing():
@@ -172,14 +232,17 @@ def test_targets_with_step_caching_are_told_and_fail_nothing():
 
 
 class Published:
-    """Stands for a checkout: diffusers' network once more, and what it was run in."""
+    """Stands for a checkout: a network of diffusers' class of its own, and what it was made and run in."""
 
     def __init__(self):
         self.seen: list[torch.dtype] = []
+        self.made: set[tuple[str, torch.dtype]] = set()
 
     def make(self, reference):
-        self.network = reference
-        return reference
+        network = type(reference)(**pm.reference_config(heads=1, double=1, single=1)).eval()
+        self.made = {(p.device.type, p.dtype) for p in network.parameters()}
+        network.load_state_dict(reference.state_dict())
+        return network
 
     def run(self, network, inputs, dtype):
         self.seen += [dtype, *{p.dtype for p in network.parameters()}]
@@ -191,5 +254,5 @@ def test_peers_of_rounded_numbers_run_in_bf16(kind):
     published = Published()
     made = speed.sides(TOY, kind, "cpu", published)
     assert made[speed.DIFFUSERS]().dtype == made[speed.PUBLISHED]().dtype == torch.bfloat16
-    assert published.seen == [torch.bfloat16] * 2
+    assert published.made == {("cpu", torch.bfloat16)} and published.seen == [torch.bfloat16] * 2
     assert not torch.equal(made[speed.OURS](), made[speed.DIFFUSERS]())

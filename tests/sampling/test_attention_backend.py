@@ -10,8 +10,9 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules import attention
 
+from frame_memory.kernels import attention as kernels
 from frame_memory.kernels.attention import CANDIDATES, Candidate
-from frame_memory.kernels.op import Needs, cpu_features
+from frame_memory.kernels.op import Needs, Op, cpu_features
 from frame_memory.sampling.attention_backend import AUTOMATIC, HOST, AttentionBackend, choose_attention
 from frame_memory.sampling.attention_check import override_of
 
@@ -80,6 +81,13 @@ def test_a_wrong_backend_is_rejected_and_the_next_is_taken(model, wrong, monkeyp
         return
     with pytest.raises(ValueError, match=f"'{name}' cannot be used on cpu .*{WRONG[wrong]}"):
         choose_attention(model, name, candidates)
+
+
+def test_our_own_op_is_not_taken_where_it_is_pytorchs_kernel_after_all(model, monkeypatch):
+    """As where cuDNN cannot take the call and PyTorch goes on to the next in its order."""
+    monkeypatch.setattr(kernels, "ATTENTION", Op(kernels.attention_twin, (kernels.SDPA,)))
+    chosen, report = choose_attention(model, AUTOMATIC, [Candidate("own", "", Needs()), PLAIN])
+    assert override_of(chosen.model_options).label == "plain" and "Not own: it gives PyTorch's very" in report
 
 
 def test_where_nothing_is_right_all_that_speaks_against_is_said(model, monkeypatch):

@@ -443,6 +443,12 @@ def test_wan_sections_skip_by_the_same_book(family):
 # ---- the benchmark -------------------------------------------------------------------------------------------------
 
 
+def test_the_benchmarks_seconds_are_named_by_their_clock():
+    made = [benchmark.Made(torch.zeros(1), torch.zeros(1), 1, wall, busy) for wall, busy in ((1, 20), (3, 40), (2, 30))]
+    assert benchmark.seconds_of(made, "cuda") == ("seconds a section", 2)
+    assert benchmark.seconds_of(made, "cpu") == ("processor seconds a section", 30)
+
+
 @pytest.mark.parametrize(
     ("fewer", "lowest", "code"),
     [(2.2, 26.0, 0), (2.19, 40.0, 1), (9.0, 25.9, 1), (9.0, float("nan"), 1), (1.0, float("inf"), 1)],
