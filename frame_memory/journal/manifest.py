@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +17,8 @@ FORMAT = 1
 NAME = "manifest.json"
 # Characters of a value that a difference shows.
 SHOWN = 60
+# As a field holds it in place of what cannot be read; a letter among the digits, since a seed has none.
+FINGERPRINT = re.compile(r"(?=.*[a-f])[0-9a-f]{8}")
 
 
 class UnreadableManifest(JournalError):
@@ -200,13 +203,18 @@ def _damaged(path: Path, why: str) -> UnreadableManifest:
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """What changed, one line a field, sorted: `  prompt: was 'a cat', now 'a dog'`. Empty when nothing did."""
+    """What changed, one line a field, sorted: `  prompt: was 'a cat', now 'a dog'`. Empty when nothing did.
+
+    Two fingerprints say nothing to people, so of those it is only told that they differ.
+    """
     lines = []
     for name in sorted({*old, *new}):
         if name not in new:
             lines.append(f"  {name}: was {_shown(old[name], '')}, now not given")
         elif name not in old:
             lines.append(f"  {name}: was not given, now {_shown(new[name], '')}")
+        elif old[name] != new[name] and all(FINGERPRINT.fullmatch(value) for value in (old[name], new[name])):
+            lines.append(f"  {name}: changed")
         elif old[name] != new[name]:
             lines.append(f"  {name}: was {_shown(old[name], new[name])}, now {_shown(new[name], old[name])}")
     return "\n".join(lines)

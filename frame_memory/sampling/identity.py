@@ -19,6 +19,7 @@ from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
 from ..model.provenance import LORAS, MODEL_OPTION
 from ..plan import Section
+from .guards import without_attention
 
 SAMPLES = 64
 SHOWN = 8
@@ -112,24 +113,36 @@ def model_fields(patcher) -> dict[str, str]:
         name = key.removeprefix("diffusion_model.")
         backup |= kept.weight.state_dict(name) if hasattr(kept.weight, "_qdata") else {name: kept.weight}
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
-    left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
-    options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}
+    words = ", ".join(f"{name} {value}" for name, value in _named_options(patcher).items())
+    options = _options_digest(patcher, patcher.model_options)
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
         "LoRA and patches": patches_of(patcher) or "none",
-        "model options": _in_words(
-            left, short([outline(options, where="model_options"), outline(patcher.object_patches)])
-        ),
+        "model options": f"{words} ({options})" if words else options,
     }
 
 
-def _in_words(options: Mapping, digest: str) -> str:
-    """A fingerprint of options, behind the names of those that this pack's nodes have set."""
-    named = [f"step cache {options[STEP_CACHE]:g}"] if STEP_CACHE in options else []
+def options_fields(patcher) -> dict[str, str]:
+    """A MODEL's options for people: a line for each that this pack's nodes have set, and a fingerprint of the rest."""
+    named, options = _named_options(patcher), patcher.model_options
+    if "attention" in named:
+        options = without_attention(options)
+    left = {k: v for k, v in options.get("transformer_options", {}).items() if k != STEP_CACHE}
+    return {**named, "model options": _options_digest(patcher, {**options, "transformer_options": left})}
+
+
+def _named_options(patcher) -> dict[str, str]:
+    options = patcher.model_options.get("transformer_options", {})
+    named = {"step cache": f"{options[STEP_CACHE]:g}"} if STEP_CACHE in options else {}
     label = getattr(options.get(ATTENTION), "label", None)
-    named += [f"attention {label}"] if label else []
-    return f"{', '.join(named)} ({digest})" if named else digest
+    return {**named, "attention": label} if label else named
+
+
+def _options_digest(patcher, options: Mapping) -> str:
+    left = _kept(options.get("transformer_options", {}), "transformer_options")
+    kept = {k: v for k, v in {**options, "transformer_options": left}.items() if v}
+    return short([outline(kept, where="model_options"), outline(patcher.object_patches)])
 
 
 def patches_of(patcher) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..journal.files import JournalError, write_durable
-from ..journal.project import IF_CHANGED, Project
+from ..journal.project import CHANGED, IF_CHANGED, Project
 from ..model import tensor_file, wan
 from ..model.families import pixels_a_latent, said
 from ..model.framepack import is_framepack
@@ -27,7 +27,7 @@ from ..video.guards import warnings_of
 from ..video.writer import estimate_bytes
 from .experts import low_noise_of, models_of
 from .frames import LatentFrames
-from .identity import RunIdentity, guider_fields, model_fields, outline, prompt_field, short
+from .identity import RunIdentity, guider_fields, model_fields, options_fields, outline, prompt_field, short
 from .section_loop import Inputs, Made
 from .stored import front_name
 
@@ -67,10 +67,11 @@ def shape_fields(patcher, base: str, plan: LongVideoPlan, inputs: Inputs) -> dic
 
 def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[dict[str, str], RunIdentity]:
     """Everything else of a run, a line for each cause of change, and the part that every section depends on."""
-    shared = {}
+    shared, listed = {}, {}
     for which, patcher in models_of(runner.guider).items():
         own = {**model_fields(patcher), **patchifiers_field(patcher)}
         shared |= {which + name: value for name, value in own.items()}
+        listed |= {which + name: value for name, value in options_fields(patcher).items()}
     shared |= guider_fields(runner.guider, runner.sampler, runner.sigmas)
     low = low_noise_of(runner.guider)
     if low is not None:
@@ -82,6 +83,7 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     words = [] if timeline is None else [timeline.timeline, prompt_field({"timeline": list(timeline.conditionings)})]
     fields = {
         **shared,
+        **listed,
         "prompts": prompt_field(runner.guider.original_conds),
         "timeline": short(words) if words else "none",
         "seed": str(runner.noise.seed),
@@ -223,14 +225,19 @@ class JournalKeeper:
 
     def summary(self, plan: LongVideoPlan) -> str:
         """Which sections were there already, by their time in the video."""
+        count = len(plan.sections)
         if not self.reused:
-            return f"All {len(plan.sections)} sections were made now."
+            told = any(note.startswith(CHANGED) for note in self.project.notes)
+            why = "No section could be reused after the change: " if told else ""
+            made = f"all {count} sections were" if count > 1 else "the only section was"
+            return f"{why}{made if why else made.capitalize()} made now."
         spans: list[tuple[float, float]] = []
         for begin, end in sorted(plan.span_seconds(s) for s in self.reused):
             joined = spans and abs(begin - spans[-1][1]) < 0.1
             spans[-1:] = [(spans[-1][0], end)] if joined else [*spans[-1:], (begin, end)]
         words = ", ".join(f"{a:.1f}-{b:.1f} s" for a, b in spans)
-        return f"{len(self.reused)} of {len(plan.sections)} sections were finished before and reused: {words}."
+        which = f"{len(self.reused)} of {count} sections were" if count > 1 else "The only section was"
+        return f"{which} finished before and reused: {words}."
 
 
 def on_disk(project: Project, frames: LatentFrames) -> Tensor:

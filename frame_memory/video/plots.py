@@ -120,7 +120,9 @@ def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: in
         for x, y in points if len(points) <= FEW_POINTS else ():
             draw.ellipse([x - DOT, y - DOT, x + DOT, y + DOT], colour)
         text = f"{curve.name}, at the end {curve.y[-1]:.0f} {panel.y_label}" if curve.note is None else curve.note
-        draw.text((points[-1][0], points[-1][1] + 24), text, colour, small, anchor="rt")
+        end = points[-1][1]
+        below = end + 24 + small.size < base  # else it would stand on the numbers of the horizontal axis
+        draw.text((points[-1][0], end + 24 if below else end - 12), text, colour, small, anchor="rt" if below else "rb")
 
 
 def _marks(bottom: float, top: float) -> list[float]:
