@@ -227,10 +227,9 @@ class JournalKeeper:
         """Which sections were there already, by their time in the video."""
         count = len(plan.sections)
         if not self.reused:
-            told = any(note.startswith(CHANGED) for note in self.project.notes)
-            why = "No section could be reused after the change: " if told else ""
-            made = f"all {count} sections were" if count > 1 else "the only section was"
-            return f"{why}{made if why else made.capitalize()} made now."
+            made = f"All {count} sections were" if count > 1 else "The only section was"
+            changed = any(note.startswith(CHANGED) for note in self.project.notes)
+            return f"{made} made now{': none could be reused after the change' if changed else ''}."
         spans: list[tuple[float, float]] = []
         for begin, end in sorted(plan.span_seconds(s) for s in self.reused):
             joined = spans and abs(begin - spans[-1][1]) < 0.1

@@ -201,7 +201,7 @@ def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another
     assert count == 0, "measuring is no other video"
     other, count = made_with(with_step_cache(network, 0.0), tmp_path, **more)
     assert "step cache: was '0.1', now not given" in other.report and "model options:" not in other.report
-    assert "No section could be reused after the change: all 3 sections were made now." in other.report and count == 3
+    assert "All 3 sections were made now: none could be reused after the change." in other.report and count == 3
     assert not torch.equal(other.latent["samples"], expected["samples"])
 
 
