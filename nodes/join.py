@@ -13,7 +13,8 @@ from ..frame_memory.plan.mark import as_fps
 from ..frame_memory.video.clips import open_clip
 from ..frame_memory.video.join import JOIN_NODE, join_videos, plan_join
 from ..frame_memory.video.writer import DEFAULT_CRF
-from .shown import container_metadata, output_place, show
+from .output_place import output_place
+from .shown import container_metadata, show
 
 PREFIX = "video/FrameMemory_joined"
 

@@ -12,7 +12,8 @@ from ..frame_memory.sampling.save_source import choose
 from ..frame_memory.sampling.stored import state_of
 from ..frame_memory.video.save import CARRIED, MODES, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
-from .shown import Announced, container_metadata, output_place, projects_folder, show, warnings_first
+from .output_place import output_place
+from .shown import Announced, container_metadata, projects_folder, show, warnings_first
 
 PREFIX = "video/FrameMemory"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,8 +16,6 @@ FORMAT = 1
 NAME = "manifest.json"
 # Characters of a value that a difference shows.
 SHOWN = 60
-# As a field holds it in place of what cannot be read; a letter among the digits, since a seed has none.
-FINGERPRINT = re.compile(r"(?=.*[a-f])[0-9a-f]{8}")
 
 
 class UnreadableManifest(JournalError):
@@ -213,11 +210,16 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
             lines.append(f"  {name}: was {_shown(old[name], '')}, now not given")
         elif name not in old:
             lines.append(f"  {name}: was not given, now {_shown(new[name], '')}")
-        elif old[name] != new[name] and all(FINGERPRINT.fullmatch(value) for value in (old[name], new[name])):
+        elif old[name] != new[name] and _is_fingerprint(old[name]) and _is_fingerprint(new[name]):
             lines.append(f"  {name}: changed")
         elif old[name] != new[name]:
             lines.append(f"  {name}: was {_shown(old[name], new[name])}, now {_shown(new[name], old[name])}")
     return "\n".join(lines)
+
+
+def _is_fingerprint(text: str) -> bool:
+    """As a field holds it in place of what cannot be read; digits alone may be a seed."""
+    return len(text) == 8 and set(text) <= set("0123456789abcdef") and not text.isdecimal()
 
 
 def _shown(text: str, other: str) -> str:

@@ -19,7 +19,6 @@ from ..journal.fingerprint import fingerprint
 from ..model.context import layout_of
 from ..model.provenance import LORAS, MODEL_OPTION
 from ..plan import Section
-from .guards import without_attention
 
 SAMPLES = 64
 SHOWN = 8
@@ -113,8 +112,8 @@ def model_fields(patcher) -> dict[str, str]:
         name = key.removeprefix("diffusion_model.")
         backup |= kept.weight.state_dict(name) if hasattr(kept.weight, "_qdata") else {name: kept.weight}
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
-    words = ", ".join(f"{name} {value}" for name, value in _named_options(patcher).items())
-    options = _options_digest(patcher, patcher.model_options)
+    words = ", ".join(f"{name} {value}" for name, value in named_options(patcher).items())
+    options = options_digest(patcher, patcher.model_options)
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
@@ -123,23 +122,16 @@ def model_fields(patcher) -> dict[str, str]:
     }
 
 
-def options_fields(patcher) -> dict[str, str]:
-    """A MODEL's options for people: a line for each that this pack's nodes have set, and a fingerprint of the rest."""
-    named, options = _named_options(patcher), patcher.model_options
-    if "attention" in named:
-        options = without_attention(options)
-    left = {k: v for k, v in options.get("transformer_options", {}).items() if k != STEP_CACHE}
-    return {**named, "model options": _options_digest(patcher, {**options, "transformer_options": left})}
-
-
-def _named_options(patcher) -> dict[str, str]:
+def named_options(patcher) -> dict[str, str]:
+    """What this pack's nodes have set among a MODEL's options, for people."""
     options = patcher.model_options.get("transformer_options", {})
     named = {"step cache": f"{options[STEP_CACHE]:g}"} if STEP_CACHE in options else {}
     label = getattr(options.get(ATTENTION), "label", None)
     return {**named, "attention": label} if label else named
 
 
-def _options_digest(patcher, options: Mapping) -> str:
+def options_digest(patcher, options: Mapping) -> str:
+    """Fingerprint of `options`, a MODEL's or some of them, and of the parts of it that are replaced."""
     left = _kept(options.get("transformer_options", {}), "transformer_options")
     kept = {k: v for k, v in {**options, "transformer_options": left}.items() if v}
     return short([outline(kept, where="model_options"), outline(patcher.object_patches)])

@@ -27,7 +27,18 @@ from ..video.guards import warnings_of
 from ..video.writer import estimate_bytes
 from .experts import low_noise_of, models_of
 from .frames import LatentFrames
-from .identity import RunIdentity, guider_fields, model_fields, options_fields, outline, prompt_field, short
+from .guards import without_attention
+from .identity import (
+    STEP_CACHE,
+    RunIdentity,
+    guider_fields,
+    model_fields,
+    named_options,
+    options_digest,
+    outline,
+    prompt_field,
+    short,
+)
 from .section_loop import Inputs, Made
 from .stored import front_name
 
@@ -99,6 +110,15 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     if runner.memory is not None:  # projects from before there was memory have no such line
         fields["memory"] = runner.memory.words()
     return fields, RunIdentity(shared)
+
+
+def options_fields(patcher) -> dict[str, str]:
+    """A MODEL's options for people: a line for each that this pack's nodes have set, and a fingerprint of the rest."""
+    named, options = named_options(patcher), patcher.model_options
+    if "attention" in named:
+        options = without_attention(options)
+    left = {k: v for k, v in options.get("transformer_options", {}).items() if k != STEP_CACHE}
+    return {**named, "model options": options_digest(patcher, {**options, "transformer_options": left})}
 
 
 def patchifiers_field(patcher) -> dict[str, str]:
