@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -274,15 +274,17 @@ def scratch(where: str | None):
         yield Path(name)
 
 
-def in_child(part: str, kept: str | None, *arguments: str, module: str = "benchmarks.memory") -> dict:
+def in_child(
+    part: str, kept: str | None, *arguments: str, module: str = "benchmarks.memory", variables: Mapping[str, str] = {}
+) -> dict:
     """Run one part of a benchmark in a process of its own and return what it measured; `kept` is a folder that may hold
-    it already."""
+    it already. variables: of its environment."""
     with scratch(None) as folder:
         result = Path(kept or folder) / f"{part}.json"
         if result.exists():
             return json.loads(result.read_text(encoding="utf-8"))
         line = [sys.executable, "-m", module, "--child", part, "--result", str(result), *arguments]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         subprocess.run(line, check=True, env=environment)
         return json.loads(result.read_text(encoding="utf-8"))
 

@@ -64,11 +64,11 @@ class FileRecord:
 
 
 class _Sink(io.RawIOBase):
-    """Writes straight to a descriptor, whatever part of a write the system takes, and hashes what went out."""
+    """Writes straight to a descriptor, whatever part of a write the system takes, and hashes what went out if asked."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, hashed: bool) -> None:
         super().__init__()
-        self._fd, self.bytes, self._hash = fd, 0, hashlib.sha256()
+        self._fd, self.bytes, self._hash = fd, 0, hashlib.sha256() if hashed else None
 
     def writable(self) -> bool:
         return True
@@ -79,18 +79,19 @@ class _Sink(io.RawIOBase):
         while done < len(view):
             part = view[done : done + CHUNK]
             count = os.write(self._fd, part)
-            self._hash.update(part[:count])
+            if self._hash is not None:
+                self._hash.update(part[:count])
             done += count
         self.bytes += done
         return done
 
     @property
     def sha256(self) -> str:
-        return self._hash.hexdigest()
+        return "" if self._hash is None else self._hash.hexdigest()
 
 
-def write_durable(path: Path, write: Callable[[BinaryIO], object]) -> tuple[int, str]:
-    """Write a file that appears at `path` only when it is complete and on the disk; returns (bytes, sha256).
+def write_durable(path: Path, write: Callable[[BinaryIO], object], *, hashed: bool = True) -> tuple[int, str]:
+    """Write a file that appears at `path` only when it is complete and on the disk; returns (bytes, sha256 if hashed).
 
     `write` gets an unbuffered binary file (no seeking). The folder must exist: a vanished one is never made anew, it
     may be a drive that is gone. On any failure, an interrupt included, the temporary file is removed and `path` keeps
@@ -102,7 +103,7 @@ def write_durable(path: Path, write: Callable[[BinaryIO], object]) -> tuple[int,
         with _removed_on_failure(temporary):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             try:
-                sink = _Sink(fd)
+                sink = _Sink(fd, hashed)
                 write(sink)  # type: ignore[arg-type]
                 flush_file(fd)
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,6 +15,8 @@ from .files import FileRecord, JournalError, patiently, write_durable
 
 FORMAT = 1
 NAME = "manifest.json"
+# Its folder of finished sections.
+SECTIONS = "sections"
 # Characters of a value that a difference shows.
 SHOWN = 60
 
@@ -42,13 +45,32 @@ class SectionRecord:
     finished: str = ""
 
     @cached_property
-    def text(self) -> str:
-        """The record as JSON, made once: the manifest is written several times for each section, with all of them.
+    def line(self) -> bytes:
+        """The index and the record as JSON, made once: the manifest is written several times for each section.
 
         JSON has no NaN and no infinity: those numbers are written as words.
         """
         numbers = {k: v if math.isfinite(v) else str(v) for k, v in self.measures.items()}
-        return _json({**asdict(self), "measures": numbers})
+        return b'"%d": %b' % (self.index, _json({**asdict(self), "measures": numbers}))
+
+
+class SegmentRecord(dict[str, Any]):
+    """What is known of an encoded piece of video, by name: JSON values, which are replaced and never changed."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.name = name
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file; 0 where that is not told."""
+        told = self.get("bytes")
+        return told if isinstance(told, int) else 0
+
+    @cached_property
+    def line(self) -> bytes:
+        """The name and the record as JSON, made once."""
+        return b"%b: %b" % (_json(self.name), _json(self))
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,7 @@ class Manifest:
     sections: dict[int, SectionRecord] = field(default_factory=dict)
     takes: tuple[SectionRecord, ...] = ()
     run: tuple[int, ...] = ()
-    segments: dict[str, dict] = field(default_factory=dict)
+    segments: dict[str, SegmentRecord] = field(default_factory=dict)
     parent: str | None = None
     format: int = FORMAT
 
@@ -76,6 +98,12 @@ class Manifest:
     def finished(self) -> tuple[SectionRecord, ...]:
         """The sections of the latest run, in order of making."""
         return tuple(self.sections[i] for i in sorted(self.run) if i in self.sections)
+
+    @property
+    def named(self) -> int:
+        """Bytes of all files that it names."""
+        sections = sum(record.file.bytes for record in (*self.sections.values(), *self.takes))
+        return sections + sum(record.size for record in self.segments.values())
 
     def number(self, index: int) -> int:
         """The place in the video, from 1, of the section that is made as number `index` (from 0).
@@ -122,26 +150,46 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
+def manifest_in(folder: Path) -> Manifest | None:
+    """A project's manifest; None in a new folder. Sections without a manifest are never written over: refused."""
+    if os.path.lexists(folder / NAME):
+        return read_manifest(folder)
+    if any((folder / SECTIONS).glob("*.safetensors")):
+        raise UnreadableManifest(
+            f"{folder} holds sections but no {NAME}. Nothing was changed. Put the file back, or choose another name "
+            "for 'project' to start anew. An mp4 in the folder still plays."
+        )
+    return None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest. Raises DiskFull or JournalError; the old one is then still there, whole."""
     data = encode(manifest)
-    write_durable(folder / NAME, lambda file: file.write(data))
+    write_durable(folder / NAME, lambda file: file.write(data), hashed=False)
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of the file: strict JSON in UTF-8, with a line for each section."""
     values = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
     data = {"format": values.pop("format"), "written_by": f"Frame Memory journal {FORMAT}", **values}
-    lines = {name: _json(value) for name, value in data.items() if name not in ("sections", "takes")}
-    sections = [f'"{i}": {manifest.sections[i].text}' for i in sorted(manifest.sections)]
-    lines["sections"] = "{\n" + ",\n".join(sections) + "\n}"
-    lines["takes"] = "[\n" + ",\n".join(record.text for record in manifest.takes) + "\n]"
-    text = "{\n" + ",\n".join(f'"{name}": {lines[name]}' for name in data) + "\n}"
-    return text.encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
+    sections = [manifest.sections[i].line for i in sorted(manifest.sections)]
+    takes = [record.line.partition(b": ")[2] for record in manifest.takes]
+    many = {
+        "sections": (b"{\n", b",\n".join(sections), b"\n}"),
+        "takes": (b"[\n", b",\n".join(takes), b"\n]"),
+        "segments": (b"{", b", ".join([record.line for record in manifest.segments.values()]), b"}"),
+    }
+    parts = [b"{"]  # joined at once, since they are long
+    for name, value in data.items():
+        parts += [b",\n" if len(parts) > 1 else b"\n", _json(name), b": ", *(many.get(name) or (_json(value),))]
+    return b"".join([*parts, b"\n}"])
 
 
-def _json(value) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def _json(value) -> bytes:
+    return _ENCODER.encode(value).encode("utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's escape
 
 
 def _decode(data: dict) -> Manifest:
@@ -158,7 +206,7 @@ def _decode(data: dict) -> Manifest:
         sections=sections,
         takes=tuple(_section(record) for record in data["takes"]),
         run=tuple(int(i) for i in data["run"]),
-        segments={str(k): dict(v) for k, v in data["segments"].items()},
+        segments={str(k): SegmentRecord(str(k), v) for k, v in data["segments"].items()},
         parent=None if parent is None else str(parent),
         format=data["format"],
     )
@@ -230,3 +278,21 @@ def _shown(text: str, other: str) -> str:
     start = max(0, min(first - SHOWN // 3, len(text) - SHOWN))
     before, after = "..." if start else "", "..." if start + SHOWN < len(text) else ""
     return before + repr(text[start : start + SHOWN]) + after
+
+
+def conflict(folder: Path, found: Manifest, wanted: Manifest, if_changed: str) -> str:
+    """Why `wanted` cannot go on in a project, with the difference field by field; empty where it can."""
+    shape, fields = difference(found.shape, wanted.shape), difference(found.fields, wanted.fields)
+    foreign = wanted.parent is not None and found.parent != wanted.parent
+    if not foreign and not found.sections and not found.takes:
+        return ""  # a run that was stopped before its first section binds nobody
+    if not shape and not foreign and (not fields or if_changed == "reuse what fits"):
+        return ""
+    what = "a video that this graph cannot continue" if shape else "a video made with other settings"
+    table = "\n".join(part for part in (shape, fields) if part)
+    reuse = "" if shape else "'reuse what fits' to keep what does not depend on them, "
+    return (
+        f"The project {found.name!r} ({folder}) holds {what}:\n{table}\nIts {len(found.sections)} finished sections "
+        f"are kept. Set 'if_changed' to {reuse}'fork' to make this video in a project beside it, change these settings "
+        "back, or choose another name for 'project'."
+    )

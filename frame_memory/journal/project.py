@@ -40,10 +40,22 @@ from .files import (
     write_durable,
 )
 from .lock import ProjectLock, ProjectLocked
-from .manifest import NAME, Manifest, SectionRecord, UnreadableManifest, difference, read_manifest, write_manifest
+from .manifest import (
+    NAME,
+    SECTIONS,
+    Manifest,
+    SectionRecord,
+    SegmentRecord,
+    UnreadableManifest,
+    conflict,
+    difference,
+    manifest_in,
+    read_manifest,
+    write_manifest,
+)
 
 IF_CHANGED = ("reuse what fits", "fork", "refuse")
-SECTIONS, TAKES, SEGMENTS = "sections", "takes", "segments"
+TAKES, SEGMENTS = "takes", "segments"
 # Name of a section's latent in its file.
 SAMPLES = "samples"
 MOST_FORKS = 999
@@ -100,7 +112,7 @@ class Project:
     ) -> None:
         self.folder, self.name, self.manifest, self.notes = folder, folder.name, manifest, list(notes)
         self._lock: ProjectLock | None = lock
-        self._sections = sections
+        self._sections, self._named = sections, manifest.named
         self._unwritten = False
         self._others: dict[str, list[tuple[Path, SectionRecord]]] | None = None
         self._last: tuple[Path, SectionRecord, FileRecord, tuple] | None = None
@@ -179,9 +191,9 @@ class Project:
             if manifest is None:
                 manifest, missing = wanted, sections
             else:
-                conflict = _conflict(folder, manifest, wanted, if_changed)
-                if conflict:
-                    return conflict
+                refusal = conflict(folder, manifest, wanted, if_changed)
+                if refusal:
+                    return refusal
                 changes = difference(manifest.fields, wanted.fields)
                 if changes and (manifest.sections or manifest.takes):
                     notes.append(f"{CHANGED}; sections that do not depend on them are reused:\n{changes}")
@@ -338,15 +350,18 @@ class Project:
                 numbers = {str(k): float(v) for k, v in numbers.items()}
                 sections[index] = replace(sections[index], measures=numbers)
             if sections != self.manifest.sections:
-                self._write(replace(self.manifest, sections=sections))
+                self._write(replace(self.manifest, sections=sections), 0)
 
     def set_segment(self, name: str, info: Mapping[str, Any] | None) -> None:
         """Record an encoded piece of video under a name (JSON values), or forget it (None)."""
         with self._writing():
             segments = {k: v for k, v in self.manifest.segments.items() if k != name}
+            old = self.manifest.segments.get(name)
+            grown = 0 if old is None else -old.size
             if info is not None:
-                segments[name] = json.loads(json.dumps(dict(info), allow_nan=False))
-            self._write(replace(self.manifest, segments=segments))
+                segments[name] = SegmentRecord(name, json.loads(json.dumps(dict(info), allow_nan=False)))
+                grown += segments[name].size
+            self._write(replace(self.manifest, segments=segments), grown)
 
     def keep_segments(self, names: Iterable[str]) -> None:
         """Forget all other pieces of video, of lengths and plans that are no more, and remove their files."""
@@ -386,8 +401,19 @@ class Project:
         """For the screen: how many sections of this run are finished, and what the whole project takes."""
         manifest = self.manifest
         done = len([record for record in manifest.finished if record.index < self._sections])
-        total = sum(record.file.bytes for record in (*manifest.sections.values(), *manifest.takes))
-        return f"{done} of {self._sections} sections finished, {megabytes(total)} in {self.folder}"
+        return f"{done} of {self._sections} sections finished, {megabytes(self._named)} in {self.folder}"
+
+    def taken(self) -> int:
+        """Bytes that the project takes on the disk. Raises OSError where its folder is away.
+
+        Of sections and pieces what the manifest says: to ask the disk for each takes longer with every section.
+        """
+        total = self._named
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # a temporary file that is gone by now
+                    total += entry.stat().st_size if entry.is_file() else 0
+        return total
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -399,9 +425,13 @@ class Project:
             self._touched = time.monotonic()
             yield
 
-    def _write(self, manifest: Manifest) -> None:
-        """The manifest in memory follows the one on the disk, never the other way round."""
+    def _write(self, manifest: Manifest, grown: int | None = None) -> None:
+        """The manifest in memory follows the one on the disk, never the other way round.
+
+        grown: bytes by which the files that it names have grown; None where they are to be counted.
+        """
         write_manifest(self.folder, manifest)
+        self._named = manifest.named if grown is None else self._named + grown
         self.manifest, self._unwritten = manifest, False
 
     def _put(self, record: SectionRecord, takes: tuple[SectionRecord, ...]) -> None:
@@ -412,7 +442,8 @@ class Project:
         if other:  # what was measured of those behind it in time was measured against the old one
             later = {i: replace(r, measures={}) for i, r in sections.items() if i != index and r.start > record.start}
             sections |= later
-        self._write(replace(self.manifest, sections=sections, takes=takes, run=tuple(sorted(run))))
+        grown = record.file.bytes if old is None and takes == self.manifest.takes else None
+        self._write(replace(self.manifest, sections=sections, takes=takes, run=tuple(sorted(run))), grown)
 
     def _confirm(self, index: int) -> None:
         """Count a section as this run's. Written with the next change, or when something has to be made."""
@@ -465,8 +496,8 @@ class Project:
 
     def _holders(self, key: str, index: int = -1) -> Iterator[tuple[Path, SectionRecord]]:
         """Every record with a key: this project's own first, those of `index` before others, newest takes first."""
-        own = [*self.manifest.sections.values(), *reversed(self.manifest.takes)]
-        yield from ((self.folder, r) for r in sorted(own, key=lambda r: r.index != index) if r.key == key)
+        own = [r for r in (*self.manifest.sections.values(), *reversed(self.manifest.takes)) if r.key == key]
+        yield from ((self.folder, r) for r in sorted(own, key=lambda r: r.index != index))
         if self._others is None:
             self._others = self._read_others()
         yield from self._others.get(key, ())
@@ -564,33 +595,3 @@ def _remove_if_empty(folder: Path) -> None:
     for path in (*(folder / name for name in (SECTIONS, TAKES, SEGMENTS)), folder):
         with contextlib.suppress(OSError):
             os.rmdir(path)
-
-
-def manifest_in(folder: Path) -> Manifest | None:
-    """A project's manifest; None in a new folder. Sections without a manifest are never written over: refused."""
-    if os.path.lexists(folder / NAME):
-        return read_manifest(folder)
-    if any((folder / SECTIONS).glob("*.safetensors")):
-        raise UnreadableManifest(
-            f"{folder} holds sections but no {NAME}. Nothing was changed. Put the file back, or choose another name "
-            "for 'project' to start anew. An mp4 in the folder still plays."
-        )
-    return None
-
-
-def _conflict(folder: Path, found: Manifest, wanted: Manifest, if_changed: str) -> str:
-    """Why `wanted` cannot go on in a project, with the difference field by field; empty where it can."""
-    shape, fields = difference(found.shape, wanted.shape), difference(found.fields, wanted.fields)
-    foreign = wanted.parent is not None and found.parent != wanted.parent
-    if not foreign and not found.sections and not found.takes:
-        return ""  # a run that was stopped before its first section binds nobody
-    if not shape and not foreign and (not fields or if_changed == "reuse what fits"):
-        return ""
-    what = "a video that this graph cannot continue" if shape else "a video made with other settings"
-    table = "\n".join(part for part in (shape, fields) if part)
-    reuse = "" if shape else "'reuse what fits' to keep what does not depend on them, "
-    return (
-        f"The project {found.name!r} ({folder}) holds {what}:\n{table}\nIts {len(found.sections)} finished sections "
-        f"are kept. Set 'if_changed' to {reuse}'fork' to make this video in a project beside it, change these settings "
-        "back, or choose another name for 'project'."
-    )

@@ -25,9 +25,10 @@ class Once(Generic[Made]):
 
     def __call__(self, made_for: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives. made_for: all that it depends on and that may be other in the next call."""
-        if self._held is None or self._held[0] != made_for:
-            self._held = (made_for, make())
-        return self._held[1]
+        held = self._held  # core may run two prompts in threads, each on a GPU of its own
+        if held is None or held[0] != made_for:
+            self._held = held = (made_for, make())
+        return held[1]
 
 
 def vary(*sizes: tuple[Tensor | None, int]) -> None:

@@ -16,6 +16,7 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from torch import Tensor
 
+from ..kernels.rounding import rounded_to
 from .cross_attention import with_features
 from .once import Once, vary
 from .packing import CleanEmbedder, ContextLayout, ImageProjection, packed_rope
@@ -83,7 +84,8 @@ class FramePackTransformer(HunyuanVideo):
         latents = context_latents or []
         layout = _needed(latents, context_layout, frame_memory_tokens)
         layout.check(latents, x)
-        given = (clip_fea, memory_tokens, frame_memory_tokens, frame_memory_features, *latents)
+        tokens = (memory_tokens, frame_memory_tokens, frame_memory_features)  # from an encoder, in RAM
+        given = (clip_fea, *(None if part is None else part.to(x) for part in tokens), *latents)
 
         def one(samples: slice, length: int | None) -> Packed:
             image, memory, frames, features, *context_groups = (_of(samples, value) for value in given)
@@ -171,12 +173,13 @@ class FramePackTransformer(HunyuanVideo):
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
     def _modulation_vector(self, timestep: Tensor, y: Tensor, guidance: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
-        # The checkpoint saw time rounded to its compute dtype (reference/framepack.md 1, M2).
-        rounded_time = timestep.to(dtype).float()
+        # The checkpoint saw time and guidance rounded to its compute dtype (reference/framepack.md 1, M2).
+        rounded_time = rounded_to(timestep, dtype)
         vec = self.time_in(timestep_embedding(rounded_time, 256, time_factor=1.0).to(dtype))
         vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
         if guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
+            rounded_guidance = rounded_to(1000.0 * guidance.float(), dtype)
+            vec = vec + self.guidance_in(timestep_embedding(rounded_guidance, 256, time_factor=1.0).to(dtype))
         return vec, rounded_time
 
     def _rows(self, vec: Tensor, frame_memory_tokens, timestep, y, guidance) -> tuple[Tensor, int]:

@@ -282,7 +282,7 @@ class _Wrapper:
             _phases(_placer(network, _stretch(options)), x, layout, frames, positions),
             layout is not None,
             _clean_row(network, x),
-            features,
+            None if features is None else features.to(x),
         )
 
     def _tokens(self, width: int, x: Tensor, latents, layout: ContextLayout | None, tokens: Tensor | None) -> Tensor:

@@ -29,16 +29,19 @@ class LatentFrames:
     total: int
     load: Callable[[int], Tensor] | None = None
     _spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    # By place: looked up for every frame of a context, so it must cost the same however long the video is.
+    _makers: dict[int, tuple[int, int]] = field(default_factory=dict)
     _held: OrderedDict[int, Tensor] = field(default_factory=OrderedDict)
 
     def put(self, index: int, start: int, window: Tensor) -> None:
         """Add the section `index`, whose frames begin at `start`."""
-        self._spans[index] = (start, start + window.shape[2])
+        self.expect(index, start, start + window.shape[2])
         self._hold(index, window)
 
     def expect(self, index: int, start: int, stop: int) -> None:
         """Add the section `index` without reading it; `load` does when one of its frames is asked for."""
         self._spans[index] = (start, stop)
+        self._makers |= {place: (index, place - start) for place in range(start, stop)}
 
     def _hold(self, index: int, window: Tensor) -> Tensor:
         self._held[index] = window
@@ -56,18 +59,17 @@ class LatentFrames:
 
     def made_by(self, place: int) -> tuple[int, int] | None:
         """The section that a frame belongs to and its number in there; None in front of them and where none is made."""
-        if place < self.first.shape[2]:
-            return None
-        return next(((i, place - start) for i, (start, stop) in self._spans.items() if start <= place < stop), None)
+        return None if place < self.first.shape[2] else self._makers.get(place)
 
     def frame(self, place: int) -> Tensor:
         """One frame `[B, C, 1, H, W]`; zeros where none has been made yet."""
         if place < self.first.shape[2]:
             return self.first[:, :, place : place + 1]
-        for index, (start, stop) in self._spans.items():
-            if start <= place < stop:
-                return self.window_of(index)[:, :, place - start : place - start + 1]
-        return torch.zeros_like(self.first[:, :, :1])
+        made = self.made_by(place)
+        if made is None:
+            return torch.zeros_like(self.first[:, :, :1])
+        index, number = made
+        return self.window_of(index)[:, :, number : number + 1]
 
     def between(self, start: int, stop: int) -> Tensor:
         """Frames `[start, stop)` as one tensor."""

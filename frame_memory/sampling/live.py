@@ -64,7 +64,7 @@ class LiveVideo:
         self.folder = project.folder / SEGMENTS
         self.segments: dict[tuple[int, int], Segment] = {}
         self.sections: dict[int, tuple[Section, str]] = {}
-        self.fed: set[int] = set()
+        self.unfed: list[Section] = []
         self.frames: LatentFrames | None = None
         self.decoder: StreamDecoder | None = None
         self.unread: list[Segment] = []
@@ -75,12 +75,14 @@ class LiveVideo:
         self.written_from = 4 * plan.total_frames  # the first pixel frame that this run has written itself
         self.sheet = project.folder / SHEET
         self.joined = 0
+        self.stopped = False
         self.beside = Beside("video of a project")
 
     def on_section(self, made: Made, frames: LatentFrames) -> None:
         """Take note of a section; write what it makes final, unless it was found: then more may be found at once."""
         self.frames = frames
         self.sections[made.section.index] = (made.section, made.key)
+        self.unfed.append(made.section)
         if made.seconds:
             self._write()
             self.beside.give(partial(self._tell, self._edge()))
@@ -105,6 +107,7 @@ class LiveVideo:
 
         A second Cancel only ends the decoding of what was not decoded yet. Raises Exception where no file can be made.
         """
+        self.stopped = True
         self._or_without("What was being written is left out of the mp4", self.beside.close)
         if self.frames is None:
             return None
@@ -171,8 +174,11 @@ class LiveVideo:
         self._may_fail(NOT_SHOWN, lambda: self._show(edge))
 
     def _show(self, edge: Piece | None) -> None:
-        """Join what is there and play it; of a long video less often, since joining copies all of it."""
-        if not self.segments and edge is None:
+        """Join what is there and play it; of a long video less often, since joining copies all of it.
+
+        Not any more after Cancel, which joins all that is finished itself.
+        """
+        if self.stopped or (not self.segments and edge is None):
             return
         if len(self.segments) - self.joined >= len(self.segments) // JOINED_EACH:
             self.joined = len(self.segments)
@@ -209,10 +215,8 @@ class LiveVideo:
 
     def _decode(self) -> None:
         assert self.decoder is not None
-        for index, (section, _) in list(self.sections.items()):
-            if index in self.fed:
-                continue
-            self.fed.add(index)
+        while self.unfed:
+            section = self.unfed.pop(0)
             self._write_pieces(self.decoder.finished(section.start, section.stop))
 
     def _begin(self) -> None:

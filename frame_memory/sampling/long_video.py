@@ -434,7 +434,7 @@ def _run_in(project, runner, plan: LongVideoPlan, inputs: Inputs, preview, live:
     """Run with sections kept in a project, and the video written as it grows where a VAE is there for it."""
     say, described, warnings = shown
     keeper = attach(runner, project)
-    preview.folder = project.folder
+    preview.project = project
     keep_front(project, inputs.first)
     _say_all(say, "\n".join([described, project.holdings(), *project.notes]), warnings)
     writer, announced = None, []

@@ -6,11 +6,8 @@ Shape legend: B batch, C latent channels, T latent frames, H W latent pixels; la
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -18,6 +15,7 @@ import latent_preview
 import psutil
 import torch
 
+from ..journal.project import Project
 from ..plan import LongVideoPlan
 from .section_loop import Moment
 from .time_left import TimeLeft
@@ -30,7 +28,7 @@ class GrowingPreview:
     """One progress bar over all steps of all sections, words about the run, and a film strip of what there is.
 
     The strip shows the newest finished sections in order of making and, last, the section at work.
-    folder: of the project, once it is open.
+    project: once it is open.
     """
 
     def __init__(self, model_patcher, plan: LongVideoPlan, steps: int, say=None, *, picture: bool = True):
@@ -41,7 +39,7 @@ class GrowingPreview:
             self.previewer = latent_preview.get_previewer(model_patcher.load_device, self.latent_format)
         self.plan, self.sections, self.steps, self.say = plan, len(plan.sections), steps, say
         self.bar = comfy.utils.ProgressBar(self.sections * steps)
-        self.folder: Path | None = None
+        self.project: Project | None = None
         self.left = TimeLeft(self.sections * steps)
         self.named, self.said_at, self.resources = -1, 0.0, ""
 
@@ -52,7 +50,7 @@ class GrowingPreview:
         new = moment.section != self.named
         if self.say is not None and (new or now - self.said_at > SAY_EVERY):
             if new:
-                self.resources = resources(self.folder)
+                self.resources = resources(self.project)
             self.named, self.said_at = moment.section, now
             self.say(self._words(moment))
         self.bar.update_absolute(value, self.sections * self.steps, self._picture(moment))
@@ -78,28 +76,17 @@ class GrowingPreview:
         return self.previewer.decode_latent_to_preview_image("JPEG", strip.to(moment.estimate.device))
 
 
-def resources(folder: Path | None) -> str:
+def resources(project: Project | None) -> str:
     """Disk that the project takes and that is free, RAM that ComfyUI takes and that is free."""
     used = psutil.Process().memory_info().rss
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     parts = [f"RAM {size_words(used)} used, {size_words(free)} free"]
-    if folder is not None:
+    if project is not None:
         # A network folder may be away for a while, and no step of a run depends on these numbers.
         with contextlib.suppress(OSError):
-            taken = sum(_sizes(folder))
-            parts.insert(0, f"disk {size_words(taken)} used, {size_words(shutil.disk_usage(folder).free)} free")
+            taken, free = project.taken(), shutil.disk_usage(project.folder).free
+            parts.insert(0, f"disk {size_words(taken)} used, {size_words(free)} free")
     return " · ".join(parts)
-
-
-def _sizes(folder: Path | str) -> Iterator[int]:
-    """Bytes of every file in a folder; a temporary one that is gone by now counts nothing."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(entry.path)
-                elif entry.is_file():
-                    yield entry.stat().st_size
 
 
 def size_words(count: float) -> str:

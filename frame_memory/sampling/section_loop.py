@@ -257,21 +257,23 @@ class SectionSampler:
 
     def _sample(self, guider, number: int, noise, begin, callback, seed: int, broken: BrokenStep):
         """A section's window, fp32 on the CPU, what is to be known of it, and the GUIDER that made it."""
-        made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
+        made = self._sampled(guider, noise, begin, callback, seed)
         note = ""
         if broken_share(made):
             where = f"{broken.describe(len(self.sigmas) - 1)} with attention {attention_name()}"
             made, note, guider = self._retry(guider, number, noise, begin, callback, seed, broken_share(made), where)
         return made.float().cpu(), note, guider
 
+    def _sampled(self, guider, noise, begin, callback, seed: int) -> Tensor:
+        # Core's uni_pc writes 0.001 over the last of the sigmas that it is given.
+        sigmas = self.sigmas.clone()
+        return guider.sample(noise, begin, self.sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
+
     def _measure(self, number: int, window: Tensor, guider, noise, begin, seed: int) -> None:
         """How far a step cache has led a section astray, where the artist asked for that."""
 
         def exact(without_cache) -> Tensor:
-            made = without_cache.sample(
-                noise, begin, self.sampler, self.sigmas, callback=self._alive, disable_pbar=True, seed=seed
-            )
-            return made.float().cpu()
+            return self._sampled(without_cache, noise, begin, self._alive, seed).float().cpu()
 
         self.notes += self.cache.measure(number, window, guider, exact)
 
@@ -286,7 +288,7 @@ class SectionSampler:
         note = f"came out with {share:.1%} NaN or infinite values (first {where}); it was made again with {safe}."
         logging.warning("Section %d %s", number, note)
         self.notes.append(f"Section {number} {note}")
-        made = guider.sample(noise, begin, self.sampler, self.sigmas, callback=callback, disable_pbar=True, seed=seed)
+        made = self._sampled(guider, noise, begin, callback, seed)
         if broken_share(made):
             dtype = guider.model_patcher.model_dtype()
             kept = "is kept, and the project goes on from there" if self.keeper is not None else "was only in memory"

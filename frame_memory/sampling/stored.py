@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..journal.files import JournalError, patiently, safe_name, write_durable
 from ..journal.lock import ProjectLock, is_alive, read_owner
-from ..journal.manifest import Manifest, SectionRecord, read_manifest, write_manifest
-from ..journal.project import Project, list_projects, locate, manifest_in
+from ..journal.manifest import Manifest, SectionRecord, manifest_in, read_manifest, write_manifest
+from ..journal.project import Project, list_projects, locate
 from ..model import tensor_file
 from ..plan import pixel_frames
 from ..plan.decode import DecodeWindow, decode_windows

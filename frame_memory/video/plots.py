@@ -100,7 +100,7 @@ def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: in
 
     for begin, end in panel.shades:
         draw.rectangle([place(begin, panel.top), place(end, panel.bottom)], fill=SHADE)
-    draw.text((LEFT, offset + 16), panel.title, INK, font)
+    draw.text((LEFT, offset + 6), panel.title, INK, font)
     for mark in _marks(panel.bottom, panel.top):
         draw.line([place(0, mark), place(right, mark)], FAINT)
         draw.text((LEFT - 8, place(0, mark)[1]), f"{mark:g}", INK, small, anchor="rm")

@@ -108,7 +108,7 @@ def in_bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MB ({count} bytes)"
 
 
-def _to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
+def to_uint8(frames_THWC: torch.Tensor | np.ndarray, first: int) -> np.ndarray:
     """Frames as contiguous uint8 [T,H,W,C]. Floats are 0..1, rounded; NaN and Inf raise, with the frame's number."""
     if isinstance(frames_THWC, np.ndarray):
         frames_THWC = torch.from_numpy(frames_THWC)
@@ -236,15 +236,16 @@ class VideoWriter:
         self._check_room(len(frames_THWC))
         try:
             for start in range(0, len(frames_THWC), CONVERTED_FRAMES):
-                for image_HWC in _to_uint8(frames_THWC[start : start + CONVERTED_FRAMES], self.frames):
+                for image_HWC in to_uint8(frames_THWC[start : start + CONVERTED_FRAMES], self.frames):
                     self._encode(image_HWC)
         except av.error.FFmpegError as error:
             self._failed = True
             raise self._write_error(error) from error
 
-    def _encode(self, image_HWC: np.ndarray) -> None:
+    def planes(self, image_HWC: np.ndarray) -> av.VideoFrame:
+        """A uint8 image as the encoder takes it."""
         # AREA averages the 2x2 pixels of a chroma sample and rounds to the nearest code; the default drifts by one.
-        frame = self._reformatter.reformat(
+        return self._reformatter.reformat(
             av.VideoFrame.from_ndarray(image_HWC, format="rgb24"),
             format="yuv420p",
             interpolation=Interpolation.AREA,
@@ -252,7 +253,9 @@ class VideoWriter:
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
         )
-        for packet in self._stream.encode(frame):
+
+    def _encode(self, image_HWC: np.ndarray) -> None:
+        for packet in self._stream.encode(self.planes(image_HWC)):
             self._container.mux(packet)
         if int(image_HWC.max()) <= BLACK_LEVEL:
             self.black_frames.append(self.frames)

@@ -14,6 +14,7 @@ from frame_memory.journal.manifest import (
     NAME,
     Manifest,
     SectionRecord,
+    SegmentRecord,
     difference,
     encode,
     read_manifest,
@@ -37,7 +38,10 @@ MANIFESTS = st.builds(
     Manifest, ANY, WORDS, WORDS, st.dictionaries(st.text(max_size=3), PLAIN, max_size=2), ANY,
     st.lists(RECORDS, max_size=3).map(lambda rs: {r.index: r for r in rs}), st.lists(RECORDS, max_size=2).map(tuple),
     st.lists(st.integers(0), max_size=3).map(tuple),
-    st.dictionaries(ANY, st.dictionaries(st.text(max_size=3), PLAIN, max_size=2), max_size=2), st.none() | ANY,
+    st.dictionaries(ANY, st.dictionaries(st.text(max_size=3), PLAIN, max_size=2), max_size=2).map(
+        lambda segments: {name: SegmentRecord(name, values) for name, values in segments.items()}
+    ),
+    st.none() | ANY,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from frame_memory.journal import (
     UnreadableManifest,
     files,
     list_projects,
+    manifest,
     project,
     read_manifest,
 )
@@ -221,6 +222,23 @@ def test_segments_of_other_lengths_are_forgotten_and_a_torn_run_s_edge_is_remove
         work.keep_segments([new])
         assert sorted(p.name for p in folder.iterdir()) == [new, "mine.mp4"]
     assert set(read_manifest(tmp_path / "film").segments) == {new}
+
+
+def test_a_change_turns_its_own_record_into_json_and_none_of_the_others(tmp_path, monkeypatch):
+    """Of a manifest that is written with each section, so that the hundredth costs what the second does."""
+    said: list = []
+    real = manifest._json
+    with opened(tmp_path) as work:
+        for index in range(5):
+            saved(work, index, f"{index:064d}")
+            work.set_segment(f"{index:03d}.mp4", {"bytes": index})
+        monkeypatch.setattr(manifest, "_json", lambda value: said.append(value) or real(value))
+        saved(work, 5, A)
+        assert [value["key"] for value in said if isinstance(value, dict) and "key" in value] == [A]
+        work.set_segment("005.mp4", {"bytes": 5})
+        work.annotate({2: {"luma": 1.0}})
+        assert [value for value in said if isinstance(value, dict) and "bytes" in value] == [{"bytes": 5}]
+        assert [v["measures"] for v in said if isinstance(v, dict) and "key" in v] == [{}, {"luma": 1.0}]
 
 
 def test_a_long_section_keeps_the_lock_alive(tmp_path, monkeypatch):

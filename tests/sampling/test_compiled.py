@@ -5,9 +5,12 @@ The backend here runs what was captured and generates no code: what is captured 
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch._dynamo
+from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -15,6 +18,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from torch._dynamo.utils import counters
 
+from benchmarks import parity_models as pm
 from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.model.wan import KEY, attach
 from frame_memory.sampling.attention_backend import AttentionBackend
@@ -88,6 +92,20 @@ def test_a_memory_that_grows_is_one_graph_more(family, model):
     made, more = compiled(plain), {"memory": memory, "start": start_latent(height=8, width=10)}
     assert torch.equal(family(made, 4, **more), family(plain, 4, **more))
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no compiler for generated code")
+def test_generated_code_rounds_time_and_guidance_as_the_plain_run_does():
+    """Guidance 10 is 9984 to the model in bf16; generated code would leave that cast out (framepack.md 1, M2)."""
+    network = pm.make_ours(pm.make_reference(heads=1, double=1, single=1).state_dict(), torch.bfloat16)
+    given = torch.tensor([703.0]), torch.randn(1, 768).bfloat16(), torch.tensor([10.0]).bfloat16(), torch.bfloat16
+    with torch.no_grad():
+        plain, time = network._modulation_vector(*given)
+        made, rounded = torch.compile(network._modulation_vector, backend="inductor", fullgraph=True)(*given)
+        exact = network.guidance_in(timestep_embedding(torch.tensor([1e4]), 256, time_factor=1.0).bfloat16())
+        coarse = network.guidance_in(timestep_embedding(torch.tensor([9984.0]), 256, time_factor=1.0).bfloat16())
+    assert torch.equal(time, torch.tensor([704.0])) and torch.equal(rounded, time)
+    assert pm.relative_rms(made, plain) < 0.1 * pm.relative_rms(plain - coarse + exact, plain)
 
 
 def test_a_section_with_nan_is_made_again_without_the_graph_that_made_it(model):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from frame_memory.journal import read_manifest
+from frame_memory.journal import Project, read_manifest
 from frame_memory.plan import decode_windows
 from frame_memory.sampling import live
 from frame_memory.sampling.long_video import Live
@@ -250,6 +250,33 @@ def test_cancel_acts_while_a_resume_looks_through_what_is_there(model, vae, tmp_
     assert count == 0 and len(pictures(done.video)) == 73
 
 
+def test_after_cancel_no_preview_is_joined_any_more(model, vae, tmp_path, monkeypatch):
+    """The second section's piece is still being written when Cancel comes, and the preview with it waits behind."""
+    cancelled, joined = threading.Event(), []
+    write, join, close = live.write_segment, live.join_segments, live.Beside.close
+
+    def held(folder, piece, *args, **kwargs):
+        assert not joined or cancelled.wait(30)
+        return write(folder, piece, *args, **kwargs)
+
+    def noted(folder, segments, path, *args, **kwargs):
+        joined.append(path.name)
+        return join(folder, segments, path, *args, **kwargs)
+
+    def ended(beside):
+        cancelled.set()
+        close(beside)
+
+    monkeypatch.setattr(live, "write_segment", held)
+    monkeypatch.setattr(live, "join_segments", noted)
+    monkeypatch.setattr(live.Beside, "close", ended)
+    stop = comfy.model_management.InterruptProcessingException()
+    made_with(model, tmp_path, **small(), seconds=SECONDS, fail_at=3, error=stop, live=Live(vae))
+    folder = tmp_path / "frame_memory" / "p"
+    assert joined == ["preview.mp4", "p-unfinished.mp4"] and len(pictures(folder / "p-unfinished.mp4")) == 73
+    assert sum("luma" in record.measures for record in read_manifest(folder).finished) == 1, "it is judged all the same"
+
+
 def test_a_batch_says_which_video_is_written(model, vae, tmp_path):
     small_batch = {
         **small(),
@@ -261,9 +288,22 @@ def test_a_batch_says_which_video_is_written(model, vae, tmp_path):
     assert words in done.report and any(words in text for text in said)
 
 
-def test_resources_of_a_folder_that_is_gone_stop_no_step(tmp_path):
-    assert resources(tmp_path).startswith("disk 0.0 MB used")
-    assert resources(tmp_path / "unplugged").startswith("RAM ")
+def test_the_disk_that_a_project_takes_is_what_its_files_take(model, vae, tmp_path):
+    """Takes, pieces, the joined video and all else; a folder that is gone stops no step."""
+    for seed in (0, 1):
+        made_with(model, tmp_path, **small(), seconds=2.4, live=Live(vae), seed=seed)
+    folder = tmp_path / "frame_memory" / "p"
+    found = read_manifest(folder)
+    with Project.open(
+        folder.parent, "p", shape=found.shape, fields=found.fields, plan=found.plan, if_changed="refuse",
+        section_bytes=0, sections=2,
+    ) as work:  # fmt: skip
+        files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        assert work.manifest.takes and work.manifest.segments and work.taken() == sum(files)
+        assert resources(work).startswith(f"disk {sum(files) / 2**20:.1f} MB used")
+        folder.rename(tmp_path / "unplugged")
+        assert resources(work).startswith("RAM ")
+        (tmp_path / "unplugged").rename(folder)
 
 
 def test_a_vae_of_another_family_is_refused_before_sampling(model, tmp_path):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import comfy.clip_vision
 import comfy.hooks
+import comfy.ops
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import parity_models as pm
 from frame_memory.model import wan
 from frame_memory.model.cross_attention import CROSS, CrossAttention, spec_of
-from frame_memory.model.framepack import FRAME_FEATURES, ONCE
+from frame_memory.model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS, ONCE
 from frame_memory.model.once import Once
 from frame_memory.model.packing import ContextLayout
 from frame_memory.sampling.experts import WanExpertGuider
@@ -195,3 +196,24 @@ def test_the_packed_sequence_is_joined_once_a_step_and_the_head_sees_the_window(
         else:
             pm.run_ours(network, inputs_of(*size, batch=1), torch.float32, transformer_options=options, **more)
     assert copies.made == {"cat": len(tokens)} and seen == [window]
+
+
+MEMORIES = {
+    "MemoryPack": {"memory_tokens": (1, 5, 128)},
+    "frame preservation": {FRAME_TOKENS: (1, len(PLACES), 128), FRAME_FEATURES: (1, len(PLACES), 16)},
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_an_encoder_hands_out_follows_the_window_to_its_device(name, kept):
+    """Tokens lie in RAM, the network on a GPU: here on the device that has shapes alone."""
+    network = pm.make_ours(pm.make_reference(heads=1, double=1, single=1, text_features=TEXT).state_dict()).to("meta")
+    given = inputs_of(9, 11, batch=1)
+    given = pm.moved(dataclasses.replace(given, text_lengths=(7,), text_BLD=given.text_BLD[:, :7]), "meta")
+    shown = {key: torch.zeros(shape) for key, shape in MEMORIES[name].items()}
+    if name == "frame preservation":
+        cross = CrossAttention(spec_of(network, 16), device="meta", operations=comfy.ops.disable_weight_init)
+        shown |= {FRAME_POSITIONS: torch.tensor(PLACES), "transformer_options": {CROSS: cross}}
+    made = pm.run_ours(network, given, torch.float32, Once() if kept else None, **shown)
+    assert made.device.type == "meta" and made.shape == given.window_BCTHW.shape

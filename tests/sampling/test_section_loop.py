@@ -134,8 +134,10 @@ def test_initial_latents_at_low_strength_stay_close(model):
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "uni_pc", "euler_ancestral"])
 def test_any_stock_sampler_and_scheduler(model, name):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    given = sigmas.clone()
     latent, _ = run(model, sampler=comfy.samplers.sampler_object(name), sigmas=sigmas, seconds=1.2)
     assert torch.isfinite(latent["samples"]).all()
+    assert torch.equal(sigmas, given)  # they are ComfyUI's, kept for the next run; core's uni_pc writes into its own
 
 
 def test_timeline_changes_only_its_own_sections(model):

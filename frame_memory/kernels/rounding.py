@@ -1,0 +1,17 @@
+"""Rounding that torch.compile keeps: the code it generates computes in fp32 and leaves out casts down and up again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("frame_memory::rounded_to", mutates_args=())
+def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in fp32, rounded to what a number format can hold; no gradient."""
+    return x.to(dtype).to(torch.float32, copy=True)
+
+
+@rounded_to.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
