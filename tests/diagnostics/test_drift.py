@@ -296,15 +296,6 @@ def test_a_short_clip_is_drawn_frame_by_frame_up_to_its_ends_and_one_point_as_a_
     assert np.ptp(drawn(1)) >= 8
 
 
-def test_what_stands_beside_a_curve_that_ends_low_stays_off_the_numbers_of_the_axis():
-    from frame_memory.video import plots
-
-    low = plots.Curve("loss", (0, 50, 100), (1.0, 0.1, 0.02), note="mean of 20: 0.0200")
-    picture = np.asarray(plots.draw_panels([plots.Panel("Loss", "step", "", [low], (), 1.0)])).astype(int)
-    axis, below = plots.PANEL_HEIGHT - plots.BOTTOM, np.abs(picture - plots.LINES[0]).sum(-1) < 30
-    assert below[:axis].any() and not below[axis + 3 :].any()
-
-
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
 def test_very_short_clips_and_odd_pictures(frames):
     for video in (

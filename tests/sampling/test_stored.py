@@ -84,6 +84,7 @@ def test_a_damaged_section_is_left_out_and_named(model, tmp_path):
 
 def test_reading_needs_no_lock_and_says_who_writes(model, tmp_path):
     done, _ = made_with(model, tmp_path, seconds=1.2)
+    assert "The only section was made now." in done.report
     with ProjectLock(root(tmp_path) / "p"):
         stored = open_stored(root(tmp_path), "p")
     assert torch.equal(all_of(stored), done.latent["samples"])
