@@ -1,6 +1,6 @@
 """How long a resume takes before the first new model call, with many finished sections of real size.
 
-    python scripts/run.py -m benchmarks.resume
+    python scripts/run.py -m benchmarks.resume [--record]
 
 The sections are 640x608 with prompts and vision features of FramePack's sizes; the network itself is a tiny one that
 is never called: what is measured is everything around it, from the queue to the first call, with the model loaded.
@@ -120,8 +120,11 @@ def resume_seconds(guider, root: Path, sections: int, profile: bool) -> tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=int, nargs="+", default=[20, 100], help="finished sections, ascending")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes; nothing is recorded")
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes; not with --record")
     asked = parser.parse_args()
+    if asked.record and asked.profile:
+        parser.error("--profile slows the run down: its figures are not recorded")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -138,7 +141,7 @@ def main() -> None:
             )
             rows.append((LABEL.format(sections), "resume seconds", took))
             rows.append((LABEL.format(sections), "resume processor seconds", busy))
-    if not asked.profile:
+    if asked.record:
         record.append("benchmarks.resume", rows)
 
 

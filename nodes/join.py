@@ -13,7 +13,10 @@ from ..frame_memory.plan.mark import as_fps
 from ..frame_memory.video.clips import open_clip
 from ..frame_memory.video.join import JOIN_NODE, join_videos, plan_join
 from ..frame_memory.video.writer import DEFAULT_CRF
+from .output_place import output_place
 from .shown import container_metadata, show
+
+PREFIX = "video/FrameMemory_joined"
 
 
 def _join_inputs() -> list[io.Input]:
@@ -28,7 +31,7 @@ def _join_inputs() -> list[io.Input]:
         ),
         io.String.Input(
             "filename_prefix",
-            default="video/FrameMemory_joined",
+            default=PREFIX,
             tooltip=(
                 "Folder and start of the file name inside ComfyUI's output folder. A number is added, so that nothing "
                 "is overwritten."
@@ -92,9 +95,7 @@ class FrameMemoryJoinVideos(io.ComfyNode):
         rate, spool = as_fps(float(made.get_frame_rate())), Path(folder_paths.get_temp_directory())
         clips = [None if v is None else open_clip(v, rate, spool, JOIN_NODE) for v in (video, made, then)]
         plan = plan_join(clips[0], clips[1], overlap, clips[2])
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), plan.width, plan.height
-        )
+        folder, name, counter, subfolder = output_place(filename_prefix, PREFIX, plan.width, plan.height)
         progress = comfy.utils.ProgressBar(plan.frames)
         file = f"{name}_{counter:05}_.mp4"
         joined = join_videos(

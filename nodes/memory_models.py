@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..frame_memory.model import helios
+from ..frame_memory.model import checkpoint, helios
 from ..frame_memory.model.sources import LOAD_MEMORY_MODEL
 from .model_inputs import DIFFUSION_MODELS, DTYPES, model_file, number_format
 from .shown import show
@@ -44,7 +44,9 @@ class FrameMemoryLoadMemoryModel(io.ComfyNode):
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(DIFFUSION_MODELS, model_name)
         model = helios.load_helios(path, DTYPES[weight_dtype])
-        report = "\n".join([f"{model_name}: Helios", *helios.inspect(path).report(), helios.RULES])
+        info = helios.inspect(path)
+        kept = checkpoint.in_memory(model, info, weight_dtype)
+        report = "\n".join([f"{model_name}: Helios", *info.report(), *kept, helios.RULES])
         show(cls, report)
         return io.NodeOutput(model, report, ui=ui.PreviewText(report))
 

@@ -97,6 +97,7 @@ class FrameMemoryLoadFramePack(io.ComfyNode):
         model.model_options = {**model.model_options, MODEL_OPTION: said}
         lines = [*_kind_warning(model_name, known, info, contradicted)]
         lines += [f"{model_name}: FramePack {known}, {_kind_source(kind, info)}", *info.report()]
+        lines += checkpoint.in_memory(model, info, weight_dtype)
         if save_converted:
             lines.append(_save_converted(path, info, known))
         # Here, since CLIP Text Encode cannot say it: by the time of sampling a prompt is numbers.
@@ -206,7 +207,8 @@ class FrameMemoryLoraLoader(io.ComfyNode):
         swapped = lora.expert_warning(lora_name, model)
         if swapped:
             logging.warning("%s", swapped)
-        report = "\n".join(filter(None, [lora_name, match.report(), swapped]))
+        off = "Strength 0: the LoRA is off." if strength == 0 else ""
+        report = "\n".join(filter(None, [lora_name, match.report(), off, swapped]))
         show(cls, report)
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 

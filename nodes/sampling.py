@@ -366,7 +366,7 @@ def _optional_inputs() -> list[io.Input]:
             "vae",
             optional=True,
             tooltip=(
-                "With it every section is decoded (windowed) and encoded as it finishes: the node plays what is there, "
+                "With it every section is decoded (windowed) and encoded as it finishes: the node shows what is there, "
                 "Cancel leaves an mp4, the finished one lies in the project. On a GPU, model and VAE take turns in "
                 "VRAM. Of a batch only the first video."
             ),

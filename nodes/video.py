@@ -6,14 +6,16 @@ import os
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 from comfy_api.latest import InputImpl, io, ui
 
 from ..frame_memory.sampling.save_source import choose
 from ..frame_memory.sampling.stored import state_of
 from ..frame_memory.video.save import CARRIED, MODES, describe, plan_save, save_video
 from ..frame_memory.video.writer import DEFAULT_CRF
+from .output_place import output_place
 from .shown import Announced, container_metadata, projects_folder, show, warnings_first
+
+PREFIX = "video/FrameMemory"
 
 
 def _inputs() -> list[io.Input]:
@@ -49,7 +51,7 @@ def _inputs() -> list[io.Input]:
         ),
         io.String.Input(
             "filename_prefix",
-            default="video/FrameMemory",
+            default=PREFIX,
             tooltip=(
                 "Folder and start of the file name inside ComfyUI's output folder. A number is added, so that "
                 "nothing is overwritten. %date:yyyy-MM-dd% and the like work as in Save Video."
@@ -145,14 +147,12 @@ class FrameMemorySaveLongVideo(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, samples=None, vae=None, fps=0.0, filename_prefix="video/FrameMemory", crf=float(DEFAULT_CRF),
+        cls, samples=None, vae=None, fps=0.0, filename_prefix=PREFIX, crf=float(DEFAULT_CRF),
         decode=CARRIED, project="",
     ) -> io.NodeOutput:  # fmt: skip
         source = choose(projects_folder(), samples, project)
         plan = plan_save(vae, source.samples, fps, decode, source.windows)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), plan.width, plan.height
-        )
+        folder, name, counter, subfolder = output_place(filename_prefix, PREFIX, plan.width, plan.height)
         progress = comfy.utils.ProgressBar(plan.steps * plan.videos)
         metadata = container_metadata(cls.hidden)
         files, reports = [], []

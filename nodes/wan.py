@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..frame_memory.model import memory_file, wan_file
 from ..frame_memory.model.experts import check_pair
 from ..frame_memory.model.sources import WAN_CONTEXT
-from ..frame_memory.sampling.experts import BOUNDARY_I2V, BOUNDARY_T2V, WanExpertGuider
+from ..frame_memory.sampling.experts import BOUNDARY_I2V, BOUNDARY_T2V, GUIDER, guider_of
 from .memory import file_names, state_of_file
 from .shown import show
 
@@ -81,7 +81,11 @@ def _guider_inputs() -> list[io.Input]:
         io.Model.Input("high", tooltip="The high noise expert, behind Wan Frame Context where history is shown."),
         io.Model.Input("low", tooltip="The low noise expert, in the same way."),
         io.Conditioning.Input("positive", tooltip="Prompt of both experts, from CLIP Text Encode (umt5_xxl)."),
-        io.Conditioning.Input("negative", tooltip="Negative prompt of both; not computed where its cfg is 1."),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="Negative prompt of both; not computed where its cfg is 1. Not needed where both are 1.",
+        ),
         io.Float.Input(
             "cfg_high",
             default=3.5,
@@ -120,7 +124,7 @@ class FrameMemoryWanExpertGuider(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FrameMemoryWanExpertGuider",
-            display_name="Wan Expert Guider",
+            display_name=GUIDER,
             category="model/sampling/guiders",
             description=(
                 "A guider of two models: Wan 2.2's high noise expert makes the first steps of each section, the low "
@@ -132,11 +136,9 @@ class FrameMemoryWanExpertGuider(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, high, low, positive, negative, cfg_high, cfg_low, boundary) -> io.NodeOutput:
+    def execute(cls, high, low, positive, cfg_high, cfg_low, boundary, negative=None) -> io.NodeOutput:
         check_pair(high, low)
-        guider = WanExpertGuider(high, low, cfg_high, cfg_low, boundary)
-        guider.set_conds(positive, negative)
-        return io.NodeOutput(guider)
+        return io.NodeOutput(guider_of(high, low, positive, negative, (cfg_high, cfg_low), boundary))
 
 
 NODES = [FrameMemoryWanFrameContext, FrameMemoryWanExpertGuider]

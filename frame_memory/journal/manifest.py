@@ -248,16 +248,26 @@ def _damaged(path: Path, why: str) -> UnreadableManifest:
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """What changed, one line a field, sorted: `  prompt: was 'a cat', now 'a dog'`. Empty when nothing did."""
+    """What changed, one line a field, sorted: `  prompt: was 'a cat', now 'a dog'`. Empty when nothing did.
+
+    Two fingerprints say nothing to people, so of those it is only told that they differ.
+    """
     lines = []
     for name in sorted({*old, *new}):
         if name not in new:
             lines.append(f"  {name}: was {_shown(old[name], '')}, now not given")
         elif name not in old:
             lines.append(f"  {name}: was not given, now {_shown(new[name], '')}")
+        elif old[name] != new[name] and _is_fingerprint(old[name]) and _is_fingerprint(new[name]):
+            lines.append(f"  {name}: changed")
         elif old[name] != new[name]:
             lines.append(f"  {name}: was {_shown(old[name], new[name])}, now {_shown(new[name], old[name])}")
     return "\n".join(lines)
+
+
+def _is_fingerprint(text: str) -> bool:
+    """As a field holds it in place of what cannot be read; digits alone may be a seed."""
+    return len(text) == 8 and set(text) <= set("0123456789abcdef") and not text.isdecimal()
 
 
 def _shown(text: str, other: str) -> str:

@@ -59,6 +59,8 @@ TAKES, SEGMENTS = "takes", "segments"
 # Name of a section's latent in its file.
 SAMPLES = "samples"
 MOST_FORKS = 999
+# How a note begins that tells what is not as it was in the latest run.
+CHANGED = "These settings changed"
 # Seconds between two touches of the lock while a section is sampled; far under the lock's STALE_AFTER.
 HEARTBEAT = 30.0
 
@@ -193,8 +195,8 @@ class Project:
                 if refusal:
                     return refusal
                 changes = difference(manifest.fields, wanted.fields)
-                if changes:
-                    notes.append(f"These settings changed; the sections they do not touch are reused:\n{changes}")
+                if changes and (manifest.sections or manifest.takes):
+                    notes.append(f"{CHANGED}; sections that do not depend on them are reused:\n{changes}")
                 same = not changes and manifest.plan == wanted.plan
                 run = manifest.run if same else ()
                 manifest = replace(manifest, shape=wanted.shape, fields=wanted.fields, plan=wanted.plan, run=run)

@@ -77,7 +77,7 @@ class CheckpointInfo:
         """Layout, size and number formats as an artist reads them, a line each."""
         size = f"{self.tensors} tensors in {len(self.shards)} file(s), {self.bytes / 2**30:.2f} GiB"
         numbers = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.dtypes)
-        return [f"{self.layout} layout, {size}", f"numbers: {numbers}"]
+        return [f"{self.layout} layout, {size}", f"in the file: {numbers}"]
 
 
 def kind_from_name(name: str) -> str | None:
@@ -350,6 +350,23 @@ def load_stored(files: Sequence[str], stored: Mapping[str, Tensor], metadata, mo
     if model is not None and not own_formats:
         _restore_precision(model.model, stored)
     return model
+
+
+def in_memory(model, info: CheckpointInfo, asked: str = "default") -> list[str]:
+    """The number formats that a loaded MODEL is kept in, in words, and that `asked`, a weight_dtype, was not used."""
+    network, blocks, rest = model.model.diffusion_model, Counter(), Counter()
+    for key, value in network.named_parameters():
+        module, param = layer_of(key)
+        # Where core pages weights in from disk, it notes here what each is cast to.
+        noted = getattr(network.get_submodule(module), f"{param}_comfy_model_dtype", value.dtype)
+        dtype = value._qdata.dtype if hasattr(value, "_qdata") else noted
+        kept = quantised.CALLED.get(dtype) or tensor_file.NAMES[dtype]
+        (blocks if quantised.is_block_matrix(key, value) else rest)[kept] += value.numel()
+    inside, outside = (" and ".join(name for name, _ in each.most_common()) for each in (blocks, rest))
+    lines = [f"in memory: {inside}" + (f" in the blocks, {outside} elsewhere" if inside != outside else "")]
+    if info.quantised and asked != "default":
+        lines.append(f"weight_dtype {asked} is not used: the file has scales of its own and keeps its format")
+    return lines
 
 
 def _tensors_to_keep(files: Sequence[str], stored: Mapping[str, Tensor], disk_backed: bool) -> dict[str, Tensor]:

@@ -145,9 +145,14 @@ def match_lora(lora_sd: Mapping[str, Tensor], model, allow_none: bool = False) -
 
 
 def apply_lora(model_patcher, lora_sd: Mapping[str, Tensor], strength: float = 1.0, allow_none: bool = False):
-    """(a clone of the MODEL with the LoRA, what matched). Raises LoraError as `match_lora` does."""
+    """(a clone of the MODEL with the LoRA, what matched). Raises LoraError as `match_lora` does.
+
+    At strength 0 nothing is put on it: a project finds its sections as without the LoRA.
+    """
     match = match_lora(lora_sd, model_patcher.model, allow_none)
     clone = model_patcher.clone()
+    if strength == 0:
+        return clone, match
     taken = set(clone.add_patches(match.patches, strength))
     lost = [key for key in match.patches if key not in taken]
     if lost:

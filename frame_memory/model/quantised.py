@@ -38,6 +38,8 @@ FP8, INT8 = "float8_e4m3fn", "int8_tensorwise"
 BLOCKS = ("double_blocks.", "single_blocks.", "blocks.")  # in core's names of HunyuanVideo and Wan
 MODULATION = (".img_mod.lin", ".txt_mod.lin", ".modulation.lin")
 FP8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+# As the loaders' weight_dtype calls them.
+CALLED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3fn", torch.float8_e5m2: "fp8_e5m2"}
 SCALE_NAMES = ("weight_scale", "scale_weight")
 INPUT_SCALE_NAMES = ("input_scale", "scale_input")
 METADATA_KEY = "_quantization_metadata"

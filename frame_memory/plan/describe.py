@@ -18,7 +18,8 @@ def describe_plan(plan: LongVideoPlan) -> str:
     """Length first, then one aligned row a section in the order of making."""
     window = plan.schedule.window
     count = len(plan.sections)
-    made = f"{count} section{'s' * (count != 1)} of {window} latent frames make {plan.pixel_frames} frames"
+    sections = "1 section" if count == 1 else f"{count} sections"
+    made = f"{sections} of {window} latent frames make{'s' * (count == 1)} {plan.pixel_frames} frames"
     # Of a video of clips the frame in front is not shown.
     latent_frames = plan.total_frames - plan.clips
     lines = [

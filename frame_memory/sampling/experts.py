@@ -20,6 +20,7 @@ from torch import Tensor
 from ..model.framepack import FRAME_FEATURES, FRAME_POSITIONS, FRAME_TOKENS
 from ..model.memory import is_attached
 
+GUIDER = "Wan Expert Guider"
 # Noise levels, 0 to 1, as published for text-to-video and image-to-video.
 BOUNDARY_T2V, BOUNDARY_I2V = 0.875, 0.9
 
@@ -55,6 +56,22 @@ class WanExpertGuider(comfy.samplers.CFGGuider):
         low = copy.copy(self.low)
         low.original_conds = _shown_to(low.model_patcher, self.original_conds)
         return low.sample(noise, latent_image, sampler, sigmas[cut:], callback=_shifted(callback, cut, steps), **common)
+
+
+def guider_of(high, low, positive, negative, cfgs: tuple[float, float], boundary: float) -> WanExpertGuider:
+    """The guider with its prompts. negative: None where both of `cfgs`, the high noise one's first, are 1.
+
+    Raises ValueError where it is missing and would count.
+    """
+    if negative is None and any(cfg != 1 for cfg in cfgs):
+        raise ValueError(
+            f"'{GUIDER}' has no negative prompt, and with cfg_high {cfgs[0]:g} and cfg_low {cfgs[1]:g} it needs one. "
+            "Connect 'negative' (a CLIP Text Encode, its text may be empty), or set both to 1."
+        )
+    guider = WanExpertGuider(high, low, *cfgs, boundary)
+    # Samplers of the kind *_cfg_pp compute the negative even at cfg 1; the positive in its place is no guidance.
+    guider.set_conds(positive, positive if negative is None else negative)
+    return guider
 
 
 def _shown_to(model_patcher, conds: Mapping) -> Mapping:

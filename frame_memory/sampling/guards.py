@@ -66,8 +66,14 @@ def with_attention(model_options: dict, override: Callable) -> dict:
 def without_attention(model_options: dict) -> dict:
     """A copy of `model_options` without what `with_attention` has put there."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    del options["transformer_options"]["optimized_attention_override"]
-    del options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL][TOLD]
+    transformer = options["transformer_options"]
+    del transformer["optimized_attention_override"]
+    wrappers = transformer.get("wrappers", {})
+    wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(TOLD, None)
+    if not wrappers.get(WrappersMP.APPLY_MODEL, True):  # an empty one would be another MODEL to a project
+        del wrappers[WrappersMP.APPLY_MODEL]
+    if not transformer.get("wrappers", True):
+        del transformer["wrappers"]
     return options
 
 

@@ -112,24 +112,29 @@ def model_fields(patcher) -> dict[str, str]:
         name = key.removeprefix("diffusion_model.")
         backup |= kept.weight.state_dict(name) if hasattr(kept.weight, "_qdata") else {name: kept.weight}
     weights = {k: spread(backup.get(k, v)) for k, v in network.state_dict().items()}
-    left = _kept(patcher.model_options.get("transformer_options", {}), "transformer_options")
-    options = {k: v for k, v in {**patcher.model_options, "transformer_options": left}.items() if v}
+    words = ", ".join(f"{name} {value}" for name, value in named_options(patcher).items())
+    options = options_digest(patcher, patcher.model_options)
     dtype = str(patcher.model_dtype()).removeprefix("torch.")
     return {
         "model": f"{type(patcher.model).__name__} {dtype} ({short(weights)})",
         "LoRA and patches": patches_of(patcher) or "none",
-        "model options": _in_words(
-            left, short([outline(options, where="model_options"), outline(patcher.object_patches)])
-        ),
+        "model options": f"{words} ({options})" if words else options,
     }
 
 
-def _in_words(options: Mapping, digest: str) -> str:
-    """A fingerprint of options, behind the names of those that this pack's nodes have set."""
-    named = [f"step cache {options[STEP_CACHE]:g}"] if STEP_CACHE in options else []
+def named_options(patcher) -> dict[str, str]:
+    """What this pack's nodes have set among a MODEL's options, for people."""
+    options = patcher.model_options.get("transformer_options", {})
+    named = {"step cache": f"{options[STEP_CACHE]:g}"} if STEP_CACHE in options else {}
     label = getattr(options.get(ATTENTION), "label", None)
-    named += [f"attention {label}"] if label else []
-    return f"{', '.join(named)} ({digest})" if named else digest
+    return {**named, "attention": label} if label else named
+
+
+def options_digest(patcher, options: Mapping) -> str:
+    """Fingerprint of `options`, a MODEL's or some of them, and of the parts of it that are replaced."""
+    left = _kept(options.get("transformer_options", {}), "transformer_options")
+    kept = {k: v for k, v in {**options, "transformer_options": left}.items() if v}
+    return short([outline(kept, where="model_options"), outline(patcher.object_patches)])
 
 
 def patches_of(patcher) -> str:

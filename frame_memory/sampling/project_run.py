@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..journal.files import JournalError, write_durable
-from ..journal.project import IF_CHANGED, Project
+from ..journal.project import CHANGED, IF_CHANGED, Project
 from ..model import tensor_file, wan
 from ..model.families import pixels_a_latent, said
 from ..model.framepack import is_framepack
@@ -27,7 +27,18 @@ from ..video.guards import warnings_of
 from ..video.writer import estimate_bytes
 from .experts import low_noise_of, models_of
 from .frames import LatentFrames
-from .identity import RunIdentity, guider_fields, model_fields, outline, prompt_field, short
+from .guards import without_attention
+from .identity import (
+    STEP_CACHE,
+    RunIdentity,
+    guider_fields,
+    model_fields,
+    named_options,
+    options_digest,
+    outline,
+    prompt_field,
+    short,
+)
 from .section_loop import Inputs, Made
 from .stored import front_name
 
@@ -67,10 +78,11 @@ def shape_fields(patcher, base: str, plan: LongVideoPlan, inputs: Inputs) -> dic
 
 def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[dict[str, str], RunIdentity]:
     """Everything else of a run, a line for each cause of change, and the part that every section depends on."""
-    shared = {}
+    shared, listed = {}, {}
     for which, patcher in models_of(runner.guider).items():
         own = {**model_fields(patcher), **patchifiers_field(patcher)}
         shared |= {which + name: value for name, value in own.items()}
+        listed |= {which + name: value for name, value in options_fields(patcher).items()}
     shared |= guider_fields(runner.guider, runner.sampler, runner.sigmas)
     low = low_noise_of(runner.guider)
     if low is not None:
@@ -82,6 +94,7 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     words = [] if timeline is None else [timeline.timeline, prompt_field({"timeline": list(timeline.conditionings)})]
     fields = {
         **shared,
+        **listed,
         "prompts": prompt_field(runner.guider.original_conds),
         "timeline": short(words) if words else "none",
         "seed": str(runner.noise.seed),
@@ -97,6 +110,15 @@ def run_fields(runner, plan: LongVideoPlan, inputs: Inputs, changes) -> tuple[di
     if runner.memory is not None:  # projects from before there was memory have no such line
         fields["memory"] = runner.memory.words()
     return fields, RunIdentity(shared)
+
+
+def options_fields(patcher) -> dict[str, str]:
+    """A MODEL's options for people: a line for each that this pack's nodes have set, and a fingerprint of the rest."""
+    named, options = named_options(patcher), patcher.model_options
+    if "attention" in named:
+        options = without_attention(options)
+    left = {k: v for k, v in options.get("transformer_options", {}).items() if k != STEP_CACHE}
+    return {**named, "model options": options_digest(patcher, {**options, "transformer_options": left})}
 
 
 def patchifiers_field(patcher) -> dict[str, str]:
@@ -223,14 +245,18 @@ class JournalKeeper:
 
     def summary(self, plan: LongVideoPlan) -> str:
         """Which sections were there already, by their time in the video."""
+        count = len(plan.sections)
         if not self.reused:
-            return f"All {len(plan.sections)} sections were made now."
+            made = f"All {count} sections were" if count > 1 else "The only section was"
+            changed = any(note.startswith(CHANGED) for note in self.project.notes)
+            return f"{made} made now{': none could be reused after the change' if changed else ''}."
         spans: list[tuple[float, float]] = []
         for begin, end in sorted(plan.span_seconds(s) for s in self.reused):
             joined = spans and abs(begin - spans[-1][1]) < 0.1
             spans[-1:] = [(spans[-1][0], end)] if joined else [*spans[-1:], (begin, end)]
         words = ", ".join(f"{a:.1f}-{b:.1f} s" for a, b in spans)
-        return f"{len(self.reused)} of {len(plan.sections)} sections were finished before and reused: {words}."
+        which = f"{len(self.reused)} of {count} sections were" if count > 1 else "The only section was"
+        return f"{which} finished before and reused: {words}."
 
 
 def on_disk(project: Project, frames: LatentFrames) -> Tensor:

@@ -159,7 +159,9 @@ def project_folder(root: Path, name: str) -> Path:
     if folder.name in known:
         return folder
     manifest_in(folder)  # says so where sections are there and only the manifest is gone
-    near = difflib.get_close_matches(folder.name, known, SHOWN_NAMES, 0.3) or known[:SHOWN_NAMES]
+    # Letters of the other case are the most likely slip, and count as none.
+    like = difflib.get_close_matches(folder.name.casefold(), {n.casefold() for n in known}, SHOWN_NAMES, 0.3)
+    near = [n for folded in like for n in known if n.casefold() == folded][:SHOWN_NAMES] or known[:SHOWN_NAMES]
     there = f"Nearest: {', '.join(map(repr, near))}." if near else "There is no project yet."
     raise JournalError(
         f"'project' of '{NODE}' is {name.strip()!r}, and there is no project of that name in {root}. {there} Type the "

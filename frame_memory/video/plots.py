@@ -16,6 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 90, 40, 60, 70
 INK, FAINT, BOUND, SHADE = (40, 40, 40), (222, 222, 222), (200, 60, 50), (236, 242, 250)
 LINES = ((31, 105, 180), (20, 130, 90), (150, 90, 20))
 TICKS = 5
+# Height of the smaller letters, in pixels.
+SMALL = 17
 # Steps between the marks of an axis, times a power of ten.
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
 # Room above and below the highest and the lowest point of a curve whose axis is chosen for it, as a share of its span.
@@ -87,7 +89,7 @@ def as_image(picture: Image.Image) -> torch.Tensor:
 
 
 def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: int) -> None:
-    font, small = ImageFont.load_default(22), ImageFont.load_default(17)
+    font, small = ImageFont.load_default(22), ImageFont.load_default(SMALL)
     base, height = offset + panel_height - BOTTOM, panel_height - BOTTOM - TOP
     ends = [end for _, end in panel.shades]
     right = max([*ends, *(x for curve in panel.curves for x in curve.x)], default=0) or 1
@@ -120,7 +122,9 @@ def _draw(draw: ImageDraw.ImageDraw, panel: Panel, offset: int, panel_height: in
         for x, y in points if len(points) <= FEW_POINTS else ():
             draw.ellipse([x - DOT, y - DOT, x + DOT, y + DOT], colour)
         text = f"{curve.name}, at the end {curve.y[-1]:.0f} {panel.y_label}" if curve.note is None else curve.note
-        draw.text((points[-1][0], points[-1][1] + 24), text, colour, small, anchor="rt")
+        end = points[-1][1]
+        below = end + 24 + SMALL < base  # else it would stand on the numbers of the horizontal axis
+        draw.text((points[-1][0], end + 24 if below else end - 12), text, colour, small, anchor="rt" if below else "rb")
 
 
 def _marks(bottom: float, top: float) -> list[float]:

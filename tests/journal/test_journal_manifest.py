@@ -127,6 +127,8 @@ def test_fault_10_the_difference_names_every_field():
         "  sampler: was not given, now 'uni_pc'",
     ]
     assert difference(old, dict(old)) == ""
+    known, seeds = ({"seed": a, "start": b} for a, b in (("12345678", "0a1b2c3d"), ("87654321", "4e5f6a7b")))
+    assert difference(known, seeds) == "  seed: was '12345678', now '87654321'\n  start: changed"
 
 
 def test_fault_10_of_long_values_the_place_where_they_differ_is_shown():

@@ -222,7 +222,7 @@ def test_the_report_counts_what_the_folder_holds(folder, tensors):
     files = list((folder / "transformer").glob("*.safetensors"))
     assert (info.tensors, info.dtypes, len(info.shards)) == (len(tensors), (("F32", numbers),), len(files))
     assert info.bytes == sum(f.stat().st_size for f in files)
-    assert info.report()[1] == f"numbers: F32 {numbers / 1e6:.1f} M"
+    assert info.report()[1] == f"in the file: F32 {numbers / 1e6:.1f} M"
 
 
 BROKEN = {

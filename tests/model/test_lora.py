@@ -11,6 +11,7 @@ import torch
 from benchmarks import parity_models as pm
 from frame_memory.model import framepack, key_map, lora
 from frame_memory.model.experts import expert_of
+from frame_memory.sampling.identity import model_fields
 
 from . import checkpoint_files as cf
 
@@ -115,6 +116,14 @@ ORIGINAL_NAMES = {
     "txt_in.individual_token_refiner.blocks.0.mlp.0": "txt_in.individual_token_refiner.blocks.0.mlp.fc1",
     "final_layer.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
 }
+
+
+def test_at_strength_0_a_model_is_as_without_it(patcher, reference):
+    file, _ = make_lora(reference, matrices(reference), dotted("transformer."), PEFT)
+    clone, match = lora.apply_lora(patcher, file, 0.0)
+    assert clone is not patcher and match.matched == match.total and model_fields(clone) == model_fields(patcher)
+    with pytest.raises(lora.LoraError):
+        lora.apply_lora(patcher, {"no.lora_A.weight": torch.zeros(2, 2)}, 0.0)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])

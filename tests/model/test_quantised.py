@@ -87,6 +87,10 @@ def test_a_file_in_full_is_rounded_in_its_blocks_alone(tmp_path, reference, nati
         assert ((got - truth).abs() <= half * 1.001).all(), key
         full = name == FP8 and module.endswith(("_mod.lin", "modulation.lin"))
         assert layer._full_precision_mm_config == full, key
+    called = {FP8: "fp8_e4m3fn", INT8: "int8"}[name]
+    said = checkpoint.in_memory(patcher, checkpoint.inspect(path), called)
+    rest = {torch.float32: "F32", BF16: "BF16"}[network.img_in.proj.weight.dtype]
+    assert said == [f"in memory: {called} in the blocks, {rest} elsewhere"]
     again, arguments = patcher.cached_patcher_init[:2]
     assert torch.equal(cf.weight_of(again(*arguments), key), cf.weight_of(patcher, key))
 
@@ -99,6 +103,10 @@ def test_plain_fp8_keeps_its_bytes_and_scales_keep_their_format(tmp_path, refere
     path = cf.write_file(tmp_path / "b.safetensors", scaled, cf.as_metadata(layers))
     asked, as_it_is = (checkpoint.load_framepack(path, options) for options in ({ROUND_TO: INT8}, {}))
     assert torch.equal(cf.weight_of(asked, key), cf.weight_of(as_it_is, key))
+    said = checkpoint.in_memory(asked, checkpoint.inspect(path), "int8")
+    assert said[0].startswith("in memory: fp8_e4m3fn in the blocks")
+    assert said[1] == "weight_dtype int8 is not used: the file has scales of its own and keeps its format"
+    assert checkpoint.in_memory(as_it_is, checkpoint.inspect(path)) == said[:1]
 
 
 # ---- on a device that multiplies in the format ---------------------------------------------------------------------

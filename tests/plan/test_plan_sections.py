@@ -264,6 +264,8 @@ def test_fault_24_length_is_shown_exactly_before_the_run():
         "4 sections of 9 latent frames make 145 frames = 4.83 s at 30 fps (37 latent frames)."
     )
     assert plan.seconds == pytest.approx(145 / 30)
+    alone = plan_sections(PRESETS["F0 inverted"], sections=1)
+    assert alone.describe().startswith("1 section of 9 latent frames makes 37 frames = 1.23 s")
     assert plan.describe().splitlines()[3:6] == [
         "section  makes frames  seconds    sees at 4x      sees at 2x  sees at 1x      needs",
         "1        109-144       3.63-4.83  empty           empty       start, empty    -",

@@ -15,6 +15,8 @@ from frame_memory.kernels.attention import CANDIDATES, Candidate
 from frame_memory.kernels.op import Needs, Op, cpu_features
 from frame_memory.sampling.attention_backend import AUTOMATIC, HOST, AttentionBackend, choose_attention
 from frame_memory.sampling.attention_check import override_of
+from frame_memory.sampling.identity import model_fields
+from frame_memory.sampling.project_run import options_fields
 
 from .conftest import guider_for, of_kind, run
 from .test_guards import with_attention
@@ -186,6 +188,8 @@ def test_what_comfyui_was_started_with_and_another_packs_override_go_first(model
     assert override_of(named.model_options).label == "plain" and "before this one" not in report
     back, report = choose_attention(named, HOST)
     assert override_of(back.model_options) is None and override_of(named.model_options) is not None
+    assert model_fields(back) == model_fields(model) != model_fields(named), "a project goes on as without the nodes"
+    assert options_fields(named) == {"attention": "plain", **options_fields(model)}
     assert "another 'Attention Backend' before this one had given the MODEL plain." in report
     assert choose_attention(model, "PyTorch")[1].startswith("Attention: PyTorch, as ComfyUI chose itself")
 

@@ -192,7 +192,7 @@ def test_what_it_was_not_trained_on_is_warned_of(model, caplog):
     schedule = "f1k1_td_f16k4f2k2f1k1_g20"
     _, report = ours(model, SMALL, preset=schedule, seconds=1)
     assert "was trained on the schedule 'F1 forward' (f1k1_td_f16k4f2k2f1k1_g9; 'Helios' is the same)" in report
-    assert "make 77 frames" in report
+    assert "makes 77 frames" in report
     assert "was trained on" not in ours(model, SMALL, seconds=1)[1]
 
 

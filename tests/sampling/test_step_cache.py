@@ -278,7 +278,8 @@ def test_a_resumed_video_is_the_uninterrupted_one_and_other_settings_are_another
     after = fresh.report.split("\nFinished: ")[1].splitlines()[1]
     assert after.startswith("Section 1 with and without Section Step Cache: PSNR ")
     other, count = made_with(with_step_cache(network, 0.0), tmp_path, **more)
-    assert "model options: was 'step cache 0.1 (" in other.report and count == 3
+    assert "step cache: was '0.1', now not given" in other.report and "model options:" not in other.report
+    assert "All 3 sections were made now: none could be reused after the change." in other.report and count == 3
     assert not torch.equal(other.latent["samples"], expected["samples"])
 
 

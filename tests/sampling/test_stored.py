@@ -62,6 +62,11 @@ def test_names_that_are_not_there_are_refused_with_the_nearest(model, tmp_path):
     made_with(model, tmp_path, seconds=1.2)
     with pytest.raises(JournalError, match="'pp'.*Nearest: 'p'.*Anti-Drift Sampler"):
         open_stored(root(tmp_path), "pp")
+    for name in ("u12-z8", "u12-killref"):
+        (root(tmp_path) / name).mkdir()
+        (root(tmp_path) / name / "manifest.json").touch()
+    with pytest.raises(JournalError, match="'U12-KILLREF'.*Nearest: 'u12-killref'"):
+        open_stored(root(tmp_path), "U12-KILLREF")
     with pytest.raises(JournalError, match="leads out"):
         open_stored(root(tmp_path), "../p")
     made_with(model, tmp_path / "b", fail_at=1, error=RuntimeError("at once"))
@@ -79,6 +84,7 @@ def test_a_damaged_section_is_left_out_and_named(model, tmp_path):
 
 def test_reading_needs_no_lock_and_says_who_writes(model, tmp_path):
     done, _ = made_with(model, tmp_path, seconds=1.2)
+    assert "The only section was made now." in done.report
     with ProjectLock(root(tmp_path) / "p"):
         stored = open_stored(root(tmp_path), "p")
     assert torch.equal(all_of(stored), done.latent["samples"])

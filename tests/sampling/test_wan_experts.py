@@ -14,6 +14,7 @@ from frame_memory.model.framepack import FRAME_TOKENS
 from frame_memory.model.memory import MemoryMismatch
 from frame_memory.model.preserved_memory import attach_preserved, new_memory, with_tokens
 from frame_memory.plan import PlanError
+from frame_memory.sampling import experts as experts_module
 from frame_memory.sampling.experts import WanExpertGuider, steps_above
 from frame_memory.sampling.guards import made_safe
 from frame_memory.sampling.project_run import ProjectRequest
@@ -66,6 +67,16 @@ def test_the_same_model_on_both_sides_is_one_guider(experts, sampler, bound):
             for guider in (alone, guider_of(model, model, cfgs=(CFGS[0], CFGS[0])))
         )
     assert (two - one).norm() <= bound * one.norm()
+
+
+def test_without_guidance_no_negative_is_needed_and_with_it_its_lack_is_refused(experts):
+    bare = experts_module.guider_of(*experts, prompt(3), None, (1.0, 1.0), BOUNDARY)
+    latent, _ = made(experts[0], A14B, guider=bare, seconds=0.5)
+    given, _ = made(experts[0], A14B, guider=guider_of(*experts, cfgs=(1.0, 1.0)), seconds=0.5)
+    assert torch.equal(latent["samples"], given["samples"])
+    for cfgs in ((1.0, 3.5), (0.0, 1.0)):
+        with pytest.raises(ValueError, match="Wan Expert Guider.*no negative.*cfg_low .*set both to 1"):
+            experts_module.guider_of(*experts, prompt(3), None, cfgs, BOUNDARY)
 
 
 def test_steps_are_counted_as_one_row_and_nothing_given_is_changed(experts):

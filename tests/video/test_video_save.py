@@ -316,6 +316,17 @@ def test_the_node_writes_previews_and_hands_on(node, output_folder, tiny_vae):
     assert np.array_equal(read_back(output_folder / "again.mp4"), read_back(output_folder / "video/test_00001_.mp4"))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "place"),
+    [("", "video/FrameMemory"), ("  ", "video/FrameMemory"), (".", "video/FrameMemory"), ("a/b/", "a/b/FrameMemory"),
+     ("a/ ", "a/FrameMemory"), ("a/b", "a/b"), (".a", ".a")],
+)  # fmt: skip
+def test_a_prefix_without_a_name_gets_one(node, output_folder, prefix, place):
+    find = sys.modules[node.__module__].output_place
+    folder, name, number, subfolder = find(prefix, "video/FrameMemory", 8, 8)
+    assert f"{subfolder}/{name}".lstrip("/") == place and Path(folder) == output_folder / subfolder and number == 1
+
+
 def test_a_batch_is_one_file_each(node, output_folder, tiny_vae):
     latent = long_latent(1, batch=2, order="forward")
     with torch.inference_mode():
