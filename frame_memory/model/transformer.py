@@ -173,12 +173,12 @@ class FramePackTransformer(HunyuanVideo):
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
     def _modulation_vector(self, timestep: Tensor, y: Tensor, guidance: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
-        # The checkpoint saw time and guidance rounded to its compute dtype (reference/framepack.md 1, M2).
+        # The checkpoint saw both rounded (reference/framepack.md 1, M2). Core casts guidance, our training does not.
         rounded_time = rounded_to(timestep, dtype)
         vec = self.time_in(timestep_embedding(rounded_time, 256, time_factor=1.0).to(dtype))
         vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
         if guidance is not None:
-            rounded_guidance = rounded_to(1000.0 * guidance.float(), dtype)
+            rounded_guidance = rounded_to(1000.0 * guidance.float(), guidance.dtype)
             vec = vec + self.guidance_in(timestep_embedding(rounded_guidance, 256, time_factor=1.0).to(dtype))
         return vec, rounded_time
 

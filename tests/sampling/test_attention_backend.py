@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -10,11 +11,17 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules import attention
 
-from frame_memory.kernels import attention as kernels
 from frame_memory.kernels.attention import CANDIDATES, Candidate
-from frame_memory.kernels.op import Needs, Op, cpu_features
-from frame_memory.sampling.attention_backend import AUTOMATIC, HOST, AttentionBackend, choose_attention
-from frame_memory.sampling.attention_check import override_of
+from frame_memory.kernels.op import Needs, cpu_features
+from frame_memory.sampling.attention_backend import (
+    AUTOMATIC,
+    HOST,
+    SAME,
+    AttentionBackend,
+    choose_attention,
+    first_right,
+)
+from frame_memory.sampling.attention_check import Place, override_of
 from frame_memory.sampling.identity import model_fields
 from frame_memory.sampling.project_run import options_fields
 
@@ -85,11 +92,11 @@ def test_a_wrong_backend_is_rejected_and_the_next_is_taken(model, wrong, monkeyp
         choose_attention(model, name, candidates)
 
 
-def test_our_own_op_is_not_taken_where_it_is_pytorchs_kernel_after_all(model, monkeypatch):
-    """As where cuDNN cannot take the call and PyTorch goes on to the next in its order."""
-    monkeypatch.setattr(kernels, "ATTENTION", Op(kernels.attention_twin, (kernels.SDPA,)))
-    chosen, report = choose_attention(model, AUTOMATIC, [Candidate("own", "", Needs()), PLAIN])
-    assert override_of(chosen.model_options).label == "plain" and "Not own: it gives PyTorch's very" in report
+def test_our_own_op_is_not_taken_where_it_is_pytorchs_kernel_after_all(model):
+    """As where cuDNN cannot take the call and PyTorch goes on to the next in its order; in bf16 a CPU has no other."""
+    place = dataclasses.replace(Place.of(model), dtype=torch.bfloat16)
+    chosen, against = first_right(place, AUTOMATIC, [Candidate("own", "", Needs()), PLAIN])
+    assert chosen is not None and chosen.label == "plain" and against == {"own": SAME}
 
 
 def test_where_nothing_is_right_all_that_speaks_against_is_said(model, monkeypatch):

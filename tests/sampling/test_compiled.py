@@ -95,8 +95,9 @@ def test_a_memory_that_grows_is_one_graph_more(family, model):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no compiler for generated code")
-def test_generated_code_rounds_time_and_guidance_as_the_plain_run_does():
+def test_generated_code_rounds_time_and_guidance_as_the_plain_run_does(monkeypatch):
     """Guidance 10 is 9984 to the model in bf16; generated code would leave that cast out (framepack.md 1, M2)."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # inductor reads setuptools, other tests had distutils
     network = pm.make_ours(pm.make_reference(heads=1, double=1, single=1).state_dict(), torch.bfloat16)
     given = torch.tensor([703.0]), torch.randn(1, 768).bfloat16(), torch.tensor([10.0]).bfloat16(), torch.bfloat16
     with torch.no_grad():
