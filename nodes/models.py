@@ -204,7 +204,7 @@ class FrameMemoryLoraLoader(io.ComfyNode):
     def execute(cls, model, lora_name, strength, allow_no_match=False) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         patched, match = lora.apply_lora(model, tensor_file.read(path, LOAD_LORA), strength, allow_no_match)
-        swapped = lora.expert_warning(lora_name, model)
+        swapped = lora.expert_warning(lora_name, model) if strength else ""
         if swapped:
             logging.warning("%s", swapped)
         off = "Strength 0: the LoRA is off." if strength == 0 else ""

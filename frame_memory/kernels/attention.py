@@ -56,19 +56,24 @@ SDPA = Backend("sdpa", scaled_dot_product_attention, Needs(gradient=True))
 ATTENTION = Op(attention_twin, (BF16, CUDNN, SDPA))
 
 
-@torch.library.custom_op(
-    "frame_memory::fast_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
-)
 def fast_attention(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
     """Attention `[B, L, H D]`, as models take it, by the fastest backend that can take the call; no gradient.
 
     fp32 may be computed in bf16. One op for torch.compile.
     """
+    # By its name: a second copy of the pack registers it anew, and torch then destroys what this module had registered.
+    return torch.ops.frame_memory.fast_attention(q_BHLD, k_BHMD, v_BHMD)
+
+
+@torch.library.custom_op(
+    "frame_memory::fast_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
+)
+def _fast_attention(q_BHLD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
     made_BHLD = ATTENTION.choose(Call.of(q_BHLD, k_BHMD, v_BHMD)).run(q_BHLD, k_BHMD, v_BHMD)
     return made_BHLD.transpose(1, 2).flatten(2).contiguous()
 
 
-@fast_attention.register_fake
+@_fast_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, length, head = q.shape
     return q.new_empty(batch, length, heads * head)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from frame_memory.kernels import attention, op
 from frame_memory.kernels.attention import ATTENTION, BF16, CANDIDATES, CUDNN, attention_twin, fast_attention
@@ -44,7 +45,9 @@ def test_fp32_is_narrowed_only_where_the_processor_has_a_unit_for_it_and_never_f
 
 def test_the_op_is_one_for_torch_compile_and_gives_what_models_take():
     q, k, v = parts(torch.float32)
-    torch.library.opcheck(fast_attention, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.frame_memory.fast_attention.default, (q, k, v), test_utils=("test_schema", "test_faketensor")
+    )
     compiled = torch.compile(lambda *x: fast_attention(*x) * 2, fullgraph=True, backend="eager")
     made = fast_attention(q, k, v)
     assert torch.equal(compiled(q, k, v), made * 2)
@@ -53,11 +56,17 @@ def test_the_op_is_one_for_torch_compile_and_gives_what_models_take():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cudnn_first_is_pytorchs_attention_and_its_order_is_put_back(dtype):
-    before = torch._C._get_sdp_priority_order()
+def test_cudnn_first_is_pytorchs_attention_and_its_order_is_put_back(dtype, monkeypatch):
+    def noted(*parts):
+        inside.append(torch._C._get_sdp_priority_order()[0])
+        return torch.nn.functional.scaled_dot_product_attention(*parts)
+
+    inside, before = [], torch._C._get_sdp_priority_order()
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
     q, k, v = parts(dtype)
     made = CUDNN.run(q, k, v)
     assert torch.equal(made, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert inside == [int(SDPBackend.CUDNN_ATTENTION)]
     assert torch._C._get_sdp_priority_order() == before and torch.backends.cuda.flash_sdp_enabled()
 
 
