@@ -224,9 +224,7 @@ def product(tokens: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[
     return lambda: b(a), 2.0 * tokens * hidden * 7 * hidden
 
 
-def measure(
-    size: Size, kind: str, device: str, repeats: int, published=None, offloaded: bool = False
-) -> Measured:
+def measure(size: Size, kind: str, device: str, repeats: int, published=None, offloaded: bool = False) -> Measured:
     """Medians of each side, which take turns."""
     made = sides(size, kind, device, published, offloaded)
     truth = made[DIFFUSERS]()
