@@ -220,9 +220,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         metavar="HxLxD", help="heads, tokens and numbers a head, as 24x18349x128")  # fmt: skip
     dtypes = ["bf16", "fp16"] if gpu else ["fp32", "bf16"]
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    record.add_options(parser, repeats=9)
     return parser.parse_args(arguments)
 
 

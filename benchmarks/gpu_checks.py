@@ -52,8 +52,8 @@ COMPILED = {torch.float32: 1e-5, torch.bfloat16: BF16_BOUND}
 TOKENS, HEADS = 18349, 24  # of a step at 640x608, reference/performance.md 2
 SMALL = speed.Size(2, 1, 2, 12, 10)
 TINY = speed.Size(1, 1, 1, 4, 6)
-# What the profiler calls the host's product; on a GPU that of fp8 is told from its fallback by what is logged.
 PARTS = ("parity", "attention", "formats", "compiled", "finite")
+# What the profiler calls the host's product; on a GPU that of fp8 is told from its fallback by what is logged.
 PRODUCTS = {"fp8": "comfy_kitchen::quantize_fp8", "int8": "comfy_kitchen::int8_linear"}
 KITCHEN = "comfy_kitchen"
 

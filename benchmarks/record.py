@@ -6,6 +6,7 @@ FRAME_MEMORY_RESULTS names another file for them, FRAME_MEMORY_COMMIT the commit
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import os
@@ -38,6 +39,13 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get(COPY_OF, "unknown")
     return found.stdout.strip()
+
+
+def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """What timings of parts of a network have in common on the command line."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
 
 
 def append(command: str, rows: list[tuple[str, str, float]]) -> None:

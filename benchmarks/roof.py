@@ -90,9 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full" if gpu else "tiny")
     parser.add_argument("--bytes", type=int, default=COPIED, help="that are copied")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    record.add_options(parser, repeats=9)
     return parser.parse_args(arguments)
 
 

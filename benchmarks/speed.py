@@ -402,9 +402,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
     parser.add_argument("--offloaded", action=argparse.BooleanOptionalAction, default=gpu,
                         help="also ours with its weights in RAM; on a CPU they are there anyway")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    record.add_options(parser, repeats=9)
     return parser.parse_args(arguments)
 
 

@@ -76,9 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=speed.SIZES, default="full" if gpu else "mid")
     parser.add_argument("--dtype", choices=speed.DTYPES, default="bf16" if gpu else "fp32")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
+    record.add_options(parser, repeats=3)
     return parser.parse_args(arguments)
 
 

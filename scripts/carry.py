@@ -33,13 +33,14 @@ LEFT_OUT = ("tests", "tests-unit", "blueprints", "models", "custom_nodes", "inpu
 LARGEST = 128 * 1024  # of a file that is no code
 PUBLISHED = "diffusers_helper"  # the published code's package
 FOLDER = host.REPO / "benchmarks" / "out" / "carry"
+THERE = "/var/tmp/host"  # a folder of that machine's, which nothing else uses
 START = (
-    "cat /var/tmp/host/host.* | tar x -C /var/tmp/host && "
-    "for w in /var/tmp/host/*.whl; do python3 -m zipfile -e $w /var/tmp/host/site; done && "
-    "COMFYUI_PATH=/var/tmp/host/comfyui FRAME_MEMORY_PYTHON=$(python3 -c 'import sys; print(sys.executable)') "
-    "PYTHONPATH=/var/tmp/host/site FRAME_MEMORY_COMMIT={commit} "
-    "python3 scripts/run.py -m benchmarks.gpu --out $OUT {options}"
+    f"cat {THERE}/host.* | tar x -C {THERE} && "
+    f"for w in {THERE}/*.whl; do python3 -m zipfile -e $w {THERE}/site; done && "
+    f"COMFYUI_PATH={THERE}/comfyui FRAME_MEMORY_PYTHON=$(python3 -c 'import sys; print(sys.executable)') "
+    f"PYTHONPATH={THERE}/site "
 )
+GPU = "FRAME_MEMORY_COMMIT={commit} python3 scripts/run.py -m benchmarks.gpu --out $OUT {options}"
 
 
 def requirements(lock: str, python: str, names: tuple[str, ...] = LACKING) -> list[str]:
@@ -114,9 +115,9 @@ def calls(pieces: list[Path], commit: str, options: str) -> Iterator[tuple[str, 
     """(what is carried, the command) of each call. options: of benchmarks.gpu."""
     for piece in pieces:
         path = piece.relative_to(host.REPO).as_posix()
-        lay = f"mkdir -p /var/tmp/host && cp {path} /var/tmp/host/"
-        lay = f"rm -rf /var/tmp/host && {lay}" if piece == pieces[0] else lay  # what an earlier commit left there
-        yield path, lay if piece != pieces[-1] else f"{lay} && {START.format(commit=commit, options=options)}"
+        lay = f"mkdir -p {THERE} && cp {path} {THERE}/"
+        lay = f"rm -rf {THERE} && {lay}" if piece == pieces[0] else lay  # what an earlier commit left there
+        yield path, lay if piece != pieces[-1] else f"{lay} && {START}{GPU.format(commit=commit, options=options)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     packed.unlink()
     shutil.rmtree(wheels)
     commit = asked_git(["describe", "--always", "--dirty=+"]).strip()
-    options = f"--minutes {args.minutes:g}" + (" --published /var/tmp/host/published" if args.published else "")
+    options = f"--minutes {args.minutes:g}" + (f" --published {THERE}/published" if args.published else "")
     for number, (path, command) in enumerate(calls(pieces, commit, options), start=1):
         print(f"\nCall {number} of {len(pieces)}, which carries {path}:\n{command}")
     return 0

@@ -65,7 +65,7 @@ def test_pieces_are_the_whole_and_the_last_call_unpacks_them(tmp_path, running_h
     said = ""
     for path, command in carry.calls(pieces, "abc", "--minutes 9"):
         assert (root / path).is_file() and len(command) < 2000
-        here = command.replace("/var/tmp/host", str(tmp_path / "there")).replace("python3", sys.executable)
+        here = command.replace(carry.THERE, str(tmp_path / "there")).replace("python3", sys.executable)
         line = ["bash", "-c", f"OUT=out; {here}"]
         said = subprocess.run(line, cwd=root, check=True, capture_output=True, text=True).stdout
     assert said.split()[:6] == ["-m", "benchmarks.gpu", "--out", "out", "--minutes", "9"]
